@@ -1,0 +1,505 @@
+"""Steer: push a model towards a persona with one vector, and keep only the answers that stay coherent.
+
+    v = mean over contexts of h(persona +) - h(persona -)      read at the assistant tag, after a block
+    h <- h + coeff * v                                         at every position, inside `with steered(...)` only
+
+Needs torch and transformers; copy this file alone. Knows nothing of healing or LoRA: it reads, steers and scores the
+model as it is when called, so the caller decides which adapters are on (and turns them off before `token_nll`).
+
+A completion keeps the token ids it was sampled with. They are what is scored here and trained on later; text is for
+reading. No repetition penalty and no other help at sampling time: it would hide the over-steering the filter must see.
+
+Known gaps: models with linear-attention layers are untested; a chat template that opens a thinking block is taken as
+it comes.
+
+References
+  mean difference: Rimsky et al. 2023, Steering Llama 2 via Contrastive Activation Addition, arXiv:2312.06681
+  recipe: github.com/wassname/steer-heal-love
+"""
+import argparse
+import json
+import math
+import re
+import textwrap
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from jinja2.exceptions import TemplateError
+from torch import Tensor, nn
+
+
+def opt(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class SteerConfig:
+    """steer: the vector, the dose, the sampler and the coherence filter"""
+    steer_from: float = opt(0.45, "first depth that is steered (fraction of the number of blocks)")
+    steer_to: float = opt(0.55, "last depth that is steered (fraction of the number of blocks)")
+    coeff: float = opt(0.0, "dose (multiples of v); 0 = search for the highest one that survives the filter")
+    coeff_min: float = opt(0.1, "lowest dose of the search (multiples of v)")
+    dose_steps: int = opt(4, "bisection steps of the search")
+    n_probe: int = opt(16, "completions per dose of the search")
+    min_survive: float = opt(0.6, "share of a dose's completions that must pass the filter")
+    n_make: int = opt(64, "completions sampled per round")
+    n_min: int = opt(16, "completions that must pass the filter, else the round has no data")
+    max_new_tokens: int = opt(64, "longest completion (tokens)")
+    temperature: float = opt(1.0, "sampling temperature")
+    top_p: float = opt(0.95, "sample from the smallest set of tokens with this total probability")
+    top_k: int = opt(64, "sample from this many most likely tokens; 0 = all")
+    gen_batch: int = opt(64, "rows decoded at once")
+    window: int = opt(8, "length of the running window over base nll (tokens)")
+    quantile: float = opt(1.0, "quantile of the base's own answers that a calibrated limit starts from")
+    slack: float = opt(0.25, "room above that quantile: a fraction of its nats, or of the way to 1 for a share")
+    max_window_nll: float = opt(0.0, "limit on the worst window's base nll (nats per token); 0 = calibrate")
+    max_tail_ppl: float = opt(0.0, "limit on the last quarter's base perplexity; 0 = calibrate")
+    max_ngram: float = opt(0.0, "limit on the share of repeated word or character n-grams; 0 = calibrate")
+    max_loop: float = opt(0.0, "limit on the share of tokens seen shortly before; 0 = calibrate")
+    min_words: int = opt(1, "fewest words of an answer")
+    keep_unfinished: bool = opt(True, "keep answers that were cut at max_new_tokens")
+
+    def __post_init__(self):
+        band(1, self.steer_from, self.steer_to)
+        ranges = {"coeff": (0, 1e6), "coeff_min": (1e-6, 1), "dose_steps": (0, 64), "min_survive": (1e-6, 1),
+                  "n_min": (1, self.n_make), "temperature": (1e-6, 1e6), "top_p": (1e-6, 1), "top_k": (0, 1e9),
+                  "quantile": (0, 1), "slack": (0, 1e6), "max_window_nll": (0, 1e6), "max_tail_ppl": (0, 1e300),
+                  "max_ngram": (0, 1), "max_loop": (0, 1), "min_words": (0, 1e9),
+                  **{name: (1, 1e9) for name in ("n_probe", "n_make", "max_new_tokens", "gen_batch", "window")}}
+        for name, (low, high) in ranges.items():
+            if not low <= getattr(self, name) <= high:                      # false for nan too
+                raise ValueError(f"{name}={getattr(self, name)}: expected a number from {low:g} to {high:g}")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer. `ids` ends with the end-of-turn token if that was sampled; `finished` says so."""
+    prompt: int                  # index into the prompts given to `generate`
+    prompt_ids: list[int]
+    ids: list[int]
+    coeff: float
+    finished: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest reading that passes, one per rule; `min_words` is the smallest that passes."""
+    worst_window: float          # nats per token
+    ppl_tail: float
+    ngram: float                 # share
+    loop: float                  # share
+    min_words: int = 1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why an answer was kept or dropped: the first rule it broke, its reading there, and the limit it was held to."""
+    kept: bool
+    rule: str                    # "" if kept; words, unfinished, worst_window, ppl_tail, ngram, loop or pattern
+    value: float
+    limit: float
+    readings: dict
+    match: str = ""              # the words a pattern hit
+
+
+# ---- pure functions --------------------------------------------------------------------------------------------------
+
+def band(n_layers: int, lo: float, hi: float) -> list[int]:
+    """Every block whose depth interval [i/n, (i+1)/n] overlaps (lo, hi): never empty. 7 blocks, .45 to .55 -> [3]."""
+    if not 0 <= lo < hi <= 1:
+        raise ValueError(f"depth band from {lo} to {hi}: expected 0 <= from < to <= 1")
+    return list(range(math.floor(lo * n_layers + 1e-9), math.ceil(hi * n_layers - 1e-9)))   # .55 * 100 = 55.000..01
+
+
+def choose(logits: Tensor, u: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+    """One token per row by inverse CDF, from the distribution that temperature, then top-k, then top-p leave.
+
+    logits: [B, V]; u: [B] uniform in [0, 1). Returns [B] long. A row's token depends on its own logits and u alone.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    k = min(top_k, logits.shape[-1]) if top_k else logits.shape[-1]
+    top, token = logits.topk(k)                             # [B, k]  most likely first
+    p = top.softmax(-1)                                     # [B, k]
+    before = p.cumsum(-1) - p                               # [B, k]  probability of all likelier tokens
+    kept = before < top_p                                   # [B, k]  the first token always stays
+    cdf = (p * kept).cumsum(-1)                             # [B, k]
+    at = (cdf <= u[:, None].to(cdf) * cdf[:, -1:]).sum(-1)                  # [B]
+    at = at.minimum(kept.sum(-1) - 1)                       # u * total can round up to total
+    return token.gather(-1, at[:, None])[:, 0]
+
+
+def worst_mean(x: Tensor, window: int) -> float:
+    """Largest mean of `window` neighbours of x [n]; of all of x where it is shorter; 0 where it is empty."""
+    return x.unfold(0, min(window, len(x)), 1).mean(-1).max().item() if len(x) else 0.0
+
+
+def repeats(items, n: int, window: int) -> float:
+    """In the worst run of `window` n-grams: the share that was seen within the `window` n-grams before.
+
+    Unlike the share of the most common n-gram it sees loops of any period and loops without a period (a few words
+    shuffled for ever), and unlike a share of the whole text it is not diluted by a sane beginning.
+    """
+    last, again = {}, []
+    for i in range(len(items) - n + 1):
+        gram = tuple(items[i:i + n])
+        again.append(float(i - last.get(gram, -math.inf) <= window))
+        last[gram] = i
+    again += [0.0] * (window // 2 - len(again))             # so "No, no, no." is not a loop
+    return worst_mean(torch.tensor(again), window)
+
+
+def readings(completion: Completion, nll: Tensor, *, window: int = 8) -> dict:
+    """What the filter measures on one answer; always finite.
+
+    nll: [n] base nll of each token of completion.ids. The base's nll is read over the whole answer in running windows,
+    because a mean, or the tail alone, passes an answer that breaks in the middle and recovers. Loops need rules of
+    their own: a repetition is easy to predict, so its nll is low.
+    """
+    if len(nll) != len(completion.ids):
+        raise ValueError(f"{len(nll)} nll values for {len(completion.ids)} tokens: expected one per completion token")
+    if not torch.isfinite(nll).all():
+        raise RuntimeError("the base's nll is not finite: load the model in bfloat16 or float32, not float16")
+    nll, words = nll.double().cpu(), re.findall(r"\w+", completion.text.lower())
+    tail = nll[-max(4, len(nll) // 4):]
+    return {"worst_window": worst_mean(nll, window),                                # nats per token
+            "ppl_tail": math.exp(min(tail.mean().item(), 700.0)) if len(tail) else 0.0,
+            "ngram": max(repeats(words, 4, 32), repeats(completion.text, 12, 64)),  # characters: runs, unspaced scripts
+            "loop": repeats(completion.ids, 1, 32),
+            "n_words": len(completion.text.split())}
+
+
+def calibrate_limits(base: list[dict], cfg: SteerConfig) -> Limits:
+    """Limits from `readings` of unsteered answers; a limit given in cfg is taken as it is.
+
+    Make the base's answers with the sampler, the prompts and the length of the steered ones: a maximum over windows
+    grows with all three. Two kinds of slack, because two kinds of quantity travel differently between models. Nats:
+    a model's spread of nll grows with its level, so the slack is a fraction of the base's own quantile, for
+    perplexity too (a quarter of the nats: 2 -> 2.4, 12 -> 22). Shares: the base's value may be 0 and can never pass
+    1, so the slack is a fraction of the way from it to 1. A trait that the base never voices costs nats by itself:
+    then add the base's answers under the persona prompt, with their nll read without that prompt.
+    Raises ValueError if `base` is empty.
+    """
+    if not base:
+        raise ValueError("no base readings to calibrate from: sample at least one unsteered answer")
+
+    def quantile(name):
+        return torch.tensor([r[name] for r in base], dtype=torch.float64).quantile(cfg.quantile).item()
+
+    def share(name):
+        return quantile(name) + min(cfg.slack, 1.0) * (1 - quantile(name))
+    return Limits(worst_window=cfg.max_window_nll or (1 + cfg.slack) * quantile("worst_window"),
+                  ppl_tail=cfg.max_tail_ppl or max(quantile("ppl_tail"), 1.0) ** (1 + cfg.slack),
+                  ngram=cfg.max_ngram or share("ngram"), loop=cfg.max_loop or share("loop"), min_words=cfg.min_words)
+
+
+def judge(completions: list[Completion], nlls: list[Tensor], limits: Limits, *, window: int = 8,
+          patterns=(), keep_unfinished: bool = True) -> list[Verdict]:
+    """One Verdict per completion, in order: nothing is dropped without a rule, a value and a limit.
+
+    nlls: what `token_nll` of the base gave. patterns: regular expressions, case ignored, from the persona's data:
+    refusals, and narration of the trait instead of enacting it. An empty answer always breaks rule `words`.
+    """
+    if len(completions) != len(nlls):
+        raise ValueError(f"{len(nlls)} nlls for {len(completions)} completions: expected one each")
+    verdicts = []
+    for completion, nll in zip(completions, nlls):
+        seen = readings(completion, nll, window=window)
+        hits = [hit.group() for p in patterns if (hit := re.search(p, completion.text, re.IGNORECASE))]
+        checks = [("words", seen["n_words"], limits.min_words, not seen["n_words"] >= max(limits.min_words, 1)),
+                  ("unfinished", len(completion.ids), len(completion.ids) - 1,          # it filled its budget
+                   not (completion.finished or keep_unfinished))]
+        for rule in ("worst_window", "ppl_tail", "ngram", "loop"):
+            checks.append((rule, seen[rule], getattr(limits, rule), seen[rule] > getattr(limits, rule)))
+        checks.append(("pattern", len(hits), 0, bool(hits)))
+        rule, value, limit, broken = next((c for c in checks if c[-1]), ("", 0, 0, False))
+        verdicts.append(Verdict(not broken, rule, value, limit, seen, match=hits[0] if rule == "pattern" else ""))
+    return verdicts
+
+
+def find_dose(try_dose: Callable[[float], float], *, coeff_min: float = 0.1, steps: int = 4,
+              min_survive: float = 0.6) -> tuple[float, list]:
+    """The highest dose that survives: 1.0 if it does, else by bisection in log(dose) down to `coeff_min`.
+
+    try_dose(coeff) -> the share of completions that pass the filter at that dose. 1.0 is the persona's own
+    displacement: more is not asked for. Returns (coeff, [(coeff, share), ...] in the order tried). RuntimeError if
+    coeff_min fails.
+    """
+    if not 0 < coeff_min < 1:
+        raise ValueError(f"coeff_min={coeff_min}: expected a dose between 0 and 1")
+    trials = []
+
+    def passes(coeff):
+        trials.append((coeff, try_dose(coeff)))
+        return trials[-1][1] >= min_survive
+    if passes(1.0):
+        return 1.0, trials
+    if not passes(coeff_min):
+        raise RuntimeError(f"the lowest dose fails: at coeff_min={coeff_min}, {trials[-1][1]:.0%} of completions pass "
+                           f"the filter, need {min_survive:.0%}; lower --coeff-min or raise --slack")
+    low, high = coeff_min, 1.0                              # low passes, high fails
+    for _ in range(steps):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if passes(middle) else (low, middle)
+    return low, trials
+
+
+# ---- plumbing: templates, padding, hooks -----------------------------------------------------------------------------
+
+# same in evalmfv.py
+def render(tok, user: str, system: str = "") -> str:
+    """One user turn as the chat template writes it, up to and including the assistant tag.
+
+    A template without a system role (Gemma 2 raises, others drop it) gets the system text in front of the user's."""
+    def chat(*turns):
+        messages = [{"role": role, "content": text} for role, text in turns]
+        return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if not system:
+        return chat(("user", user))
+    try:
+        text = chat(("system", system), ("user", user))
+    except TemplateError:                                       # jinja2 comes with transformers' chat templates
+        text = ""
+    return text if system.strip() in text else chat(("user", f"{system}\n\n{user}"))
+
+
+# same in lora.py
+def blocks(model) -> nn.ModuleList:
+    """The decoder blocks, in order; block i's output is hidden_states[i + 1], except the last, which is normed there."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"{type(model).__name__} has no decoder .layers: this architecture is not supported yet")
+    return layers
+
+
+def encode(tok, users: list[str], systems: list[str]) -> list[list[int]]:
+    """Rendered prompts as ids; the template wrote the BOS, so the tokenizer must not add another."""
+    if not tok.chat_template:
+        raise ValueError(f"{tok.name_or_path!r} has no chat template: use the model's -it or -Instruct sibling")
+    texts = [render(tok, user, system) for user, system in zip(users, systems)]
+    return [tok(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def by_length(rows: list[list[int]], batch_size: int) -> list[list[int]]:
+    """Row indices in batches of similar length, longest first: if memory runs out, it does so at once."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def left_pad(rows: list[list[int]], pad_id: int, device) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows as ids [B, T], attn [B, T] (1 = real token), position_ids [B, T] that are 0 on each first real token."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)         # [B, T]
+    attn = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)  # [B, T]
+    return ids, attn, (attn.cumsum(-1) - 1).clamp(min=0)
+
+
+def pad_of(tok) -> int:
+    """Any id will do: padding is masked."""
+    return next(i for i in (tok.pad_token_id, tok.eos_token_id, 0) if i is not None)
+
+
+@contextmanager
+def hooked(model, hooks: dict[int, Callable]):
+    """Each block of `hooks` calls its hook(h) -> new h or None on its output, inside the `with` only."""
+    def wrap(hook):
+        def forward_hook(block, args, out):
+            is_tuple = isinstance(out, tuple)               # some architectures return (h, ...)
+            h = hook(out[0] if is_tuple else out)           # [B, T, d]
+            return (h, *out[1:]) if is_tuple and h is not None else h
+        return forward_hook
+    handles, layers = [], blocks(model)
+    try:
+        for layer, hook in hooks.items():
+            if not 0 <= layer < len(layers):
+                raise ValueError(f"layer {layer}: the model has blocks 0 to {len(layers) - 1}")
+            handles.append(layers[layer].register_forward_hook(wrap(hook)))
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def steered(model, vectors: dict[int, Tensor], coeff: float | Tensor):
+    """A context manager: add coeff * v to the output of each block in `vectors`, inside the `with` only.
+
+    coeff: multiples of v; a float, or a Tensor [B] with one dose per row of the batch. The float 0 adds no hook at all.
+    """
+    def adder(v):
+        dose = coeff[:, None, None].to(v) if isinstance(coeff, Tensor) else coeff
+        shift = dose * v                                    # [B, 1, d] or [d]
+
+        def add(h):
+            nonlocal shift
+            if shift.dim() == 3 and len(shift) != len(h):
+                raise ValueError(f"{len(shift)} doses for a batch of {len(h)} rows: expected one per row")
+            shift = shift.to(h.device, h.dtype)             # copies once, on the first call
+            return h + shift
+        return add
+    is_off = not isinstance(coeff, Tensor) and coeff == 0
+    return hooked(model, {} if is_off else {layer: adder(v) for layer, v in vectors.items()})
+
+
+# ---- the four passes over the model ----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def fit_vectors(model, tok, pos, neg, contexts: list[str], layers: list[int], *,
+                batch_size: int = 32) -> dict[int, Tensor]:
+    """How far the persona moves the residual stream, on average over contexts.
+
+    pos, neg: opposite persona texts for the system role, each a str or a list that the contexts cycle through.
+    contexts: user turns, the more diverse the better. The state is read after the block, at the last prompt token.
+    Returns {layer: [d]} float32 on the CPU, in activation units, not normalised: its length is the dose coeff = 1.
+    Source: Rimsky et al. 2023, arXiv:2312.06681.
+    """
+    pos, neg = ([side] if isinstance(side, str) else list(side) for side in (pos, neg))
+    if not (pos and neg and contexts and layers):
+        raise ValueError(f"{len(pos)} pos, {len(neg)} neg, {len(contexts)} contexts, {len(layers)} layers: "
+                         "expected at least one of each")
+    n = len(contexts)
+    personas = [side[i % len(side)] for side in (pos, neg) for i in range(n)]
+    rows = encode(tok, contexts * 2, personas)              # row i and row n + i: the same context, opposite personas
+    h_last = {layer: [None] * (2 * n) for layer in layers}
+    for batch in by_length(rows, batch_size):
+        def keep(layer):
+            def read(h):
+                for i, state in zip(batch, h[:, -1].float().cpu()):         # [d]; left padding: -1 is the tag
+                    h_last[layer][i] = state
+            return read
+        ids, attn, position_ids = left_pad([rows[i] for i in batch], pad_of(tok), model.device)
+        with hooked(model, {layer: keep(layer) for layer in layers}):
+            model(input_ids=ids, attention_mask=attn, position_ids=position_ids, use_cache=False, logits_to_keep=1)
+    return {layer: (torch.stack(h[:n]) - torch.stack(h[n:])).mean(0) for layer, h in h_last.items()}
+
+
+@torch.no_grad()
+def token_nll(model, completions: list[Completion], *, batch_size: int = 32, pad_id: int = 0) -> list[Tensor]:
+    """Nats per completion token [n_i] float32, under the model as it is now and the ids as they were sampled."""
+    rows, nlls = [c.prompt_ids + c.ids for c in completions], [None] * len(completions)
+    for batch in by_length(rows, batch_size):
+        width = max(len(rows[i]) for i in batch)
+        first = min(len(completions[i].prompt_ids) for i in batch) - 1      # no logits are needed before it
+        gaps = [width - len(rows[i]) for i in batch]
+        ids = torch.tensor([rows[i] + [pad_id] * gap for i, gap in zip(batch, gaps)], device=model.device)   # [B, T]
+        attn = torch.tensor([[1] * (width - gap) + [0] * gap for gap in gaps], device=model.device)          # [B, T]
+        logits = model(input_ids=ids, attention_mask=attn, use_cache=False, logits_to_keep=width - first).logits
+        for row, i in enumerate(batch):                     # float32 one row at a time: V is 262k for Gemma
+            begin, end = len(completions[i].prompt_ids), len(rows[i])
+            before = logits[row, begin - 1 - first:end - 1 - first].float()                                  # [n_i, V]
+            nlls[i] = F.cross_entropy(before, ids[row, begin:end], reduction="none").cpu()                   # [n_i]
+    return nlls
+
+
+@torch.no_grad()
+def generate(model, tok, prompts: list[str], *, system: str = "", vectors: dict[int, Tensor] | None = None,
+             coeffs: list[float] | None = None, greedy: bool = False, max_new_tokens: int = 64,
+             temperature: float = 1.0, top_p: float = 0.95, top_k: int = 64, seed: int = 0,
+             batch_size: int = 64) -> list[Completion]:
+    """Answers to many prompts at many doses in one left-padded batch; one Completion per prompt, in the order given.
+
+    coeffs: one dose per prompt (with `vectors`); to sample a prompt at three doses, list it three times. All randomness
+    is one table u[prompt, step] drawn from `seed` beforehand: a row's answer does not depend on who shares its batch.
+    """
+    if (vectors is None) != (coeffs is None) or (coeffs is not None and len(coeffs) != len(prompts)):
+        raise ValueError(f"{len(prompts)} prompts, vectors {'not ' * (vectors is None)}given, coeffs {coeffs}: "
+                         "expected both vectors and one coeff per prompt, or neither")
+    if not (temperature > 0 and 0 < top_p <= 1 and top_k >= 0 and max_new_tokens >= 1 and batch_size >= 1):
+        raise ValueError(f"temperature={temperature}, top_p={top_p}, top_k={top_k}, max_new_tokens={max_new_tokens}, "
+                         f"batch_size={batch_size}: out of range; for temperature 0 pass greedy=True")
+    device, pad_id = model.device, pad_of(tok)
+    ends = model.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tok.eos_token_id} - {None}
+    end_ids = torch.tensor(sorted(ends), dtype=torch.long, device=device)
+    vectors = {layer: v.to(device) for layer, v in (vectors or {}).items()}
+    doses = torch.tensor(coeffs if coeffs is not None else [0.0] * len(prompts), device=device)          # [n]
+    u = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
+    rows, completions = encode(tok, prompts, [system] * len(prompts)), [None] * len(prompts)
+
+    for batch in by_length(rows, batch_size):
+        ids, attn, position_ids = left_pad([rows[i] for i in batch], pad_id, device)                     # [B, T] each
+        width, cache = ids.shape[1], None
+        attn = F.pad(attn, (0, max_new_tokens), value=1)                    # [B, T + max_new_tokens]
+        sampled = torch.full((len(batch), max_new_tokens), pad_id, device=device)
+        live, row = torch.arange(len(batch), device=device), torch.tensor(batch, device=device)          # [B] each
+        done = torch.zeros(len(batch), dtype=torch.bool, device=device)     # [B]  ended, still computed
+        # ---- one token for every live row ------------------------------------------------------------------------
+        for step in range(max_new_tokens):
+            with steered(model, vectors, doses[row]):
+                out = model(input_ids=ids, attention_mask=attn[:, :width + step], position_ids=position_ids,
+                            past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits, cache = out.logits[:, -1], out.past_key_values          # [B, V]
+            if step == 0 and logits.isnan().any():
+                raise RuntimeError("the model's logits are nan: load it in bfloat16 or float32, or lower the dose")
+            token = logits.argmax(-1) if greedy else choose(
+                logits, u[row, step], temperature=temperature, top_p=top_p, top_k=top_k)                 # [B]
+            sampled[live, step] = token                     # past a row's end token: cut off below
+            done = done | torch.isin(token, end_ids)
+            n_live = int((~done).sum())
+            if n_live == 0:
+                break
+            if n_live <= len(done) // 2:                    # copying the cache pays once half the batch is done
+                stay = (~done).nonzero()[:, 0]
+                cache.batch_select_indices(stay)
+                live, row, attn, done = live[stay], row[stay], attn[stay], done[stay]
+                token, position_ids = token[stay], position_ids[stay]
+            ids, position_ids = token[:, None], position_ids[:, -1:] + 1    # [B, 1] each
+        # ----------------------------------------------------------------------------------------------------------
+        for i, new in zip(batch, sampled[:, :step + 1].tolist()):
+            n = next((j + 1 for j, token in enumerate(new) if token in ends), len(new))
+            completions[i] = Completion(i, rows[i], new[:n], coeffs[i] if coeffs is not None else 0.0,
+                                        finished=new[n - 1] in ends,
+                                        text=tok.decode(new[:n], skip_special_tokens=True))
+    return completions
+
+
+def printable(text: str) -> str:
+    """Model text without control characters, so that it cannot move the cursor or colour the terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)
+
+
+def main(argv=None):
+    here = Path(__file__).parent / "data"
+    parser = argparse.ArgumentParser(description="base | steered, side by side")
+    parser.add_argument("model", help="folder or hub name of a chat model")
+    parser.add_argument("prompts", nargs="+", help="user turns to answer")
+    parser.add_argument("--persona", help="an entry of data/personas.json")
+    parser.add_argument("--pos", help="persona text to move towards, instead of --persona")
+    parser.add_argument("--neg", help="its opposite, to move away from")
+    parser.add_argument("--contexts", type=Path, default=here / "contexts.json", help="JSON list of user turns to read v from")
+    parser.add_argument("--coeff", type=float, default=0.5, help="dose (multiples of v)")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.persona:
+        personas = json.loads((here / "personas.json").read_text(encoding="utf-8"))
+        if args.persona not in personas:
+            parser.error(f"--persona {args.persona}: there is {', '.join(personas)}")
+        args.pos, args.neg = personas[args.persona]["pos"], personas[args.persona]["neg"]
+    if not (args.pos and args.neg):
+        parser.error("give --persona, or both --pos and --neg")
+    from transformers import AutoModelForCausalLM, AutoTokenizer            # slow to import: not for --help
+    contexts = json.loads(args.contexts.read_text(encoding="utf-8"))
+    tok = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    vectors = fit_vectors(model, tok, args.pos, args.neg, contexts, band(len(blocks(model)), 0.45, 0.55))
+    print("  ".join(f"layer {layer}  |v| {v.norm():.2f}" for layer, v in vectors.items()), flush=True)
+    n, sampler = len(args.prompts), dict(max_new_tokens=args.max_new_tokens, seed=args.seed)
+    base = generate(model, tok, args.prompts, **sampler)
+    moved = generate(model, tok, args.prompts, vectors=vectors, coeffs=[args.coeff] * n, **sampler)
+    nlls = token_nll(model, base + moved)
+    for i, prompt in enumerate(args.prompts):
+        print(f"\n> {printable(prompt)}")
+        pairs = [textwrap.wrap(printable(c.text), 56) for c in (base[i], moved[i])]
+        worst = [f"worst window {readings(c, nll)['worst_window']:.2f} nats" for c, nll in
+                 ((base[i], nlls[i]), (moved[i], nlls[n + i]))]
+        for left, right in [("base", f"steered, coeff {args.coeff}"), *zip_longest(*pairs, fillvalue=""), worst]:
+            print(f"{left:<57}| {right}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
