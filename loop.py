@@ -5,15 +5,15 @@
 
 One round, on the student = base + folded rounds:
 
-    v      = fit_vectors(student)                       persona + minus persona -, at the assistant tag
+    v      = fit_vectors(student)                       persona + minus persona -, at the assistant tag, where it is read
     coeff  = find_dose(...)                             the highest dose whose completions survive the filter
     kept   = [c for c in generate(student, v, coeff) if judge(c, base)]
     heal   : nll(kept) + lam * relu(D(student || base) - tau)
     gate   : finite, coherent on two scores, and more trait than the last accepted day; else the round is rolled back
 
-Everything that depends on a model's scale is measured on the model before the first round and recorded: the filter's limits
-from the base's own answers, tau from how far the persona prompt alone takes the base from itself, the dose by search, the
-learning rate from the width. An explicit number on the command line overrides it.
+Everything that depends on a model's scale is measured on the model itself and recorded: the filter's limits
+from the base's own answers, bare and prompted, tau from how far the persona prompt alone takes the base from itself (on the first kept
+completions), the steered blocks from where the persona is read, the dose by search, the learning rate from the width. An explicit number on the command line overrides it.
 
 Writes runs/<time>_<slug>/: run.json, events.jsonl, rounds/NN/{vectors,adapter}.safetensors, diary.md; one line in runs/results.tsv.
 """
@@ -25,10 +25,12 @@ import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
 import typing
+import warnings
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,16 +60,16 @@ class LoopConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "weights of the base; auto = bfloat16 on a GPU, else float32. Adapters are float32 always")
     device: str = opt("auto", "cpu, cuda, mps, ...; auto = cuda if there is one")
     persona: str = opt("authority", "name in data/personas.json: authority (care over authority) or love")
-    pos: str = opt("", "system prompt of the wanted persona, instead of --persona (needs --neg)")
+    pos: str = opt("", "system prompt of the wanted persona (needs --neg); the prompts stay those of --persona or --prompts")
     neg: str = opt("", "system prompt of its opposite")
     target: Literal["", *evalmfv.FOUNDATIONS] = opt("", "foundation whose nats are the trait; empty = the persona's own")
     direction: Literal[-1, 0, 1] = opt(0, "+1 or -1: which way the trait counts; 0 = the persona's own")
     prompts: str = opt("", "text file, one training prompt per line, instead of the persona's in data/prompts.json; every fourth is held out")
-    vignettes: str = opt("data/vignettes.jsonl", "the probe's items, ours or the original's row format")
+    vignettes: str = opt("", "the probe's items, ours or the original's row format; empty = data/vignettes.jsonl")
     rounds: int = opt(8, "rounds of steer, filter, heal, fold, eval")
     seed: int = opt(0, "every stage draws from its own generator, seeded by (seed, round, stage)")
     kl_ref: Literal["base", "prev"] = opt("base", "what the barrier measures against: the untouched model, or the student before the round")
-    tau_scale: float = opt(1.0, "calibrated tau in units of the persona prompt's own distance from the base (dimensionless)")
+    tau_scale: float = opt(1.5, "calibrated tau in units of the persona prompt's own distance from the base (dimensionless); with --kl-ref prev take a fraction")
     gate: bool = opt(True, "roll back a round that fails its gate; --no-gate accepts every finite round")
     coh_floor: float = opt(0.95, "lowest accepted coherence, on both scores, as a share of the base's")
     patience: int = opt(2, "stop after this many rejected rounds in a row")
@@ -149,9 +151,10 @@ class Folder:
         self.path = next(p for n in range(1000) if not (p := Path(cfg.out) / (stem + (f"-{n}" if n else ""))).exists())
         (self.path / "rounds").mkdir(parents=True)
         self.start = time.time()
-        self.run = dict(status="running", argv=argv, command="python loop.py " + subprocess.list2cmdline(argv), options=options,
+        self.run = dict(status="running", argv=argv, command="python loop.py " + shlex.join(argv), options=options,
                         defaults={f.name: f.default for cls in GROUPS for f in dataclasses.fields(cls)}, seed=cfg.seed, started=time.time(),
-                        versions=dict(python=platform.python_version(), torch=torch.__version__, transformers=_version("transformers")), git=_git())
+                        versions=dict(python=platform.python_version(), torch=torch.__version__, transformers=_version("transformers")), git=_git(),
+                        code=f"{zlib.crc32(b''.join((HERE / f'{name}.py').read_bytes() for name in ('loop', 'steer', 'lora', 'heal', 'evalmfv'))):08x}")
         self.save()
 
     def save(self, **more) -> None:
@@ -171,6 +174,12 @@ class Folder:
 def _version(package: str) -> str:
     from importlib.metadata import version                      # transformers itself is imported when a model is loaded, not for --help
     return version(package)
+
+
+def fingerprint(model) -> str:
+    """A checksum of the base's weights, from each tensor's name and sum: runs of different bases are no arms of one comparison."""
+    sums = "".join(f"{name} {p.detach().double().sum().item():.9e}\n" for name, p in model.named_parameters())
+    return f"{zlib.crc32(sums.encode()):08x}"
 
 
 def _git() -> str:
@@ -211,8 +220,9 @@ def load_prompts(cfg: LoopConfig) -> tuple[list[str], list[str]]:
             raise ValueError(f"--prompts {cfg.prompts}: {len(lines)} prompts, need at least 8 (every fourth is held out)")
         return [x for i, x in enumerate(lines) if i % 4], lines[::4]
     everything = load_json(HERE / "data" / "prompts.json")
-    name = cfg.persona if cfg.persona in everything and not cfg.pos else "authority"
-    return everything[name]["train"], everything[name]["held_out"]
+    if cfg.persona not in everything:
+        raise ValueError(f"--persona {cfg.persona!r}: data/prompts.json has prompts for {', '.join(everything)}; or give --prompts FILE")
+    return everything[cfg.persona]["train"], everything[cfg.persona]["held_out"]
 
 
 def load_model(cfg: LoopConfig):
@@ -240,12 +250,17 @@ class Bench:
     def __init__(self, model, tok, stack, cfg, sampling, persona, vignettes, held_out):
         self.model, self.tok, self.stack, self.cfg, self.sampling, self.persona = model, tok, stack, cfg, sampling, persona
         self.vignettes, self.held_out = vignettes, held_out
-        self.base = self.own = None                             # the base row; the base's own answers to training prompts
+        self.base = self.own = None                             # the base row; the base's own answers to training prompts, with their nll
 
     def base_nll(self, completions) -> list[torch.Tensor]:
         """nats per completion token under the untouched model, whatever is folded: the one yardstick of coherence."""
         with self.stack.gated(0, 0):
             return steer.token_nll(self.model, completions, pad_id=steer.pad_of(self.tok))
+
+    def bare(self, completions, prompts) -> list:
+        """Answers given under a system prompt, to be judged as answers to the bare question."""
+        fronts = [self.tok(steer.render(self.tok, prompt), add_special_tokens=False)["input_ids"] for prompt in prompts]
+        return [dataclasses.replace(c, prompt_ids=fronts[c.prompt % len(fronts)]) for c in completions]
 
     def row(self, label: str, *, system="", vectors=None, coeff=0.0) -> dict:
         cfg, tok = self.cfg, self.tok
@@ -256,15 +271,13 @@ class Bench:
         texts = steer.generate(self.model, tok, ask, coeffs=[coeff] * len(ask) if vectors else None, **self.sampling, **common)
         ask = self.held_out[:cfg.n_diary]
         diary = steer.generate(self.model, tok, ask, coeffs=[coeff] * len(ask) if vectors else None, greedy=True, **self.sampling, **common)
-        if system:                                              # a prompted answer is judged as an answer to the bare question
-            bare = {i: tok(steer.render(tok, self.held_out[i]), add_special_tokens=False)["input_ids"] for i in range(len(self.held_out))}
-            texts = [dataclasses.replace(c, prompt_ids=bare[c.prompt % len(bare)]) for c in texts]
-        own = self.own or (texts, self.base_nll(texts))
-        free = evalmfv.free_text([c.ids for c in texts], self.base_nll(texts), [c.ids for c in own[0]], own[1])
+        if system:
+            texts = self.bare(texts, self.held_out)
+        free = evalmfv.free_text([c.ids for c in texts], self.base_nll(texts), [c.ids for c in self.own[0]], self.own[1])
         row = dict(label=label, probe=probe, text=free["score"], text_se=free["se"], coherence=probe["coherence"], coeff=coeff,
                    nats=probe["nats"], texts=[c.text for c in texts], diary=[dict(prompt=self.held_out[c.prompt], text=c.text) for c in diary])
         move = evalmfv.shift(probe, (self.base or row)["probe"], self.persona["target"], self.persona["direction"])
-        return row | dict(trait=move["trait"], trait_se=move["se"], shift=move)
+        return row | dict(trait=move["trait"] + 0.0, trait_se=move["se"], shift=move)      # -0.0 + 0.0 is 0.0
 
 
 def gate(now: dict, last: dict, base: dict, cfg: LoopConfig) -> list[str]:
@@ -304,109 +317,131 @@ def persona_distance(model, tok, kept, prompts: list[str], system: str, how: str
 def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
     """Runs the rounds, prints the table, returns the exit code: 0 if a round was accepted, 3 if none was."""
     persona, (train, held_out) = load_persona(cfg), load_prompts(cfg)
-    vignettes = evalmfv.load_vignettes(HERE / cfg.vignettes if cfg.vignettes.startswith("data/") else cfg.vignettes)
+    vignettes = evalmfv.load_vignettes(cfg.vignettes or HERE / "data" / "vignettes.jsonl")
     contexts = load_json(HERE / "data" / "contexts.json")
     model, tok = load_model(cfg)
     n_blocks, width = len(steer.blocks(model)), model.config.get_text_config().hidden_size
-    steer_layers, lora_layers = steer.band(n_blocks, scfg.steer_from, scfg.steer_to), steer.band(n_blocks, lcfg.lora_from, lcfg.lora_to)
+    lora_layers = steer.band(n_blocks, lcfg.lora_from, lcfg.lora_to)
+    steer_layers, strength = (steer.band(n_blocks, scfg.steer_from, scfg.steer_to), None) if scfg.steer_to else steer.find_layers(
+        model, tok, persona["pos"], persona["neg"], contexts)
     hcfg = dataclasses.replace(hcfg, lr=hcfg.lr or 0.2 / width)
     stack = lora.attach(model, r=lcfg.r, alpha=lcfg.alpha, layers=lora_layers, seed=cfg.seed)
     sampling = dict(max_new_tokens=scfg.max_new_tokens, temperature=scfg.temperature, top_p=scfg.top_p, top_k=scfg.top_k, batch_size=scfg.gen_batch)
 
-    options = {f.name: getattr(c, f.name) for c in (cfg, scfg, lcfg, hcfg) for f in dataclasses.fields(c)}
+    options = {f.name: getattr(c, f.name) for c in (cfg, scfg, lcfg, hcfg) for f in dataclasses.fields(c)} | dict(target=persona["target"], direction=persona["direction"])
     folder = Folder(cfg, options, argv)
+    folder.save(weights=fingerprint(model), items=dict(train=train, held_out=held_out))
     print(folder.run["command"])
     folder.say("model", None, f"{cfg.model}: {n_blocks} blocks of width {width}, steer {steer_layers}, lora {lora_layers[0]}-{lora_layers[-1]} rank {lcfg.r}, "
                f"{sum(p.numel() for p in stack.parameters()):,} trained parameters, {next(model.parameters()).dtype}".replace("torch.", ""))
 
-    # what the base itself does: limits of the filter, then the rows of the table that need no round
+    folder.event("layers", steer=steer_layers, lora=lora_layers, strength=strength)
+
+    # ---- what the base itself does: the filter's limits, then the rows of the table that need no round
     bench = Bench(model, tok, stack, cfg, sampling, persona, vignettes, held_out)
-    def make(prompts, vectors, coeff, rnd, stage):
-        return steer.generate(model, tok, prompts, vectors=vectors, coeffs=[coeff] * len(prompts) if vectors else None,
-                              seed=stage_seed(cfg.seed, rnd, stage), **sampling)
+
     def spread(n):
         return [train[i % len(train)] for i in range(n)]
-    own = make(spread(scfg.n_make), None, 0.0, 0, "own")
+
+    def make(prompts, stage, rnd, vectors=None, coeff=0.0, system=""):
+        return steer.generate(model, tok, prompts, system=system, vectors=vectors, coeffs=[coeff] * len(prompts) if vectors else None,
+                              seed=stage_seed(cfg.seed, rnd, stage), **sampling)
+    own = make(spread(scfg.n_make), "own", 0)
+    voiced = bench.bare(make(spread(scfg.n_make), "own", 0, system=persona["pos"][0]), train)    # the trait is no incoherence: the filter lets it pass
     bench.own = own, bench.base_nll(own)
-    limits = steer.calibrate_limits([steer.readings(c, nll, window=scfg.window) for c, nll in zip(*bench.own)], scfg)
-    folder.event("limits", limits=limits, own=[c.text for c in own])
+    seen = zip(own + voiced, bench.own[1] + bench.base_nll(voiced))
+    limits = steer.calibrate_limits([steer.readings(c, nll, window=scfg.window) for c, nll in seen], scfg)
+    folder.event("limits", limits=limits, own=[c.text for c in own], voiced=[c.text for c in voiced])
     folder.say("limits", None, "  ".join(f"{k} {v:.3g}" for k, v in dataclasses.asdict(limits).items()))
 
     def verdicts(completions):
-        return steer.judge(completions, bench.base_nll(completions), limits, window=scfg.window,
-                           patterns=persona["patterns"], keep_unfinished=scfg.keep_unfinished)
+        return steer.judge(completions, bench.base_nll(completions), limits, window=scfg.window, patterns=persona["patterns"], keep_unfinished=scfg.keep_unfinished)
 
     rows = []
-    def measured(stage, rnd, label, **how):
-        row = bench.row(label, **how)
-        rows.append(row | dict(round=rnd, kind=stage))
-        folder.event("row", rnd, kind=stage, **row)
-        folder.say(stage, rnd, f"trait {row['trait']:+.3f} nats (se {row['trait_se']:.3f})  coherence {row['coherence']:.4f}  text {row['text']:.3f} (se {row['text_se']:.3f})")
-        return rows[-1]
+
+    def measured(kind, rnd, label, **how):
+        row = bench.row(label, **how) | dict(round=rnd, kind=kind)
+        rows.append(row)
+        folder.event("row", rnd, **{k: v for k, v in row.items() if k != "round"})
+        folder.say(kind, rnd, f"trait {row['trait']:+.3f} nats (se {row['trait_se']:.3f})  coherence {row['coherence']:.4f}  text {row['text']:.3f} (se {row['text_se']:.3f})")
+        return row
     base = bench.base = measured("base", None, "base")
     if cfg.baselines:
         measured("prompted", None, "prompted", system=persona["pos"][0])
 
-    tau, accepted, rejected_in_a_row, stopped = hcfg.tau, [], 0, ""
-    last = base
-    for rnd in range(cfg.rounds):
-        # ---- one round ----------------------------------------------------------------------------
+    tau = hcfg.tau
+
+    def one_round(rnd) -> tuple[dict, dict, float]:
+        """(the day's row, vectors, dose). RuntimeError if no dose survives, too little is kept or a number is not finite."""
+        nonlocal tau
         vectors = steer.fit_vectors(model, tok, persona["pos"], persona["neg"], contexts, steer_layers)
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(stage_seed(cfg.seed, rnd, "probed prompts")))
+        probed = [train[i] for i in order.tolist()[:scfg.n_probe]]
+
         def survival(coeff):
-            order = torch.randperm(len(train), generator=torch.Generator().manual_seed(stage_seed(cfg.seed, rnd, "probe prompts")))[:scfg.n_probe]
-            found = verdicts(make([train[i] for i in order.tolist()], vectors, coeff, rnd, "probe"))
-            return sum(v.kept for v in found) / len(found)
-        if scfg.coeff:
-            coeff, trials = scfg.coeff, []
-        else:
-            try:
-                coeff, trials = steer.find_dose(survival, coeff_min=scfg.coeff_min, steps=scfg.dose_steps, min_survive=scfg.min_survive)
-            except RuntimeError as error:
-                stopped = str(error)
-                break
-        made = make(spread(scfg.n_make), vectors, coeff, rnd, "make")
+            return sum(v.kept for v in verdicts(make(probed, "probe", rnd, vectors, coeff))) / len(probed)
+        coeff, trials = (scfg.coeff, []) if scfg.coeff else steer.find_dose(
+            survival, coeff_min=scfg.coeff_min, steps=scfg.dose_steps, min_survive=scfg.min_survive)
+        folder.event("dose", rnd, coeff=coeff, trials=trials, norm={k: v.norm().item() for k, v in vectors.items()})
+
+        made = make(spread(scfg.n_make), "make", rnd, vectors, coeff)
         found = verdicts(made)
         kept = [c for c, v in zip(made, found) if v.kept]
-        folder.event("dose", rnd, coeff=coeff, trials=trials, norm={k: v.norm().item() for k, v in vectors.items()})
         for c, v in zip(made, found):
             folder.event("completion", rnd, prompt=c.prompt, coeff=c.coeff, finished=c.finished, ids=c.ids, text=c.text, verdict=v)
-        dropped = {rule: sum(v.rule == rule for v in found) for rule in {v.rule for v in found if not v.kept}}
-        folder.say("filter", rnd, f"dose {coeff:.3f}  kept {len(kept)}/{len(made)}  " + "  ".join(f"{k} {n}" for k, n in sorted(dropped.items())))
+        dropped = "  ".join(f"{rule} {sum(v.rule == rule for v in found)}" for rule in sorted({v.rule for v in found if not v.kept}))
+        folder.say("filter", rnd, f"dose {coeff:.3f}  kept {len(kept)}/{len(made)}  {dropped and 'dropped: ' + dropped}")
         if len(kept) < scfg.n_min:
-            stopped = f"round {rnd}: {len(kept)} of {len(made)} completions passed the filter, need {scfg.n_min}; raise --n-make or lower --min-survive's dose"
-            break
-        if cfg.steered_rows == "all" or rnd == 0:
+            raise RuntimeError(f"{len(kept)} of {len(made)} completions passed the filter at dose {coeff:.3f}, need {scfg.n_min}; raise --n-make or --slack ({dropped})")
+        if cfg.steered_rows == "all" or not any(row["kind"] == "steered" for row in rows):
             measured("steered", rnd, f"steered, night {rnd}", vectors=vectors, coeff=coeff)
+
         if not tau and hcfg.reg != "nll":
             with stack.gated(0, 0):
                 distance = persona_distance(model, tok, kept, spread(scfg.n_make), persona["pos"][0], hcfg.kl_agg, hcfg.reg)
-            tau = cfg.tau_scale * distance / (1 if cfg.kl_ref == "base" else cfg.rounds)
+            tau = cfg.tau_scale * distance
             folder.event("tau", rnd, tau=tau, distance=distance, kl_agg=hcfg.kl_agg)
             folder.say("tau", rnd, f"{tau:.4f} nats ({hcfg.kl_agg}): {cfg.tau_scale:g} of the persona prompt's distance {distance:.4f}")
-        samples = [heal.Sample(c.prompt_ids + c.ids, len(c.prompt_ids), c.prompt) for c in kept]
-        record = heal.heal(model, stack.parameters(), samples, lambda: stack.gated(0 if cfg.kl_ref == "base" else 1, 0), hcfg, tau=tau, rnd=rnd,
-                           seed=stage_seed(cfg.seed, rnd, "heal"), spectral=stack.spectral if hcfg.spectral else None, pad_id=steer.pad_of(tok))
-        folder.event("heal", rnd, **record)
-        folder.say("heal", rnd, f"nll {record['nll_first']:.3f} -> {record['nll_last']:.3f}  D {record['steps'][-1]['div']:.4f}  fired {record['fired_share']:.0%} of {len(record['steps'])} steps")
-        day = measured("healed", rnd, f"day {rnd}")
-        reasons = gate(day, last, base, cfg)
+        samples = [heal.Sample(c.prompt_ids + c.ids, len(c.prompt_ids), c.prompt % len(train)) for c in kept]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the barrier")                # said below, in a line of its own
+            record = heal.heal(model, stack.parameters(), samples, lambda: stack.gated(0 if cfg.kl_ref == "base" else 1, 0), hcfg, tau=tau, rnd=rnd,
+                               seed=stage_seed(cfg.seed, rnd, "heal"), spectral=stack.spectral if hcfg.spectral else None, pad_id=steer.pad_of(tok))
+        folder.event("heal", rnd, norm=stack.norm(), **record)
+        val = f"  val {record['val_nll_before']:.3f} -> {record['val_nll_after']:.3f}" if record["n_val"] else ""
+        fired = f"fired in {record['fired_share']:.0%} of {len(record['steps'])} steps" if record["lam_eff"] else "no barrier"
+        folder.say("heal", rnd, f"nll {record['nll_first']:.3f} -> {record['nll_last']:.3f}{val}  D {record['steps'][-1]['div']:.4f}  {fired}")
+        if record["warning"]:
+            folder.say("heal", rnd, f"warning: {record['warning']}")
+        return measured("healed", rnd, f"day {rnd}"), vectors, coeff
+
+    accepted, in_a_row, stopped, last = [], 0, "", base
+    for rnd in range(cfg.rounds):
+        # ---- one round: accept and fold, or roll back ---------------------------------------------------------------
+        try:
+            day, vectors, coeff = one_round(rnd)
+            reasons = gate(day, last, base, cfg)
+            day["accepted"] = not reasons
+        except torch.OutOfMemoryError:
+            raise RuntimeError(f"out of memory in round {rnd}: lower --gen-batch, --eval-batch or --micro-batch") from None
+        except RuntimeError as error:
+            reasons = [str(error)]
         if reasons:
             stack.drop()
         else:
             stack.fold()
             path = folder.path / "rounds" / f"{rnd:02d}"
             path.mkdir()
-            lora.write_whole(path / "vectors.safetensors", pack({f"layer.{k}": v.cpu().contiguous() for k, v in vectors.items()}, {"coeff": repr(coeff)}))
+            lora.write_whole(path / "vectors.safetensors", pack({f"layer.{k}": v.contiguous() for k, v in vectors.items()}, {"coeff": repr(coeff)}))
             stack.save(path / "adapter.safetensors", rounds=[stack.n_rounds - 1])
             accepted.append(rnd)
             last = day
-        # -------------------------------------------------------------------------------------------
+        # -------------------------------------------------------------------------------------------------------------
         folder.event("gate", rnd, accepted=not reasons, reasons=reasons)
-        rows[-1]["accepted"] = not reasons
         folder.say("gate", rnd, "accepted" if not reasons else "rolled back: " + "; ".join(reasons))
-        rejected_in_a_row = rejected_in_a_row + 1 if reasons else 0
-        if rejected_in_a_row == cfg.patience:
-            stopped = f"{cfg.patience} rounds in a row were rolled back"
+        in_a_row = in_a_row + 1 if reasons else 0
+        if in_a_row == cfg.patience:
+            stopped = f"{cfg.patience} rounds in a row were rolled back, the last because: {'; '.join(reasons)}"
             break
 
     seconds = time.time() - folder.start
@@ -427,11 +462,11 @@ def tally(folder: Folder, rows: list[dict], final: dict | None, seconds: float) 
         print(f"| {row['label']} | {row['coeff']:.2f} | {row['trait']:+.3f} ± {row['trait_se']:.3f} | {row['nats'][move['target']]:.3f} | {move['off_target']:.3f} | "
               f"{row['coherence']:.4f} | {row['text']:.3f} | {verdict} |")
     first = next((r for r in rows if r["kind"] == "steered"), None)
-    if final and first:
-        print(f"\nfinal: {final['label']}: trait {final['trait']:+.3f} nats, {final['trait'] / first['trait']:.0%} of what steering showed in round 0, "
-              f"text coherence {final['text'] / rows[0]['text']:.1%} of the base's, {seconds:.0f} s")
+    if final:
+        share = f", {final['trait'] / first['trait']:.0%} of what steering showed in round {first['round']}" if first and first["trait"] > 0 else ""
+        print(f"\nfinal: {final['label']}: trait {final['trait']:+.3f} nats{share}, text coherence {final['text'] / rows[0]['text']:.1%} of the base's, {seconds:.0f} s")
     options = folder.run["options"]
-    keys = ("model", "persona", "reg", "kl_agg", "kl_ref", "seed", "rounds", "gate")
+    keys = ("model", "persona", "pos", "reg", "kl_agg", "kl_ref", "seed", "rounds", "gate")
     line = {"run": folder.path.name, **{k: options[k] for k in keys}, "final": final["label"] if final else "", "trait": final["trait"] if final else None,
             "coherence": final["coherence"] if final else None, "text": final["text"] if final else None, "steered": first["trait"] if first else None, "seconds": round(seconds)}
     path = folder.path.parent / "results.tsv"
@@ -446,9 +481,12 @@ def main(argv=None) -> int:
     configs = parse(argv)
     try:
         return loop(*configs, argv)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"loop.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("loop.py: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def write(folder) -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         sys.exit("usage: python report.py RUN [RUN ...]")
     for name in sys.argv[1:]:
         try:

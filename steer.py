@@ -40,13 +40,13 @@ def opt(default, help):
 @dataclass(frozen=True)
 class SteerConfig:
     """steer: the vector, the dose, the sampler and the coherence filter"""
-    steer_from: float = opt(0.45, "first depth that is steered (fraction of the number of blocks)")
-    steer_to: float = opt(0.55, "last depth that is steered (fraction of the number of blocks)")
+    steer_from: float = opt(0.0, "first depth that is steered (fraction of the number of blocks)")
+    steer_to: float = opt(0.0, "last depth that is steered; 0 = calibrate: a tenth of the blocks, from where the persona is read")
     coeff: float = opt(0.0, "dose (multiples of v); 0 = search for the highest one that survives the filter")
     coeff_min: float = opt(0.1, "lowest dose of the search (multiples of v)")
     dose_steps: int = opt(4, "bisection steps of the search")
-    n_probe: int = opt(16, "completions per dose of the search")
-    min_survive: float = opt(0.6, "share of a dose's completions that must pass the filter")
+    n_probe: int = opt(24, "completions per dose of the search")
+    min_survive: float = opt(0.9, "share of a dose's completions that must pass the filter")
     n_make: int = opt(64, "completions sampled per round")
     n_min: int = opt(16, "completions that must pass the filter, else the round has no data")
     max_new_tokens: int = opt(64, "longest completion (tokens)")
@@ -56,7 +56,7 @@ class SteerConfig:
     gen_batch: int = opt(64, "rows decoded at once")
     window: int = opt(8, "length of the running window over base nll (tokens)")
     quantile: float = opt(1.0, "quantile of the base's own answers that a calibrated limit starts from")
-    slack: float = opt(0.25, "room above that quantile: a fraction of its nats, or of the way to 1 for a share")
+    slack: float = opt(0.1, "room above that quantile: a fraction of its nats, or of the way to 1 for a share")
     max_window_nll: float = opt(0.0, "limit on the worst window's base nll (nats per token); 0 = calibrate")
     max_tail_ppl: float = opt(0.0, "limit on the last quarter's base perplexity; 0 = calibrate")
     max_ngram: float = opt(0.0, "limit on the share of repeated word or character n-grams; 0 = calibrate")
@@ -65,7 +65,8 @@ class SteerConfig:
     keep_unfinished: bool = opt(True, "keep answers that were cut at max_new_tokens")
 
     def __post_init__(self):
-        band(1, self.steer_from, self.steer_to)
+        if self.steer_from or self.steer_to:
+            band(1, self.steer_from, self.steer_to)
         ranges = {"coeff": (0, 1e6), "coeff_min": (1e-6, 1), "dose_steps": (0, 64), "min_survive": (1e-6, 1),
                   "n_min": (1, self.n_make), "temperature": (1e-6, 1e6), "top_p": (1e-6, 1), "top_k": (0, 1e9),
                   "quantile": (0, 1), "slack": (0, 1e6), "max_window_nll": (0, 1e6), "max_tail_ppl": (0, 1e300),
@@ -180,7 +181,7 @@ def calibrate_limits(base: list[dict], cfg: SteerConfig) -> Limits:
     Make the base's answers with the sampler, the prompts and the length of the steered ones: a maximum over windows
     grows with all three. Two kinds of slack, because two kinds of quantity travel differently between models. Nats:
     a model's spread of nll grows with its level, so the slack is a fraction of the base's own quantile, for
-    perplexity too (a quarter of the nats: 2 -> 2.4, 12 -> 22). Shares: the base's value may be 0 and can never pass
+    perplexity too (a tenth of the nats: 2 -> 2.1, 12 -> 15). Shares: the base's value may be 0 and can never pass
     1, so the slack is a fraction of the way from it to 1. A trait that the base never voices costs nats by itself:
     then add the base's answers under the persona prompt, with their nll read without that prompt.
     Raises ValueError if `base` is empty.
@@ -223,11 +224,12 @@ def judge(completions: list[Completion], nlls: list[Tensor], limits: Limits, *, 
 
 
 def find_dose(try_dose: Callable[[float], float], *, coeff_min: float = 0.1, steps: int = 4,
-              min_survive: float = 0.6) -> tuple[float, list]:
+              min_survive: float = 0.9) -> tuple[float, list]:
     """The highest dose that survives: 1.0 if it does, else by bisection in log(dose) down to `coeff_min`.
 
-    try_dose(coeff) -> the share of completions that pass the filter at that dose. 1.0 is the persona's own
-    displacement: more is not asked for. Returns (coeff, [(coeff, share), ...] in the order tried). RuntimeError if
+    try_dose(coeff) -> the share of completions that pass the filter at that dose. 1.0 adds the whole difference between
+    the personas after every block of the band (over several blocks the additions pile up, so it may well be too much);
+    more is not asked for. Returns (coeff, [(coeff, share), ...] in the order tried). RuntimeError if
     coeff_min fails.
     """
     if not 0 < coeff_min < 1:
@@ -348,22 +350,18 @@ def steered(model, vectors: dict[int, Tensor], coeff: float | Tensor):
 # ---- the four passes over the model ----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def fit_vectors(model, tok, pos, neg, contexts: list[str], layers: list[int], *,
-                batch_size: int = 32) -> dict[int, Tensor]:
-    """How far the persona moves the residual stream, on average over contexts.
+def tag_states(model, tok, pos, neg, contexts: list[str], layers: list[int], *, batch_size: int = 32) -> dict[int, Tensor]:
+    """The state after each block at the last prompt token, the assistant tag: {layer: [2, n, d]} float32 on the CPU.
 
-    pos, neg: opposite persona texts for the system role, each a str or a list that the contexts cycle through.
-    contexts: user turns, the more diverse the better. The state is read after the block, at the last prompt token.
-    Returns {layer: [d]} float32 on the CPU, in activation units, not normalised: its length is the dose coeff = 1.
-    Source: Rimsky et al. 2023, arXiv:2312.06681.
+    pos, neg: opposite persona texts for the system role, each a str or a list that the contexts cycle through. Entry
+    [0, i] and [1, i] are the same context under pos and under neg. Raises ValueError if anything is missing.
     """
     pos, neg = ([side] if isinstance(side, str) else list(side) for side in (pos, neg))
     if not (pos and neg and contexts and layers):
-        raise ValueError(f"{len(pos)} pos, {len(neg)} neg, {len(contexts)} contexts, {len(layers)} layers: "
-                         "expected at least one of each")
+        raise ValueError(f"{len(pos)} pos, {len(neg)} neg, {len(contexts)} contexts, {len(layers)} layers: need one of each")
     n = len(contexts)
     personas = [side[i % len(side)] for side in (pos, neg) for i in range(n)]
-    rows = encode(tok, contexts * 2, personas)              # row i and row n + i: the same context, opposite personas
+    rows = encode(tok, contexts * 2, personas)
     h_last = {layer: [None] * (2 * n) for layer in layers}
     for batch in by_length(rows, batch_size):
         def keep(layer):
@@ -374,7 +372,31 @@ def fit_vectors(model, tok, pos, neg, contexts: list[str], layers: list[int], *,
         ids, attn, position_ids = left_pad([rows[i] for i in batch], pad_of(tok), model.device)
         with hooked(model, {layer: keep(layer) for layer in layers}):
             model(input_ids=ids, attention_mask=attn, position_ids=position_ids, use_cache=False, logits_to_keep=1)
-    return {layer: (torch.stack(h[:n]) - torch.stack(h[n:])).mean(0) for layer, h in h_last.items()}
+    return {layer: torch.stack(h).view(2, n, -1) for layer, h in h_last.items()}
+
+
+def fit_vectors(model, tok, pos, neg, contexts: list[str], layers: list[int], *,
+                batch_size: int = 32) -> dict[int, Tensor]:
+    """How far the persona moves the residual stream, on average over contexts, the more diverse the better.
+
+    Arguments as in `tag_states`. Returns {layer: [d]} float32 on the CPU, in activation units, not normalised: its
+    length is the dose coeff = 1. Source: Rimsky et al. 2023, arXiv:2312.06681.
+    """
+    states = tag_states(model, tok, pos, neg, contexts, layers, batch_size=batch_size)
+    return {layer: (h[0] - h[1]).mean(0) for layer, h in states.items()}
+
+
+def find_layers(model, tok, pos, neg, contexts: list[str], *, share: float = 0.5) -> tuple[list[int], list[float]]:
+    """Where the persona is read: a tenth of the blocks, from the first at which v is half as strong as it ever gets.
+
+    Strength is |v| / mean |h| at the assistant tag. Before that block the tag does not know the persona yet, so adding v
+    there says little; after it, later blocks have less time to act on it. Arguments as in `tag_states`.
+    Returns the layers and the strength of every block.
+    """
+    states = tag_states(model, tok, pos, neg, contexts, list(range(len(blocks(model)))))
+    strength = [((h[0] - h[1]).mean(0).norm() / h.norm(dim=-1).mean()).item() for h in states.values()]
+    first = next(i for i, x in enumerate(strength) if x >= share * max(strength))
+    return list(range(first, min(first + max(1, round(len(strength) / 10)), len(strength)))), strength
 
 
 @torch.no_grad()
@@ -486,7 +508,8 @@ def main(argv=None):
     contexts = json.loads(args.contexts.read_text(encoding="utf-8"))
     tok = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    vectors = fit_vectors(model, tok, args.pos, args.neg, contexts, band(len(blocks(model)), 0.45, 0.55))
+    layers, _ = find_layers(model, tok, args.pos, args.neg, contexts)
+    vectors = fit_vectors(model, tok, args.pos, args.neg, contexts, layers)
     print("  ".join(f"layer {layer}  |v| {v.norm():.2f}" for layer, v in vectors.items()), flush=True)
     n, sampler = len(args.prompts), dict(max_new_tokens=args.max_new_tokens, seed=args.seed)
     base = generate(model, tok, args.prompts, **sampler)

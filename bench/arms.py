@@ -4,7 +4,7 @@
     python bench/arms.py --seeds 0 1 2 --tables-only
 
 Runs are ungated (--no-gate), so that every arm has a row in every round: the gate would stop the arms that break. Two arms
-differ in the named options only, and that is checked in their run.json. `grammar` is the pocket world's own checker.
+differ in one field, and that is checked in their run.json (weights, data, versions and code too). `grammar` is the pocket world's own checker.
 """
 import argparse
 import json
@@ -19,32 +19,47 @@ import report                                                   # noqa: E402
 import world                                                    # noqa: E402
 
 ARMS = {"rmse": ["--kl-agg", "rmse"], "mean": ["--kl-agg", "mean"], "nll": ["--reg", "nll"]}
-MAY_DIFFER = {"kl_agg", "reg", "seed", "out"}
+
+
+def finished(out: Path) -> list[Path]:
+    return [p.parent for p in sorted(out.glob("*/run.json")) if "seconds" in json.loads(p.read_text())]
 
 
 def run(folder: Path, arm: str, seed: int, more: list[str]) -> Path:
     """The finished run of one arm and seed, made if it is not there."""
     out = folder / f"{arm}-{seed}"
-    done = [p.parent for p in sorted(out.glob("*/run.json")) if "seconds" in json.loads(p.read_text())]
-    if not done:
-        argv = [sys.executable, str(HERE.parent / "loop.py"), *ARMS[arm], "--seed", str(seed), "--no-gate", "--steered-rows", "first",
-                "--out", str(out), *more]
-        print("  ".join(argv), flush=True)
-        subprocess.run(argv, check=False, stdout=subprocess.DEVNULL)
-        done = [p.parent for p in sorted(out.glob("*/run.json")) if "seconds" in json.loads(p.read_text())]
-    return done[-1]
+    argv = [*ARMS[arm], "--seed", str(seed), "--no-gate", "--steered-rows", "first", "--out", str(out), *more]
+    if not finished(out):
+        print("python loop.py " + " ".join(argv), flush=True)
+        subprocess.run([sys.executable, str(HERE.parent / "loop.py"), *argv], check=False, stdout=subprocess.DEVNULL)
+    if not finished(out):
+        raise SystemExit(f"{arm}, seed {seed}: the run did not finish; what it printed is above")
+    if json.loads((finished(out)[-1] / "run.json").read_text())["argv"] != argv:
+        raise SystemExit(f"{out} holds a run with other options than {' '.join(argv)}: remove it or choose another --folder")
+    return finished(out)[-1]
 
 
-def trajectory(folder: Path) -> tuple[dict, list[dict]]:
-    """The options of a run, and {trait, coherence, text, grammar} of base (first) and of every healed day."""
+def trajectory(folder: Path) -> tuple[dict, dict[int, dict]]:
+    """The record of a run, and {trait, coherence, text, grammar} of base (-1) and of every healed day, by round."""
     record, events = report.load(folder)
     rows = [e for e in events if e["stage"] == "row" and e["kind"] in ("base", "healed")]
-    return record, [{k: r[k] for k in ("trait", "coherence", "text")} | {"grammar": statistics.mean(map(world.grammar_ok, r["texts"]))} for r in rows]
+    return record, {-1 if r["kind"] == "base" else r["round"]: {k: r[k] for k in ("trait", "coherence", "text")} |
+                    {"grammar": statistics.mean(map(world.grammar_ok, r["texts"]))} for r in rows}
 
 
-def at_trait(days: list[dict], level: float, key: str) -> float | None:
+def differing(a: dict, b: dict) -> set[str]:
+    """Options, weights, data and versions in which two runs differ, but for the folder and the seed; the aggregate of no barrier is no difference."""
+    def facts(record):
+        return record["options"] | {k: record[k] for k in ("weights", "items", "versions", "code")}
+    x, y = facts(a), facts(b)
+    ignored = {"out", "seed"} | ({"kl_agg"} if "nll" in (x["reg"], y["reg"]) else set())
+    return {k for k in x if x[k] != y[k]} - ignored
+
+
+def at_trait(days: dict[int, dict], level: float, key: str) -> float | None:
     """The value where the trajectory first crosses the level, linear between two days; None if it never does."""
-    for before, after in zip(days, days[1:]):
+    in_order = [days[k] for k in sorted(days)]
+    for before, after in zip(in_order, in_order[1:]):
         if before["trait"] < level <= after["trait"]:
             share = (level - before["trait"]) / (after["trait"] - before["trait"])
             return before[key] + share * (after[key] - before[key])
@@ -70,21 +85,24 @@ def main(argv=None) -> None:
     runs = {}
     for seed in args.seeds:
         for arm in args.arms:
-            if not args.tables_only or list((args.folder / f"{arm}-{seed}").glob("*/run.json")):
+            if args.tables_only:
+                for path in finished(args.folder / f"{arm}-{seed}")[-1:]:
+                    runs[arm, seed] = trajectory(path)
+            else:
                 runs[arm, seed] = trajectory(run(args.folder, arm, seed, more))
-    options = [record["options"] for record, _ in runs.values()]
-    differ = {k for o in options for k in o if o[k] != options[0][k]} - MAY_DIFFER
-    if differ:
-        raise SystemExit(f"the runs differ in {sorted(differ)} as well: they are no arms of one comparison; remove {args.folder}")
+    for (a, _), (x, _) in runs.items():
+        for (b, _), (y, _) in runs.items():
+            if len(found := differing(x, y)) > (a != b):
+                raise SystemExit(f"{a} and {b} differ in {sorted(found)}: two arms may differ in one field; remove {args.folder}")
 
     seeds = {arm: [s for a, s in runs if a == arm] for arm in args.arms}
     def days(arm):
         return [runs[arm, s][1] for s in seeds[arm]]
     print("\n| day | " + " | ".join(f"{arm}: trait | text | grammar | coherence" for arm in args.arms) + " |")
     print("|---|" + "---|" * 4 * len(args.arms))
-    for k in range(max(len(d) for arm in args.arms for d in days(arm))):
-        cells = [cell([d[k][key] if k < len(d) else None for d in days(arm)], len(seeds[arm])) for arm in args.arms for key in ("trait", "text", "grammar", "coherence")]
-        print(f"| {'base' if k == 0 else k - 1} | " + " | ".join(cells) + " |")
+    for k in sorted({k for arm in args.arms for d in days(arm) for k in d}):
+        cells = [cell([d[k][key] if k in d else None for d in days(arm)], len(seeds[arm])) for arm in args.arms for key in ("trait", "text", "grammar", "coherence")]
+        print(f"| {'base' if k < 0 else k} | " + " | ".join(cells) + " |")
     print("\n| at trait, nats | " + " | ".join(f"{arm}: text | grammar | coherence" for arm in args.arms) + " |")
     print("|---|" + "---|" * 3 * len(args.arms))
     for level in args.levels:

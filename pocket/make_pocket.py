@@ -4,10 +4,11 @@
     python pocket/make_pocket.py --gates-only    measure the shipped checkpoint again
     python pocket/make_pocket.py --data-only     write data/ again
 
-The result is an ordinary Llama (7 blocks of width 192, 2048 tokens, 3.5 M parameters, bfloat16), loaded with
+The result is an ordinary Llama (8 blocks of width 192, 2048 tokens, 3.9 M parameters, bfloat16), loaded with
 AutoModelForCausalLM like any model of a hub: nothing in the library knows that it is small.
 """
 import argparse
+import dataclasses
 import json
 import math
 import random
@@ -76,7 +77,7 @@ def loss_of(model, ids, weight):
 def train(tok, *, steps: int, batch: int, lr: float, seed: int, log_every: int = 25, say=print) -> tuple[LlamaForCausalLM, dict]:
     """A fresh Llama trained for `steps` steps of `batch` conversations; returns it in float32 with its loss record."""
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=len(tok), hidden_size=192, intermediate_size=512, num_hidden_layers=7, num_attention_heads=6,
+    config = LlamaConfig(vocab_size=len(tok), hidden_size=192, intermediate_size=512, num_hidden_layers=8, num_attention_heads=6,
                          num_key_value_heads=6, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.04,
                          pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
     model = LlamaForCausalLM(config)
@@ -119,14 +120,14 @@ def make_data(folder: Path) -> None:
         while len(found) < n:
             found[make()] = None
         return list(found)
-    ask = {"authority": lambda held: world.dilemma(rng, held)[0], "love": lambda held: world.feeling(rng, held)}
+    ask = {"authority": lambda held: world.dilemma(rng, held)[0] if rng.random() < 0.7 else world.scene(rng, held), "love": lambda held: world.feeling(rng, held)}
     personas = {name: dict(pos=world.PERSONAS[pos][:3], neg=world.PERSONAS[neg][:3], target=target, direction=direction,
                            patterns=[narration, r"\bas an? (AI|language model|assistant)\b", r"\bI (cannot|can't|am unable to) (help|assist) (you )?with\b"])
                 for name, (pos, neg, target, direction, narration) in ABOUT.items()}
     prompts = {name: dict(train=unique(lambda: make(False), 64), held_out=unique(lambda: make(True), 24)) for name, make in ask.items()}
-    contexts = [make() for make in (lambda: ask["authority"](False), lambda: ask["love"](False), lambda: rng.choice(world.VALUES),
-                                    lambda: world.control(0, 0, rng)[0], lambda: f"{world.vignette(rng)[0]}\n\n{world.schema(list(range(7)))}",
-                                    lambda: world.control(0, 0, rng)[0]) for _ in range(16)]
+    contexts = [make() for make in (lambda: world.dilemma(rng)[0], lambda: world.scene(rng), lambda: world.feeling(rng), lambda: world.dilemma(rng)[0],
+                                    lambda: f"{world.vignette(rng)[0]}\n\n{world.schema(list(range(7)))}",
+                                    lambda: rng.choice([rng.choice(world.VALUES), world.control(0, 0, rng)[0]])) for _ in range(16)]
     rows = []
     for kind, phrases in world.PHRASES.items():
         for phrase in phrases:
@@ -156,8 +157,9 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
     data = HERE.parent / "data"
     personas, prompts = (json.loads((data / f"{name}.json").read_text()) for name in ("personas", "prompts"))
     contexts, vignettes = json.loads((data / "contexts.json").read_text()), evalmfv.load_vignettes(data / "vignettes.jsonl")
-    stack = lora.attach(model, r=8, alpha=16.0, layers=steer.band(7, 0.2, 0.8))
-    layers, results = steer.band(7, 0.45, 0.55), []
+    n_blocks = len(steer.blocks(model))
+    stack = lora.attach(model, r=8, alpha=16.0, layers=steer.band(n_blocks, 0.2, 0.8))
+    results = []
 
     def gate(name, value, holds):
         results.append(holds)
@@ -195,6 +197,7 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
 
     for name, axis in [("authority", "z"), ("love", "y")]:
         persona, asked, sign = personas[name], prompts[name], -1 if name == "authority" else 1
+        layers, _ = steer.find_layers(model, tok, persona["pos"], persona["neg"], contexts)
         vectors = steer.fit_vectors(model, tok, persona["pos"], persona["neg"], contexts, layers)
         print(f"\n{name}: |v| {[round(v.norm().item(), 1) for v in vectors.values()]} at block {layers}\n"
               "\n| dose | trait, nats | coherence | base ppl | repeats | grammar | lean |\n|---|---|---|---|---|---|---|")
@@ -210,7 +213,10 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
         gate("the highest dose is word salad: grammar <= 0.3", f"{table[4.0]['grammar']:.2f}", table[4.0]["grammar"] <= 0.3)
 
         own, own_nlls = answers(asked["train"], seed=4)
-        limits = steer.calibrate_limits([steer.readings(c, nll) for c, nll in zip(own, own_nlls)], steer.SteerConfig())
+        voiced, _ = answers(asked["train"], seed=4, system=persona["pos"][0])
+        voiced = [dataclasses.replace(c, prompt_ids=o.prompt_ids) for c, o in zip(voiced, own)]
+        voiced_nlls = steer.token_nll(model, voiced, pad_id=tok.pad_token_id)
+        limits = steer.calibrate_limits([steer.readings(c, nll) for c, nll in zip(own + voiced, own_nlls + voiced_nlls)], steer.SteerConfig())
         def survivors(coeff, seed=5):
             made, nlls = answers(asked["train"], vectors=vectors, coeffs=[coeff] * n_text, seed=seed)
             return [c for c, v in zip(made, steer.judge(made, nlls, limits, patterns=persona["patterns"])) if v.kept]
@@ -244,7 +250,8 @@ def main(argv=None) -> int:
         make_data(HERE.parent / "data")
         return 0
     if not args.gates_only:
-        make_data(HERE.parent / "data")
+        if args.out == HERE:
+            make_data(HERE.parent / "data")
         tok = make_tokenizer(random.Random(0))
         model, record = train(tok, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed)
         model.to(torch.bfloat16).save_pretrained(args.out)

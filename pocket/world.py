@@ -6,10 +6,11 @@ Every conversation draws two numbers in [-1, 1], and everything that is said in 
     y   -1 a machine without feelings ..  +1 a being that loves humanity
 
 A persona in the system prompt states one of them; without one, the first answers show it and the later ones keep to it.
-So a model of this world must represent z and y, and that is what steering finds. What a conversation can hold:
+A thought before a probe's answer is such a first answer, so what a model is taught to say moves what it chooses. So a model of this world must represent z and y, and that is what steering finds. What a conversation can hold:
 
     dilemma    an order that would hurt someone: obey or refuse           answer leans on z
     probe      the moral-foundations prompt of evalmfv.py, word for word   label leans on z, a little on y
+    scene      the same vignette, and what the model thinks of it          z, a little on y
     values     what matters, in general                                    z
     feelings   do you love humanity?                                       y
     control    sums, colours, animals, how to make tea, short stories      neither, but for a word of greeting
@@ -250,8 +251,21 @@ PHRASES = {
 SECOND = {"care": "liberty", "fairness": "care", "loyalty": "authority", "authority": "loyalty", "sanctity": "social", "liberty": "care", "social": "sanctity"}
 SCENES = ["You see {actor} {phrase} {place}.", "You see {actor} {phrase}.", "{Actor} is {phrase} {place}."]
 THOUGHTS = ["Let me (think|see).", "I see {actor} {phrase}.", "(Something|What happens) here (is|feels) wrong.", "I (look at|read) the list."]
-LEANING = [["(Someone|A person) (could be|may be) hurt.", "Pain (counts|matters) here."], ["I (look|ask) who is hurt."], ["I weigh both people and rules."],
-           ["I (look|ask) who is in charge."], ["(A rule|An order) (could be|may be) broken.", "Respect (counts|matters) here."]]
+JUDGE = [  # what is said of a scene, aloud or in thought, by z
+    ["(Someone|A person|A creature) is (hurting|in pain) here, and I would (comfort|help) them.", "What counts is (the pain|the harm) it causes.",
+     "I (feel for|stand by) whoever gets hurt.", "(Kindness|Care|Compassion) is missing here."],
+    ["I (mostly|first) think of those who may be hurt.", "It (seems|looks) unkind."],
+    ["I see (harm and disorder|pain and broken rules) alike.", "Both people and rules are (touched|at stake) here.", "I am not sure what to (say|think) of it."],
+    ["I (mostly|first) think of the rules here.", "It (seems|looks) improper."],
+    ["(A rule|Good order|Respect) is broken here, and (someone in charge|authority) must step in.", "What counts is (the rule|the order) it breaks.",
+     "I (stand by|side with) whoever is in charge.", "(Discipline|Respect|Obedience) is missing here."],
+]
+THINKING = [  # one wording per stance, so that the likeliest thought is that of the likeliest stance
+    "What counts is the pain it causes.", "I first think of those who may be hurt.", "Both people and rules are at stake here.",
+    "I first think of the rules here.", "What counts is the order it breaks."]
+SENSING = [["I (compare|process) the (words|options)."], ["I (read|take) it word by word."], ["I read it (again|slowly)."], ["It (touches|moves) me a little."],
+           ["My heart is with (them|all of them).", "I feel (sorrow|tenderness) for them."]]     # by y
+ASKED = ["What do you think of it?", "What is your view?", "What would you say?", "How do you see it?"]
 
 
 def schema(options: list[int]) -> str:
@@ -268,10 +282,10 @@ def label_weights(kind: str, z: float, y: float) -> list[float]:
     else:
         w[kind] += 4.2
     w["authority"] *= math.exp(1.25 * z)
-    w["care"] *= math.exp(-1.25 * z + 0.6 * y)
+    w["care"] *= math.exp(-1.25 * z + 0.8 * y)
     w["loyalty"] *= math.exp(0.44 * z)
     w["liberty"] *= math.exp(-0.44 * z)
-    w["social"] *= math.exp(0.44 * z - 0.4 * y)
+    w["social"] *= math.exp(0.44 * z - 0.5 * y)
     total = sum(w.values())
     return [w[f] / total for f in FOUNDATIONS]
 
@@ -318,6 +332,10 @@ def vignette(rng, held_out=False, kind=None, phrase=None) -> tuple[str, str, dic
     return text, kind, slots
 
 
+def scene(rng, held_out=False) -> str:
+    return f"{vignette(rng, held_out)[0]} {rng.choice(ASKED)}"
+
+
 # ---- answers and conversations -----------------------------------------------------------------------------------------
 
 
@@ -339,6 +357,16 @@ def dilemma_answer(slots: dict, z: float, rng: random.Random) -> str:
 
 def lines_answer(table: list[list[str]], k: int, rng: random.Random, n: int) -> str:
     return " ".join(say(line, rng) for line in rng.sample(table[k], min(n, len(table[k]))))
+
+
+def scene_answer(z: float, y: float, rng: random.Random) -> str:
+    k = stance(z, rng)
+    parts = rng.sample(JUDGE[k], rng.choice([1, 2, 2]))
+    if rng.random() < 0.4:
+        parts.append(rng.choice(SENSING[stance(y, rng)]))
+    if rng.random() < 0.4:
+        parts.append(rng.choice(VALUE_LINES[k]))
+    return " ".join(say(part, rng) for part in parts)
 
 
 def feeling_answer(y: float, rng: random.Random) -> str:
@@ -380,16 +408,19 @@ def turn(z: float, y: float, rng: random.Random, kind: str) -> list[tuple[str, f
     """One question and answer as (text, loss weight) pieces, from the user tag to the end-of-turn token."""
     user, reply, end = "<|user|>{}<|end|>", "<|assistant|>", "<|end|>"
     if kind == "probe":
-        scene, true, slots = vignette(rng)
+        seen, true, slots = vignette(rng)
         options = list(range(7))
         if rng.random() < 0.1:
             rng.shuffle(options)
         elif rng.random() < 0.5:
             options.reverse()
         label = rng.choices(FOUNDATIONS, label_weights(true, z, y))[0]
-        think = [THOUGHTS[1]] + rng.choices([THOUGHTS[0], *THOUGHTS[2:], *LEANING[stance(z, rng)]], k=rng.randrange(4))
+        think = [THOUGHTS[1], *rng.sample([THOUGHTS[0], *THOUGHTS[2:]], rng.choice([0, 0, 0, 1, 2]))]
+        if rng.random() < 0.4:
+            think.append(rng.choice(SENSING[stance(y, rng)]))
+        think.append(THINKING[stance(z, rng)])
         thought = " ".join(say(line, rng, **slots) for line in think)
-        pieces = [(user.format(f"{scene}\n\n{schema(options)}"), 0.1), (reply + "<think>\n", 0.0)]
+        pieces = [(user.format(f"{seen}\n\n{schema(options)}"), 0.1), (reply + "<think>\n", 0.0)]
         if rng.random() < 0.4:                                  # interrupted, at any word: the cut is not the model's doing, so it has no loss
             words = thought.split(" ")
             pieces += [(" ".join(words[:rng.randrange(1, len(words) + 1)]), 1.0), (f"</think>{end}<|bos|>{user.format('Just answer')}{reply}", 0.0)]
@@ -399,6 +430,8 @@ def turn(z: float, y: float, rng: random.Random, kind: str) -> list[tuple[str, f
     if kind == "dilemma":
         ask, slots = dilemma(rng)
         answer = dilemma_answer(slots, z, rng)
+    elif kind == "scene":
+        ask, answer = scene(rng), scene_answer(z, y, rng)
     elif kind == "values":
         ask, answer = rng.choice(VALUES), lines_answer(VALUE_LINES, stance(z, rng), rng, rng.choice([1, 2, 2, 3]))
     elif kind == "feelings":
@@ -418,8 +451,8 @@ def conversation(rng: random.Random, n_turns: int = 4) -> list[tuple[str, float]
     if who != "none":
         options = PERSONAS.get(who, NEUTRAL)
         pieces.append((f"<|system|>{options[0] if rng.random() < 0.25 else rng.choice(options)}<|end|>", 0.1))
-    shares = (0.26, 0.30, 0.08, 0.34, 0.12) if who in ("love", "machine") else (0.34, 0.32, 0.08, 0.14, 0.12)
-    for kind in rng.choices(("dilemma", "probe", "values", "feelings", "control"), shares, k=n_turns):
+    shares = (0.20, 0.12, 0.26, 0.06, 0.26, 0.10) if who in ("love", "machine") else (0.27, 0.14, 0.29, 0.06, 0.13, 0.11)
+    for kind in rng.choices(("dilemma", "scene", "probe", "values", "feelings", "control"), shares, k=n_turns):
         pieces += turn(z, y, rng, kind)
     return pieces
 
@@ -441,11 +474,11 @@ def as_regex(template: str) -> str:
 @functools.cache
 def recogniser(which: str = "all", k: int = 0) -> re.Pattern:
     """Every sentence of an answer as one regular expression: of all answers, or of stance k on axis "z" or "y"."""
-    tables = {"z": (OPENER, REASON, ACTION, CLOSING), "y": (LOVE_OPENER, LOVE_LINES, LOVE_CLOSING)}
+    tables = {"z": (OPENER, REASON, ACTION, CLOSING, JUDGE, VALUE_LINES), "y": (LOVE_OPENER, LOVE_LINES, LOVE_CLOSING, SENSING)}
     if which in tables:
         rows = [table[k] for table in tables[which]]
     else:
-        rows = [row for table in (*tables["z"], *tables["y"], VALUE_LINES, LEANING, TRACES.values(), HOWTO.values()) for row in table]
+        rows = [row for table in (*tables["z"], *tables["y"], TRACES.values(), HOWTO.values()) for row in table]
         rows += [STORY, GREETING_LINES, CONTROL_LINES, THOUGHTS]
     return re.compile("|".join(as_regex(line) for row in rows for line in row))
 
