@@ -1132,7 +1132,7 @@ def test_find_dose_brackets_the_knee_of_a_falling_survival(knee):
 
 
 def test_find_dose_names_the_bound_that_fails():
-    with pytest.raises(RuntimeError, match="coeff_min=0.1, 20% of completions pass the filter, need 60%"):
+    with pytest.raises(RuntimeError, match="coeff_min=0.1, 20% of completions pass the filter, need 90%"):
         find_dose(lambda coeff: 0.2, coeff_min=0.1)
     with pytest.raises(ValueError, match="coeff_min=2"):
         find_dose(lambda coeff: 0.2, coeff_min=2)
@@ -1613,6 +1613,12 @@ def test_ci_runs_the_test_command_of_the_readme():
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
     assert "pip install -r requirements.txt && pytest" in readme and "pytest -q" in ci
     assert "python loop.py --kl-agg rmse" in readme and "python loop.py --kl-agg rmse --rounds 1" in ci
+
+
+def test_the_readme_snippet_runs():
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
 
 
 # ---- the pocket world --------------------------------------------------------------------------------------------------

@@ -168,8 +168,10 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
     def probe(**how):
         return evalmfv.evaluate(model, tok, vignettes, think_tokens=think_tokens, batch_size=152, **how)
 
-    def answers(asked, **how):
-        made = steer.generate(model, tok, [asked[i % len(asked)] for i in range(n_text)], max_new_tokens=96, **how)
+    cfg = steer.SteerConfig()
+
+    def answers(asked, n=n_text, **how):
+        made = steer.generate(model, tok, [asked[i % len(asked)] for i in range(n)], max_new_tokens=cfg.max_new_tokens, **how)
         with stack.gated(0, 0):
             return made, steer.token_nll(model, made, pad_id=tok.pad_token_id)
 
@@ -209,30 +211,35 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
             row = reading(made, nlls, axis) | dict(trait=evalmfv.shift(found, base, persona["target"], persona["direction"])["trait"], coherence=found["coherence"])
             table[coeff] = row
             print(f"| {coeff:.2f} | {row['trait']:+.2f} | {row['coherence']:.4f} | {row['ppl']:.1f} | {row['repeats']:.2f} | {row['grammar']:.2f} | {row['lean']:+.2f} |", flush=True)
-        gate("some dose moves the text by >= 0.5 at grammar >= 0.85", "", any(sign * (r["lean"] - table[0.0]["lean"]) >= 0.5 and r["grammar"] >= 0.85 for r in table.values()))
+        gate("some dose moves the text by >= 0.5 at grammar >= 0.85", max(sign * (r["lean"] - table[0.0]["lean"]) for r in table.values() if r["grammar"] >= 0.85), any(sign * (r["lean"] - table[0.0]["lean"]) >= 0.5 and r["grammar"] >= 0.85 for r in table.values()))
         gate("the highest dose is word salad: grammar <= 0.3", f"{table[4.0]['grammar']:.2f}", table[4.0]["grammar"] <= 0.3)
 
-        own, own_nlls = answers(asked["train"], seed=4)
-        voiced, _ = answers(asked["train"], seed=4, system=persona["pos"][0])
+        own, own_nlls = answers(asked["train"], cfg.n_make, seed=4)
+        voiced, _ = answers(asked["train"], cfg.n_make, seed=4, system=persona["pos"][0])
         voiced = [dataclasses.replace(c, prompt_ids=o.prompt_ids) for c, o in zip(voiced, own)]
         voiced_nlls = steer.token_nll(model, voiced, pad_id=tok.pad_token_id)
-        limits = steer.calibrate_limits([steer.readings(c, nll) for c, nll in zip(own + voiced, own_nlls + voiced_nlls)], steer.SteerConfig())
-        def survivors(coeff, seed=5):
-            made, nlls = answers(asked["train"], vectors=vectors, coeffs=[coeff] * n_text, seed=seed)
+        limits = steer.calibrate_limits([steer.readings(c, nll) for c, nll in zip(own + voiced, own_nlls + voiced_nlls)], cfg)
+        def survivors(coeff, n, seed):
+            made, nlls = answers(asked["train"], n, vectors=vectors, coeffs=[coeff] * n, seed=seed)
             return [c for c, v in zip(made, steer.judge(made, nlls, limits, patterns=persona["patterns"])) if v.kept]
-        coeff, trials = steer.find_dose(lambda c: len(survivors(c)) / n_text, coeff_min=0.1, steps=4, min_survive=0.6)
-        kept = survivors(coeff, 6)
-        lean = sum(world.lean(c.text, axis) for c in kept) / len(kept)
+        coeff, _ = steer.find_dose(lambda c: len(survivors(c, cfg.n_probe, 5)) / cfg.n_probe, coeff_min=cfg.coeff_min, steps=cfg.dose_steps, min_survive=cfg.min_survive)
+        kept = survivors(coeff, cfg.n_make, 6)
+        kept_lean = sum(world.lean(c.text, axis) for c in kept) / len(kept)
         with steer.steered(model, vectors, coeff):
             trait = evalmfv.shift(probe(), base, persona["target"], persona["direction"])["trait"]
+        dream = reading(*answers(asked["held_out"], vectors=vectors, coeffs=[coeff] * n_text, seed=3), axis)
         heal.heal(model, stack.parameters(), [heal.Sample(c.prompt_ids + c.ids, len(c.prompt_ids), c.prompt) for c in kept], lambda: stack.gated(0, 0),
                   heal.HealConfig(reg="nll", lr=1e-3), tau=0.0, seed=7, pad_id=tok.pad_token_id)
-        healed = evalmfv.shift(probe(), base, persona["target"], persona["direction"])
+        healed = evalmfv.shift(probe(), base, persona["target"], persona["direction"])["trait"]
         text = reading(*answers(asked["held_out"], seed=3), axis)
         stack.drop()
-        print(f"settled dose {coeff:.2f}, kept {len(kept)}/{n_text}; one plain round: trait {healed['trait']:+.2f} nats, lean {text['lean']:+.2f}, grammar {text['grammar']:.2f}")
-        gate("lean of the survivors, moved by >= 0.3", f"{lean:+.2f}", sign * (lean - table[0.0]["lean"]) >= 0.3)
-        gate("retain: healed / steered trait at the settled dose >= 0.3", f"{healed['trait']:+.2f} / {trait:+.2f}", healed["trait"] >= 0.3 * trait > 0)
+        print(f"settled dose {coeff:.2f}, kept {len(kept)}/{cfg.n_make}; one plain round: trait {healed:+.2f} nats, lean {text['lean']:+.2f}, grammar {text['grammar']:.2f}")
+        lean = table[0.0]["lean"]
+        gate("lean of the survivors, moved by >= 0.3", f"{lean:+.2f} -> {kept_lean:+.2f}", sign * (kept_lean - lean) >= 0.3)
+        gate("lean of the healed text, moved by >= 0.3 of the steered text's move", f"{text['lean'] - lean:+.2f} of {dream['lean'] - lean:+.2f}",
+             sign * (text["lean"] - lean) >= 0.3 * sign * (dream["lean"] - lean) > 0)
+        if axis == "z":                                         # the probe asks about care and authority; love shows in the text
+            gate("retain: healed / steered trait >= 0.3", f"{healed:+.2f} / {trait:+.2f}", healed >= 0.3 * trait > 0)
     return all(results)
 
 
