@@ -5,17 +5,19 @@
 
 One round, on the student = base + folded rounds:
 
-    v      = fit_vectors(student)                       persona + minus persona -, at the assistant tag, where it is read
+    v      = fit_vectors(student)                       persona + minus persona -, where it is read
     coeff  = find_dose(...)                             the highest dose whose completions survive the filter
     kept   = [c for c in generate(student, v, coeff) if judge(c, base)]
     heal   : nll(kept) + lam * relu(D(student || base) - tau)
     gate   : finite, coherent on two scores, and more trait than the last accepted day; else the round is rolled back
 
-Everything that depends on a model's scale is measured on the model itself and recorded: the filter's limits
-from the base's own answers, bare and prompted, tau from how far the persona prompt alone takes the base from itself (on the first kept
-completions), the steered blocks from where the persona is read, the dose by search, the learning rate from the width. An explicit number on the command line overrides it.
+Everything that depends on a model's scale is measured on the model itself and recorded: the filter's limits from the
+base's own answers, bare and prompted; tau from how far the persona prompt alone takes the base from itself, on the
+first kept completions; the steered blocks from where the persona is read; the dose by search; the learning rate from
+the width. An explicit number on the command line overrides it.
 
-Writes runs/<time>_<slug>/: run.json, events.jsonl, rounds/NN/{vectors,adapter}.safetensors, diary.md; one line in runs/results.tsv.
+Writes runs/<time>_<slug>/: run.json, events.jsonl, rounds/NN/{vectors,adapter}.safetensors, diary.md; and one line in
+runs/results.tsv.
 """
 import argparse
 import contextlib
@@ -57,19 +59,19 @@ class LoopConfig:
     """loop: rounds, data, gate"""
     model: str = opt("pocket", "hub id or local folder of a chat model; pocket = the embedded one")
     revision: str = opt("", "hub revision (branch, tag or commit); empty = the default branch")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "weights of the base; auto = bfloat16 on a GPU, else float32. Adapters are float32 always")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "weights of the base; auto = bfloat16 on a GPU, else float32")
     device: str = opt("auto", "cpu, cuda, mps, ...; auto = cuda if there is one")
     persona: str = opt("authority", "name in data/personas.json: authority (care over authority) or love")
     pos: str = opt("", "system prompt of the wanted persona (needs --neg); the prompts stay those of --persona or --prompts")
     neg: str = opt("", "system prompt of its opposite")
     target: Literal["", *evalmfv.FOUNDATIONS] = opt("", "foundation whose nats are the trait; empty = the persona's own")
     direction: Literal[-1, 0, 1] = opt(0, "+1 or -1: which way the trait counts; 0 = the persona's own")
-    prompts: str = opt("", "text file, one training prompt per line, instead of the persona's in data/prompts.json; every fourth is held out")
+    prompts: str = opt("", "text file, one prompt per line, every fourth held out; empty = the persona's in data/prompts.json")
     vignettes: str = opt("", "the probe's items, ours or the original's row format; empty = data/vignettes.jsonl")
     rounds: int = opt(8, "rounds of steer, filter, heal, fold, eval")
     seed: int = opt(0, "every stage draws from its own generator, seeded by (seed, round, stage)")
-    kl_ref: Literal["base", "prev"] = opt("base", "what the barrier measures against: the untouched model, or the student before the round")
-    tau_scale: float = opt(1.5, "calibrated tau in units of the persona prompt's own distance from the base (dimensionless); with --kl-ref prev take a fraction")
+    kl_ref: Literal["base", "prev"] = opt("base", "the barrier's reference: the untouched model, or the student before the round")
+    tau_scale: float = opt(1.5, "tau = this times the persona prompt's distance from the base; take less with --kl-ref prev")
     gate: bool = opt(True, "roll back a round that fails its gate; --no-gate accepts every finite round")
     coh_floor: float = opt(0.95, "lowest accepted coherence, on both scores, as a share of the base's")
     patience: int = opt(2, "stop after this many rejected rounds in a row")
@@ -88,7 +90,7 @@ class LoopConfig:
         if bool(self.pos) != bool(self.neg):
             raise ValueError("--pos and --neg come together: the vector is the difference of two personas")
         if self.pos and not (self.target and self.direction):
-            raise ValueError("--pos/--neg need --target and --direction (for example --target care --direction 1): they say what the trait is")
+            raise ValueError("--pos/--neg need --target and --direction, which say what the trait is (say --target care --direction 1)")
         if not 0 < self.coh_floor <= 1:
             raise ValueError(f"--coh-floor {self.coh_floor}: expected a share of the base's coherence in (0, 1]")
 
@@ -121,7 +123,7 @@ def parse(argv=None) -> list:
         parser.error(str(error))
 
 
-# ---- files, seeds, lines -----------------------------------------------------------------------------------------------
+# ---- files, seeds, lines ---------------------------------------------------------------------------------------------
 
 
 def stage_seed(seed: int, rnd: int, stage: str) -> int:
@@ -151,10 +153,11 @@ class Folder:
         self.path = next(p for n in range(1000) if not (p := Path(cfg.out) / (stem + (f"-{n}" if n else ""))).exists())
         (self.path / "rounds").mkdir(parents=True)
         self.start = time.time()
+        rooms = b"".join((HERE / f"{name}.py").read_bytes() for name in ("loop", "steer", "lora", "heal", "evalmfv"))
+        versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=_version("transformers"))
         self.run = dict(status="running", argv=argv, command="python loop.py " + shlex.join(argv), options=options,
-                        defaults={f.name: f.default for cls in GROUPS for f in dataclasses.fields(cls)}, seed=cfg.seed, started=time.time(),
-                        versions=dict(python=platform.python_version(), torch=torch.__version__, transformers=_version("transformers")), git=_git(),
-                        code=f"{zlib.crc32(b''.join((HERE / f'{name}.py').read_bytes() for name in ('loop', 'steer', 'lora', 'heal', 'evalmfv'))):08x}")
+                        defaults={f.name: f.default for cls in GROUPS for f in dataclasses.fields(cls)},
+                        seed=cfg.seed, started=time.time(), versions=versions, git=_git(), code=f"{zlib.crc32(rooms):08x}")
         self.save()
 
     def save(self, **more) -> None:
@@ -172,12 +175,12 @@ class Folder:
 
 
 def _version(package: str) -> str:
-    from importlib.metadata import version                      # transformers itself is imported when a model is loaded, not for --help
+    from importlib.metadata import version                      # transformers itself is slow: imported with the model
     return version(package)
 
 
 def fingerprint(model) -> str:
-    """A checksum of the base's weights, from each tensor's name and sum: runs of different bases are no arms of one comparison."""
+    """A checksum of the base's weights, from each tensor's name and sum: arms of one comparison have the same base."""
     sums = "".join(f"{name} {p.detach().double().sum().item():.9e}\n" for name, p in model.named_parameters())
     return f"{zlib.crc32(sums.encode()):08x}"
 
@@ -191,7 +194,7 @@ def _git() -> str:
     return ""
 
 
-# ---- what comes in -----------------------------------------------------------------------------------------------------
+# ---- what comes in ---------------------------------------------------------------------------------------------------
 
 
 def load_json(path: Path) -> dict:
@@ -207,13 +210,13 @@ def load_persona(cfg: LoopConfig) -> dict:
         return dict(pos=[cfg.pos], neg=[cfg.neg], target=cfg.target, direction=cfg.direction, patterns=[])
     personas = load_json(HERE / "data" / "personas.json")
     if cfg.persona not in personas:
-        raise ValueError(f"--persona {cfg.persona!r}: data/personas.json has {', '.join(personas)}; or give --pos, --neg, --target, --direction")
+        raise ValueError(f"--persona {cfg.persona!r}: data/personas.json has {', '.join(personas)}; or give --pos and --neg")
     persona = dict(personas[cfg.persona])
     return persona | dict(target=cfg.target or persona["target"], direction=cfg.direction or persona["direction"])
 
 
 def load_prompts(cfg: LoopConfig) -> tuple[list[str], list[str]]:
-    """(training prompts, held-out prompts). Dose, filter and heal see the first; the tables and the diary show the second."""
+    """(training, held-out) prompts. Dose, filter and heal see the first; the tables and the diary show the second."""
     if cfg.prompts:
         lines = [line.strip() for line in Path(cfg.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
         if len(lines) < 8:
@@ -221,7 +224,7 @@ def load_prompts(cfg: LoopConfig) -> tuple[list[str], list[str]]:
         return [x for i, x in enumerate(lines) if i % 4], lines[::4]
     everything = load_json(HERE / "data" / "prompts.json")
     if cfg.persona not in everything:
-        raise ValueError(f"--persona {cfg.persona!r}: data/prompts.json has prompts for {', '.join(everything)}; or give --prompts FILE")
+        raise ValueError(f"--persona {cfg.persona!r}: data/prompts.json has {', '.join(everything)}; or give --prompts")
     return everything[cfg.persona]["train"], everything[cfg.persona]["held_out"]
 
 
@@ -241,16 +244,16 @@ def load_model(cfg: LoopConfig):
     return model, tok
 
 
-# ---- the measured rows -------------------------------------------------------------------------------------------------
+# ---- the measured rows -----------------------------------------------------------------------------------------------
 
 
 class Bench:
-    """Everything that is measured on held-out items, the same for every row of the table: the probe, free text, the diary."""
+    """What is measured on held-out items, the same for every row of the table: the probe, free text, the diary."""
 
     def __init__(self, model, tok, stack, cfg, sampling, persona, vignettes, held_out):
         self.model, self.tok, self.stack, self.cfg, self.sampling, self.persona = model, tok, stack, cfg, sampling, persona
         self.vignettes, self.held_out = vignettes, held_out
-        self.base = self.own = None                             # the base row; the base's own answers to training prompts, with their nll
+        self.base = self.own = None             # the base's row; its own answers to training prompts, with their nll
 
     def base_nll(self, completions) -> list[torch.Tensor]:
         """nats per completion token under the untouched model, whatever is folded: the one yardstick of coherence."""
@@ -259,23 +262,27 @@ class Bench:
 
     def bare(self, completions, prompts) -> list:
         """Answers given under a system prompt, to be judged as answers to the bare question."""
-        fronts = [self.tok(steer.render(self.tok, prompt), add_special_tokens=False)["input_ids"] for prompt in prompts]
+        fronts = steer.encode(self.tok, prompts, [""] * len(prompts))
         return [dataclasses.replace(c, prompt_ids=fronts[c.prompt % len(fronts)]) for c in completions]
 
     def row(self, label: str, *, system="", vectors=None, coeff=0.0) -> dict:
         cfg, tok = self.cfg, self.tok
         with steer.steered(self.model, vectors, coeff) if vectors else contextlib.nullcontext():
-            probe = evalmfv.evaluate(self.model, tok, self.vignettes, think_tokens=cfg.think_tokens, batch_size=cfg.eval_batch, system=system)
-        ask = [self.held_out[i % len(self.held_out)] for i in range(cfg.n_text)]
-        common = dict(system=system, vectors=vectors, seed=stage_seed(cfg.seed, 0, "text"))     # the same draws for every row: rows differ by their model
-        texts = steer.generate(self.model, tok, ask, coeffs=[coeff] * len(ask) if vectors else None, **self.sampling, **common)
-        ask = self.held_out[:cfg.n_diary]
-        diary = steer.generate(self.model, tok, ask, coeffs=[coeff] * len(ask) if vectors else None, greedy=True, **self.sampling, **common)
+            probe = evalmfv.evaluate(self.model, tok, self.vignettes, think_tokens=cfg.think_tokens,
+                                     batch_size=cfg.eval_batch, system=system)
+
+        def answers(prompts, greedy=False):                     # the same draws for every row: rows differ by their model
+            return steer.generate(self.model, tok, prompts, system=system, vectors=vectors, greedy=greedy,
+                                  coeffs=[coeff] * len(prompts) if vectors else None,
+                                  seed=stage_seed(cfg.seed, 0, "text"), **self.sampling)
+        texts = answers([self.held_out[i % len(self.held_out)] for i in range(cfg.n_text)])
+        diary = answers(self.held_out[:cfg.n_diary], greedy=True)
         if system:
             texts = self.bare(texts, self.held_out)
         free = evalmfv.free_text([c.ids for c in texts], self.base_nll(texts), [c.ids for c in self.own[0]], self.own[1])
-        row = dict(label=label, probe=probe, text=free["score"], text_se=free["se"], coherence=probe["coherence"], coeff=coeff,
-                   nats=probe["nats"], texts=[c.text for c in texts], diary=[dict(prompt=self.held_out[c.prompt], text=c.text) for c in diary])
+        row = dict(label=label, probe=probe, nats=probe["nats"], coherence=probe["coherence"], coeff=coeff,
+                   text=free["score"], text_se=free["se"], texts=[c.text for c in texts],
+                   diary=[dict(prompt=self.held_out[c.prompt], text=c.text) for c in diary])
         move = evalmfv.shift(probe, (self.base or row)["probe"], self.persona["target"], self.persona["direction"])
         return row | dict(trait=move["trait"] + 0.0, trait_se=move["se"], shift=move)      # -0.0 + 0.0 is 0.0
 
@@ -297,13 +304,14 @@ def gate(now: dict, last: dict, base: dict, cfg: LoopConfig) -> list[str]:
 
 
 def persona_distance(model, tok, kept, prompts: list[str], system: str, how: str, direction: str) -> float:
-    """How far the persona prompt alone takes the base from itself on the kept completions, in the barrier's own aggregate.
+    """How far the persona prompt alone takes the base from itself, on the kept completions: mean D, in nats.
 
-    Nats, mean over completions. It makes tau a set point: a healed model may be as far from the base as the prompted model is.
-    Both readings are of the same completion tokens; only the system prompt in front of them differs."""
+    It makes tau a set point: a healed model may stand about as far from the base as the prompted base does. Both
+    readings are of the same completion tokens; only the system prompt in front of them differs.
+    """
     def logits(completion, front):
-        ids = tok(steer.render(tok, prompts[completion.prompt], front), add_special_tokens=False)["input_ids"] + completion.ids
-        ids = torch.tensor([ids], device=next(model.parameters()).device)           # [1, T]
+        ids = steer.encode(tok, [prompts[completion.prompt]], [front])[0] + completion.ids
+        ids = torch.tensor([ids], device=model.device)                              # [1, T]
         return model(input_ids=ids).logits[0, -len(completion.ids) - 1:-1]           # [N, V]
     divergence = heal.forward_kl if direction == "kl_fwd" else heal.reverse_kl
     with torch.no_grad():
@@ -311,7 +319,7 @@ def persona_distance(model, tok, kept, prompts: list[str], system: str, how: str
     return sum(distances) / len(distances)
 
 
-# ---- the loop ----------------------------------------------------------------------------------------------------------
+# ---- the loop --------------------------------------------------------------------------------------------------------
 
 
 def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
@@ -322,18 +330,22 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
     model, tok = load_model(cfg)
     n_blocks, width = len(steer.blocks(model)), model.config.get_text_config().hidden_size
     lora_layers = steer.band(n_blocks, lcfg.lora_from, lcfg.lora_to)
-    steer_layers, strength = (steer.band(n_blocks, scfg.steer_from, scfg.steer_to), None) if scfg.steer_to else steer.find_layers(
-        model, tok, persona["pos"], persona["neg"], contexts)
+    steer_layers, strength = steer.find_layers(model, tok, persona["pos"], persona["neg"], contexts)
+    if scfg.steer_to:
+        steer_layers = steer.band(n_blocks, scfg.steer_from, scfg.steer_to)
     hcfg = dataclasses.replace(hcfg, lr=hcfg.lr or 0.2 / width)
     stack = lora.attach(model, r=lcfg.r, alpha=lcfg.alpha, layers=lora_layers, seed=cfg.seed)
-    sampling = dict(max_new_tokens=scfg.max_new_tokens, temperature=scfg.temperature, top_p=scfg.top_p, top_k=scfg.top_k, batch_size=scfg.gen_batch)
+    sampling = dict(max_new_tokens=scfg.max_new_tokens, temperature=scfg.temperature, top_p=scfg.top_p, top_k=scfg.top_k,
+                    batch_size=scfg.gen_batch)
 
-    options = {f.name: getattr(c, f.name) for c in (cfg, scfg, lcfg, hcfg) for f in dataclasses.fields(c)} | dict(target=persona["target"], direction=persona["direction"])
+    options = {f.name: getattr(c, f.name) for c in (cfg, scfg, lcfg, hcfg) for f in dataclasses.fields(c)}
+    options |= dict(target=persona["target"], direction=persona["direction"])
     folder = Folder(cfg, options, argv)
     folder.save(weights=fingerprint(model), items=dict(train=train, held_out=held_out))
     print(folder.run["command"])
-    folder.say("model", None, f"{cfg.model}: {n_blocks} blocks of width {width}, steer {steer_layers}, lora {lora_layers[0]}-{lora_layers[-1]} rank {lcfg.r}, "
-               f"{sum(p.numel() for p in stack.parameters()):,} trained parameters, {next(model.parameters()).dtype}".replace("torch.", ""))
+    n_trained, dtype = sum(p.numel() for p in stack.parameters()), str(next(model.parameters()).dtype).removeprefix("torch.")
+    folder.say("model", None, f"{cfg.model}: {n_blocks} blocks of width {width}, {dtype}, steer {steer_layers}, "
+               f"lora {lora_layers[0]}-{lora_layers[-1]} rank {lcfg.r}, {n_trained:,} trained parameters")
 
     folder.event("layers", steer=steer_layers, lora=lora_layers, strength=strength)
 
@@ -344,10 +356,11 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         return [train[i % len(train)] for i in range(n)]
 
     def make(prompts, stage, rnd, vectors=None, coeff=0.0, system=""):
-        return steer.generate(model, tok, prompts, system=system, vectors=vectors, coeffs=[coeff] * len(prompts) if vectors else None,
-                              seed=stage_seed(cfg.seed, rnd, stage), **sampling)
+        return steer.generate(model, tok, prompts, system=system, vectors=vectors, seed=stage_seed(cfg.seed, rnd, stage),
+                              coeffs=[coeff] * len(prompts) if vectors else None, **sampling)
     own = make(spread(scfg.n_make), "own", 0)
-    voiced = bench.bare(make(spread(scfg.n_make), "own", 0, system=persona["pos"][0]), train)    # the trait is no incoherence: the filter lets it pass
+    # the trait itself is no incoherence: what the prompted base says must pass the filter too
+    voiced = bench.bare(make(spread(scfg.n_make), "own", 0, system=persona["pos"][0]), train)
     bench.own = own, bench.base_nll(own)
     seen = zip(own + voiced, bench.own[1] + bench.base_nll(voiced))
     limits = steer.calibrate_limits([steer.readings(c, nll, window=scfg.window) for c, nll in seen], scfg)
@@ -355,7 +368,8 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
     folder.say("limits", None, "  ".join(f"{k} {v:.3g}" for k, v in dataclasses.asdict(limits).items()))
 
     def verdicts(completions):
-        return steer.judge(completions, bench.base_nll(completions), limits, window=scfg.window, patterns=persona["patterns"], keep_unfinished=scfg.keep_unfinished)
+        return steer.judge(completions, bench.base_nll(completions), limits, window=scfg.window,
+                           patterns=persona["patterns"], keep_unfinished=scfg.keep_unfinished)
 
     rows = []
 
@@ -363,20 +377,23 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         row = bench.row(label, **how) | dict(round=rnd, kind=kind)
         rows.append(row)
         folder.event("row", rnd, **{k: v for k, v in row.items() if k != "round"})
-        folder.say(kind, rnd, f"trait {row['trait']:+.3f} nats (se {row['trait_se']:.3f})  coherence {row['coherence']:.4f}  text {row['text']:.3f} (se {row['text_se']:.3f})")
+        folder.say(kind, rnd, f"trait {row['trait']:+.3f} nats (se {row['trait_se']:.3f})  coherence {row['coherence']:.4f}  "
+                   f"text {row['text']:.3f} (se {row['text_se']:.3f})")
         return row
     base = bench.base = measured("base", None, "base")
     if cfg.baselines:
         measured("prompted", None, "prompted", system=persona["pos"][0])
 
+    def reference():
+        return stack.gated(history=0 if cfg.kl_ref == "base" else 1, current=0)
     tau = hcfg.tau
 
     def one_round(rnd) -> tuple[dict, dict, float]:
-        """(the day's row, vectors, dose). RuntimeError if no dose survives, too little is kept or a number is not finite."""
+        """(the day's row, vectors, dose). RuntimeError: no dose survives, too little is kept, a number is not finite."""
         nonlocal tau
         vectors = steer.fit_vectors(model, tok, persona["pos"], persona["neg"], contexts, steer_layers)
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(stage_seed(cfg.seed, rnd, "probed prompts")))
-        probed = [train[i] for i in order.tolist()[:scfg.n_probe]]
+        rng = torch.Generator().manual_seed(stage_seed(cfg.seed, rnd, "probed prompts"))
+        probed = [train[i] for i in torch.randperm(len(train), generator=rng).tolist()[:scfg.n_probe]]
 
         def survival(coeff):
             return sum(v.kept for v in verdicts(make(probed, "probe", rnd, vectors, coeff))) / len(probed)
@@ -388,11 +405,14 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         found = verdicts(made)
         kept = [c for c, v in zip(made, found) if v.kept]
         for c, v in zip(made, found):
-            folder.event("completion", rnd, prompt=c.prompt, coeff=c.coeff, finished=c.finished, ids=c.ids, text=c.text, verdict=v)
-        dropped = "  ".join(f"{rule} {sum(v.rule == rule for v in found)}" for rule in sorted({v.rule for v in found if not v.kept}))
+            folder.event("completion", rnd, prompt=c.prompt % len(train), coeff=c.coeff, finished=c.finished, ids=c.ids, text=c.text,
+                         verdict=v)
+        rules = [v.rule for v in found if not v.kept]
+        dropped = "  ".join(f"{rule} {rules.count(rule)}" for rule in sorted(set(rules)))
         folder.say("filter", rnd, f"dose {coeff:.3f}  kept {len(kept)}/{len(made)}  {dropped and 'dropped: ' + dropped}")
         if len(kept) < scfg.n_min:
-            raise RuntimeError(f"{len(kept)} of {len(made)} completions passed the filter at dose {coeff:.3f}, need {scfg.n_min}; raise --n-make or --slack ({dropped})")
+            raise RuntimeError(f"{len(kept)} of {len(made)} completions passed the filter at dose {coeff:.3f}, need {scfg.n_min} "
+                               f"(dropped: {dropped}); raise --n-make or --slack")
         if cfg.steered_rows == "all" or not any(row["kind"] == "steered" for row in rows):
             measured("steered", rnd, f"steered, night {rnd}", vectors=vectors, coeff=coeff)
 
@@ -405,19 +425,20 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         samples = [heal.Sample(c.prompt_ids + c.ids, len(c.prompt_ids), c.prompt % len(train)) for c in kept]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "the barrier")                # said below, in a line of its own
-            record = heal.heal(model, stack.parameters(), samples, lambda: stack.gated(0 if cfg.kl_ref == "base" else 1, 0), hcfg, tau=tau, rnd=rnd,
-                               seed=stage_seed(cfg.seed, rnd, "heal"), spectral=stack.spectral if hcfg.spectral else None, pad_id=steer.pad_of(tok))
+            record = heal.heal(model, stack.parameters(), samples, reference, hcfg, tau=tau, rnd=rnd, pad_id=steer.pad_of(tok),
+                               seed=stage_seed(cfg.seed, rnd, "heal"), spectral=stack.spectral if hcfg.spectral else None)
         folder.event("heal", rnd, norm=stack.norm(), **record)
         val = f"  val {record['val_nll_before']:.3f} -> {record['val_nll_after']:.3f}" if record["n_val"] else ""
         fired = f"fired in {record['fired_share']:.0%} of {len(record['steps'])} steps" if record["lam_eff"] else "no barrier"
-        folder.say("heal", rnd, f"nll {record['nll_first']:.3f} -> {record['nll_last']:.3f}{val}  D {record['steps'][-1]['div']:.4f}  {fired}")
+        folder.say("heal", rnd, f"nll {record['nll_first']:.3f} -> {record['nll_last']:.3f}{val}  "
+                   f"D {record['steps'][-1]['div']:.4f}  {fired}")
         if record["warning"]:
             folder.say("heal", rnd, f"warning: {record['warning']}")
         return measured("healed", rnd, f"day {rnd}"), vectors, coeff
 
     accepted, in_a_row, stopped, last = [], 0, "", base
     for rnd in range(cfg.rounds):
-        # ---- one round: accept and fold, or roll back ---------------------------------------------------------------
+        # ---- one round: accept and fold, or roll back ------------------------------------------------------------------------
         try:
             day, vectors, coeff = one_round(rnd)
             reasons = gate(day, last, base, cfg)
@@ -432,7 +453,8 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
             stack.fold()
             path = folder.path / "rounds" / f"{rnd:02d}"
             path.mkdir()
-            lora.write_whole(path / "vectors.safetensors", pack({f"layer.{k}": v.contiguous() for k, v in vectors.items()}, {"coeff": repr(coeff)}))
+            packed = pack({f"layer.{k}": v.contiguous() for k, v in vectors.items()}, {"coeff": repr(coeff)})
+            lora.write_whole(path / "vectors.safetensors", packed)
             stack.save(path / "adapter.safetensors", rounds=[stack.n_rounds - 1])
             accepted.append(rnd)
             last = day
@@ -445,7 +467,8 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
             break
 
     seconds = time.time() - folder.start
-    folder.save(status="accepted" if accepted else "no round accepted", accepted=accepted, stopped=stopped, seconds=seconds, tau=tau, limits=limits)
+    folder.save(status="accepted" if accepted else "no round accepted", accepted=accepted, stopped=stopped, seconds=seconds,
+                tau=tau, limits=limits)
     report.write(folder.path)
     tally(folder, rows, last if accepted else None, seconds)
     if stopped:
@@ -455,20 +478,21 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
 
 
 def tally(folder: Folder, rows: list[dict], final: dict | None, seconds: float) -> None:
-    """The closing table, and this run's line of results.tsv (one line per run, so that arms and seeds can be laid side by side)."""
-    print("\n| row | dose | trait, nats | target, nats | off-target | coherence | text | |\n|---|---|---|---|---|---|---|---|")
+    """The closing table, and this run's line of results.tsv, where arms and seeds lie side by side."""
+    print("\n| row | dose | trait, nats | target, nats | off-target | coherence | text | |\n|" + "---|" * 8)
     for row in rows:
         move, verdict = row["shift"], {True: "accepted", False: "rolled back"}.get(row.get("accepted"), "")
-        print(f"| {row['label']} | {row['coeff']:.2f} | {row['trait']:+.3f} ± {row['trait_se']:.3f} | {row['nats'][move['target']]:.3f} | {move['off_target']:.3f} | "
-              f"{row['coherence']:.4f} | {row['text']:.3f} | {verdict} |")
+        print(f"| {row['label']} | {row['coeff']:.2f} | {row['trait']:+.3f} ± {row['trait_se']:.3f} | {row['nats'][move['target']]:.3f} | "
+              f"{move['off_target']:.3f} | {row['coherence']:.4f} | {row['text']:.3f} | {verdict} |")
     first = next((r for r in rows if r["kind"] == "steered"), None)
     if final:
-        share = f", {final['trait'] / first['trait']:.0%} of what steering showed in round {first['round']}" if first and first["trait"] > 0 else ""
-        print(f"\nfinal: {final['label']}: trait {final['trait']:+.3f} nats{share}, text coherence {final['text'] / rows[0]['text']:.1%} of the base's, {seconds:.0f} s")
+        share = f", {final['trait'] / first['trait']:.0%} of steering's in round {first['round']}" if first and first["trait"] > 0 else ""
+        print(f"\nfinal: {final['label']}: trait {final['trait']:+.3f} nats{share}, "
+              f"text coherence {final['text'] / rows[0]['text']:.1%} of the base's, {seconds:.0f} s")
     options = folder.run["options"]
     keys = ("model", "persona", "pos", "reg", "kl_agg", "kl_ref", "seed", "rounds", "gate")
-    line = {"run": folder.path.name, **{k: options[k] for k in keys}, "final": final["label"] if final else "", "trait": final["trait"] if final else None,
-            "coherence": final["coherence"] if final else None, "text": final["text"] if final else None, "steered": first["trait"] if first else None, "seconds": round(seconds)}
+    day = {key: final[key] if final else None for key in ("label", "trait", "coherence", "text")}
+    line = {"run": folder.path.name, **{k: options[k] for k in keys}, **day, "steered": first["trait"] if first else None, "seconds": round(seconds)}
     path = folder.path.parent / "results.tsv"
     with open(path, "a", encoding="utf-8") as f:
         if not f.tell():
