@@ -4,7 +4,7 @@ Reads run.json and events.jsonl only, so a report can be written again at any ti
 
     python report.py runs/<time>_<slug>
 
-Everything a model wrote is untrusted: it is stripped of control characters and escaped, so that it shows as text and does nothing.
+Everything a model wrote is untrusted: stripped of control characters and escaped, it shows as text and does nothing.
 """
 import json
 import re
@@ -32,7 +32,7 @@ def load(folder: Path) -> tuple[dict, list[dict]]:
 
 
 def inert(text: str) -> str:
-    """Model text for Markdown: one line, no control or direction marks, every character that could mean something escaped."""
+    """Model text for Markdown: one line, no control or direction marks, what could mean something escaped."""
     text = re.sub(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]+", " ", text)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]()#+!|~:-])", r"\\\1", text)
@@ -49,7 +49,8 @@ def diary(run: dict, events: list[dict], n_prompts: int = 3) -> str:
                 f"  {inert(row['diary'][i]['text']) or '*(nothing)*'}\n")
     lines = [f"# Diary of {inert(run['options']['model'])}, persona {inert(run['options']['persona'])}\n",
              f"\n`{run['command'].replace('`', '')}`  \nstatus: {run['status']}\n",
-             "\nNight = the steered model's answer, dropped. Day = the healed model's, without steering. Greedy, on prompts no stage has trained on.\n"]
+             "\nNight = the steered model's answer, dropped. Day = the healed model's, without steering. Greedy, on prompts\n"
+             "that no stage has trained on.\n"]
     for i, asked in enumerate(rows[0]["diary"][:n_prompts]):
         lines.append(f"\n## {inert(asked['prompt'])}\n\n")
         for row in rows:

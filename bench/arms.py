@@ -1,10 +1,11 @@
 """The arms side by side: rmse, mean and no barrier, several seeds, at equal rounds and at equal trait.
 
-    python bench/arms.py --seeds 0 1 2                 runs what is missing in runs/arms/, then prints the tables (Markdown)
+    python bench/arms.py --seeds 0 1 2                 runs what is missing in runs/arms/, then prints Markdown tables
     python bench/arms.py --seeds 0 1 2 --tables-only
 
-Runs are ungated (--no-gate), so that every arm has a row in every round: the gate would stop the arms that break. Two arms
-differ in one field, and that is checked in their run.json (weights, data, versions and code too). `grammar` is the pocket world's own checker.
+Runs are ungated (--no-gate), so that every arm has a row in every round: the gate would stop the arms that break. Two
+arms differ in one field, and that is checked in their run.json (weights, data, versions and code too). `grammar` is
+the pocket world's own checker.
 """
 import argparse
 import json
@@ -48,7 +49,7 @@ def trajectory(folder: Path) -> tuple[dict, dict[int, dict]]:
 
 
 def differing(a: dict, b: dict) -> set[str]:
-    """Options, weights, data and versions in which two runs differ, but for the folder and the seed; the aggregate of no barrier is no difference."""
+    """Options, weights, data, versions and code in which two runs differ; folder, seed, and the aggregate of no barrier aside."""
     def facts(record):
         return record["options"] | {k: record[k] for k in ("weights", "items", "versions", "code")}
     x, y = facts(a), facts(b)
