@@ -74,7 +74,7 @@ class LoopConfig:
     tau_scale: float = opt(1.5, "tau = this times the persona prompt's distance from the base; take less with --kl-ref prev")
     gate: bool = opt(True, "roll back a round that fails its gate; --no-gate accepts every finite round")
     coh_floor: float = opt(0.95, "lowest accepted coherence, on both scores, as a share of the base's")
-    patience: int = opt(2, "stop after this many rejected rounds in a row")
+    patience: int = opt(3, "stop after this many rejected rounds in a row")
     think_tokens: int = opt(128, "tokens the model may think before the probe interrupts it")
     eval_batch: int = opt(152, "probe frames per forward pass")
     n_text: int = opt(48, "sampled answers to held-out prompts behind the free-text coherence")
