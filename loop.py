@@ -303,20 +303,17 @@ def gate(now: dict, last: dict, base: dict, cfg: LoopConfig) -> list[str]:
     return reasons if cfg.gate else []
 
 
-def persona_distance(model, tok, kept, prompts: list[str], system: str, how: str, direction: str) -> float:
+def persona_distance(model, tok, kept, prompts: list[str], system: str, how: str, reg: str) -> float:
     """How far the persona prompt alone takes the base from itself, on the kept completions: mean D, in nats.
 
     It makes tau a set point: a healed model may stand about as far from the base as the prompted base does. Both
     readings are of the same completion tokens; only the system prompt in front of them differs.
     """
-    def logits(completion, front):
-        ids = steer.encode(tok, [prompts[completion.prompt]], [front])[0] + completion.ids
-        ids = torch.tensor([ids], device=model.device)                              # [1, T]
-        return model(input_ids=ids).logits[0, -len(completion.ids) - 1:-1]           # [N, V]
-    divergence = heal.forward_kl if direction == "kl_fwd" else heal.reverse_kl
-    with torch.no_grad():
-        distances = [heal.aggregate(divergence(logits(c, system), logits(c, "")), how).item() for c in kept]
-    return sum(distances) / len(distances)
+    def behind(front):
+        heads = steer.encode(tok, [prompts[c.prompt] for c in kept], [front] * len(kept))
+        return [heal.Sample(ids + c.ids, len(ids), c.prompt) for ids, c in zip(heads, kept)]
+    kls = heal.divergences(model, behind(system), contextlib.nullcontext, ref_samples=behind(""), reg=reg, pad_id=steer.pad_of(tok))
+    return sum(heal.aggregate(kl, how).item() for kl in kls) / len(kls)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------

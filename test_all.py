@@ -36,8 +36,8 @@ import report                                                   # noqa: E402
 import steer                                                    # noqa: E402
 import world                                                    # noqa: E402
 from evalmfv import FOUNDATIONS                                 # noqa: E402
-from heal import (AGGREGATES, HealConfig, Sample, aggregate, divergences, forward_kl, heal, lr_factor, mean_nll,  # noqa: E402
-                  position_losses, reverse_kl, split)
+from heal import (AGGREGATES, HealConfig, Passes, Sample, aggregate, divergences, find_head, forward_kl, heal,  # noqa: E402
+                  lr_factor, mean_nll, naive_losses, pieces, reverse_kl, split, token_losses)
 from lora import LoraConfig, attach, blocks                     # noqa: E402
 from steer import (Completion, Limits, SteerConfig, band, calibrate_limits, choose, find_dose, fit_vectors, generate,  # noqa: E402
                    judge, readings, render, repeats, steered, token_nll)
@@ -97,6 +97,10 @@ def heal_case(dtype=torch.float32, history=0):
 
 def heal_base(stack):
     return lambda: stack.gated(0, 0)
+
+
+def heal_nll(model, stack, samples):
+    return mean_nll(Passes(model, samples, heal_base(stack)), samples, 50)
 
 
 def heal_logits(n=5, V=7, seed=0, dtype=torch.float64, size=3.0):
@@ -187,7 +191,7 @@ def test_heal_unknown_or_empty_aggregates_raise():
 
 def test_heal_losses_are_those_of_each_sample_run_alone():
     model, stack, samples = heal_case()
-    nlls, kls = position_losses(model, samples, heal_base(stack), "kl_rev", pad_id=0)
+    nlls, kls = Passes(model, samples, heal_base(stack)).losses(samples)
     for sample, nll, kl in zip(samples, nlls, kls):
         ids = torch.tensor([sample.ids])                                    # [1, T], no padding and no mask
         with torch.no_grad():
@@ -203,21 +207,22 @@ def test_heal_losses_are_those_of_each_sample_run_alone():
 
 def test_heal_batch_composition_and_padding_do_not_change_a_sample():
     model, stack, samples = heal_case(torch.float64)
-    alone = divergences(model, samples, heal_base(stack), batch_size=1)
-    for batch_size, pad_id in ((6, 0), (4, 7)):
-        together = divergences(model, samples, heal_base(stack), batch_size=batch_size, pad_id=pad_id)
+    alone = divergences(model, samples, heal_base(stack), pass_tokens=1)
+    for pass_tokens, pad_id in ((1000, 0), (40, 7)):
+        together = divergences(model, samples, heal_base(stack), pass_tokens=pass_tokens, pad_id=pad_id)
         for a, b in zip(alone, together, strict=True):
             assert torch.allclose(a, b, atol=1e-10), (a - b).abs().max()
     assert [len(kl) for kl in alone] == [5, 1, 9, 12, 3, 7] and all(kl.min() > 0 for kl in alone)
-    assert abs(mean_nll(model, samples, 1) - mean_nll(model, samples, 4)) < 1e-10
+    passes = Passes(model, samples, heal_base(stack))
+    assert abs(mean_nll(passes, samples, 1) - mean_nll(passes, samples, 60)) < 1e-10
 
 
 @pytest.mark.parametrize("reg, lam", [("nll", 0.0), ("kl_rev", 3.0), ("kl_fwd", 3.0)])
-def test_heal_micro_batches_add_up_to_one_big_batch(reg, lam):
+def test_heal_passes_of_any_size_add_up_to_one_step(reg, lam):
     rows, weights = [], []
-    for micro_batch in (1, 4, 6):
+    for pass_tokens in (1, 40, 1000):
         model, stack, samples = heal_case(torch.float64, history=1)
-        record = heal_run(model, stack, samples, tau=0.05, reg=reg, lam=lam, heal_batch=6, micro_batch=micro_batch,
+        record = heal_run(model, stack, samples, tau=0.05, reg=reg, lam=lam, heal_batch=6, pass_tokens=pass_tokens,
                           epochs=3, spectral=0.1)
         rows.append([[s[k] for k in ("nll", "div", "gnorm", "grad_nll", "grad_barrier")] for s in record["steps"]])
         weights.append(torch.cat([p.detach().flatten() for p in stack.parameters()]))
@@ -232,11 +237,11 @@ def test_heal_loss_is_the_documented_one():
     params, tau, lam = stack.parameters(), 0.2, 5.0 * 3 ** 0.5              # round 2: lam * (1 + 2) ** 0.5
     total = 0
     for s in samples:
-        (nll,), (kl,) = position_losses(model, [s], heal_base(stack), "kl_rev")
+        (nll,), (kl,) = Passes(model, [s], heal_base(stack)).losses([s])
         total = total + len(kl) * (nll.mean() + lam * torch.relu((kl.square().mean()).sqrt() - tau))
     loss = total / sum(len(s.ids) - s.n_prompt for s in samples) + 0.3 * stack.spectral()
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)]).norm().item()
-    cfg = HealConfig(lr=1e-3, lam=5.0, lam_round_pow=0.5, heal_batch=6, micro_batch=2, epochs=1, val_share=0.0, spectral=0.3)
+    cfg = HealConfig(lr=1e-3, lam=5.0, lam_round_pow=0.5, heal_batch=6, pass_tokens=30, epochs=1, val_share=0.0, spectral=0.3)
     record = heal(model, params, samples, heal_base(stack), cfg, tau=tau, rnd=2, spectral=stack.spectral)
     assert abs(record["steps"][0]["gnorm"] - expected) < 1e-4 * expected    # the reported norm is before clipping
     assert abs(record["lam_eff"] - lam) < 1e-12 and 0 < record["steps"][0]["fired"] < 1
@@ -249,7 +254,7 @@ def test_heal_gradient_of_any_round_equals_finite_differences(history):
     params, sizes = stack.parameters(), [len(s.ids) - s.n_prompt for s in samples]
 
     def loss():
-        nlls, kls = position_losses(model, samples, lambda: stack.gated(0, 0), "kl_rev")
+        nlls, kls = Passes(model, samples, heal_base(stack)).losses(samples)
         each = [n * (nll.mean() + 5.0 * torch.relu(aggregate(kl, "rmse") - 0.05))
                 for n, nll, kl in zip(sizes, nlls, kls)]
         return sum(each) / sum(sizes)
@@ -289,7 +294,7 @@ def test_heal_lowers_nll_and_a_tight_barrier_keeps_D_lower_than_nll_alone():
         stack.drop()                                                        # the round starts at the base
         record = heal_run(model, stack, samples, tau=0.02, reg=reg, lam=30.0, lr=5e-3, epochs=10)
         div = [aggregate(kl, "rmse").item() for kl in divergences(model, samples, heal_base(stack))]
-        ends[reg] = record["nll_first"], mean_nll(model, samples, 4), max(div)
+        ends[reg] = record["nll_first"], heal_nll(model, stack, samples), max(div)
         assert record["steps"][0]["div"] == 0                               # B = 0: the student is the reference
     assert ends["nll"][1] < ends["nll"][0] - 1 and ends["kl_rev"][1] < ends["kl_rev"][0] - 0.2, ends
     assert ends["kl_rev"][2] < 0.2 * ends["nll"][2], ends
@@ -303,10 +308,10 @@ def test_heal_holds_out_whole_prompts_and_reports_their_nll():
     assert len({s.group for s in val}) == 2 and len(train) + len(val) == len(twice)
     start = [p.detach().clone() for p in stack.parameters()]
     record = heal_run(model, stack, twice, val_share=0.3, epochs=1, seed=0)
-    after = mean_nll(model, val, 4)
+    after = heal_nll(model, stack, val)
     for p, value in zip(stack.parameters(), start):
         p.data.copy_(value)
-    assert abs(record["val_nll_before"] - mean_nll(model, val, 4)) < 1e-5
+    assert abs(record["val_nll_before"] - heal_nll(model, stack, val)) < 1e-5
     assert abs(record["val_nll_after"] - after) < 1e-5
     assert record["n_train"] == len(train) and record["n_tokens"] == sum(len(s.ids) - s.n_prompt for s in train)
     alone = heal_run(model, stack, [samples[0]], val_share=0.3, epochs=1)   # a lone prompt is trained on
@@ -320,7 +325,8 @@ def test_heal_every_sample_is_seen_once_an_epoch_and_a_short_last_batch_is_a_ste
                                     with_kwargs=True)
     record = heal_run(model, stack, samples, heal_batch=4, epochs=2)
     assert [s["step"] for s in record["steps"]] == [0, 1, 2, 3]             # 4 + 2 samples, twice
-    assert sorted(seen) == sorted([len(s.ids) for s in samples] * 4)        # student and reference, two epochs
+    probes = 5 * [min(len(samples[0].ids), 16)]                             # the start: which shortcuts hold on this model
+    assert sorted(seen) == sorted([len(s.ids) for s in samples] * 3 + probes)           # the student twice, the reference once
 
 
 def test_heal_is_reproduced_by_its_seed_and_leaves_the_global_generator_alone():
@@ -359,23 +365,23 @@ def test_heal_skips_a_step_that_is_not_finite_and_gives_up_after_three_in_a_row(
         model, stack, samples = heal_case()
         calls = []
 
-        def spoil(module, args, output):                                    # one student forward per step
-            if stack.layers["model.layers.1.self_attn.q_proj"].current:
+        def spoil(module, args, output):                                    # one student forward of six rows per step
+            if stack.layers["model.layers.1.self_attn.q_proj"].current and len(output.last_hidden_state) == 6:
                 calls.append(0)
                 if len(calls) - 1 in bad:
-                    output.logits = output.logits * float("nan")
-        model.register_forward_hook(spoil)
+                    output.last_hidden_state = output.last_hidden_state * float("nan")
+        model.model.register_forward_hook(spoil)
         if bad == {0, 1, 2}:
             with pytest.raises(RuntimeError, match="3 steps in a row.*lower lr"):
-                heal_run(model, stack, samples, heal_batch=6, micro_batch=6, epochs=6)
+                heal_run(model, stack, samples, heal_batch=6, epochs=6)
         else:
-            record = heal_run(model, stack, samples, heal_batch=6, micro_batch=6, epochs=6)
+            record = heal_run(model, stack, samples, heal_batch=6, epochs=6)
             assert record["skipped"] == sorted(bad) and len(record["steps"]) == 6 - n_bad
         assert all(p.isfinite().all() for p in stack.parameters())
 
 
 @pytest.mark.parametrize("options", [dict(reg="wd"), dict(kl_agg="median"), dict(lam=-1.0), dict(tau=math.inf),
-                                     dict(lr=-1.0), dict(epochs=0), dict(micro_batch=0), dict(warmup=1.0),
+                                     dict(lr=-1.0), dict(epochs=0), dict(pass_tokens=0), dict(warmup=1.0),
                                      dict(val_share=-0.1), dict(clip=0.0), dict(lam_round_pow=math.nan),
                                      dict(spectral=math.nan)])
 def test_heal_config_names_the_bad_option(options):
@@ -425,6 +431,243 @@ def test_heal_works_with_any_adapter_and_any_way_to_switch_it_off():
     samples = [Sample([1, 2, 3, 3, 3, 3], 2, g) for g in range(8)]
     record = heal(model, [model.bias], samples, model.switched_off, HealConfig(lr=0.1, lam=0.5), tau=0.1)
     assert record["val_nll_after"] < record["val_nll_before"] - 0.1 and model.bias.argmax() == 3
+
+
+# ---- heal: the losses without logits, and the passes that are saved
+
+
+def heal_head(N=37, V=301, d=16, dtype=torch.float64, seed=0, shift=0.3):
+    """hidden, ref_hidden [N, d], weight [V, d], targets [N], bias [V]; logits of a few nats."""
+    rng = torch.Generator().manual_seed(seed)
+    h, dh, W = (torch.randn(n, d, generator=rng, dtype=torch.float64) for n in (N, N, V))
+    b, targets = torch.randn(V, generator=rng, dtype=torch.float64), torch.randint(V, (N,), generator=rng)
+    return h.to(dtype), (h + shift * dh).to(dtype), W.to(dtype), targets, b.to(dtype)
+
+
+@pytest.mark.parametrize("how", [*AGGREGATES, "barrier alone"])
+@pytest.mark.parametrize("reg", ["kl_rev", "kl_fwd"])
+def test_heal_token_losses_equal_naive_autograd_in_float64(reg, how):
+    h, h0, W, targets, b = heal_head()
+    for bias, cap, lazy, tile in ((None, 0.0, False, 64), (b, 0.0, True, 50), (None, 5.0, False, 301), (b, 5.0, True, 7), (b, 5.0, False, 1000)):
+        values, grads = [], []
+        for tiled in (True, False):
+            x = h.clone().requires_grad_()
+            if tiled:
+                nll, kl = token_losses(x, h0, W, targets, bias=bias, cap=cap, reg=reg, lazy=lazy, tile=tile)
+            else:
+                logits = [z if bias is None else z + b for z in (x @ W.T, h0 @ W.T)]
+                nll, kl = naive_losses(*(z if not cap else cap * (z / cap).tanh() for z in logits), targets, reg)
+            assert nll.dtype == kl.dtype == torch.float64
+            D = aggregate(kl[:20], "rmse" if how == "barrier alone" else how)           # the rest has no gradient in KL
+            loss = (how != "barrier alone") * nll.mean() + 5 * torch.relu(D - 0.1)
+            values.append(torch.cat([nll, kl]))
+            grads.append(torch.autograd.grad(loss, x)[0])
+        assert torch.allclose(*values, rtol=1e-10, atol=1e-12), (values[0] - values[1]).abs().max()
+        assert (grads[0] - grads[1]).abs().max() <= 1e-10 * grads[1].abs().max() and grads[1].abs().max() > 0
+
+
+def test_heal_token_losses_survive_large_logits_and_agree_on_which_bits_are_zero():
+    h, h0, W, targets, _ = heal_head(dtype=torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = h.to(dtype).clone().requires_grad_()
+        nll, kl = token_losses(x, h.to(dtype), W.to(dtype), targets, tile=64)           # student = reference
+        assert kl.eq(0).all() and nll.dtype == torch.float32
+        (nll.sum() * 0 + aggregate(kl, "rmse")).backward()
+        assert x.grad.eq(0).all() and x.grad.dtype == dtype
+    x = (60 * h).double().requires_grad_()                                              # logits of +-240
+    tiled, naive = token_losses(x, 60 * h0.double(), W.double(), targets, tile=64), naive_losses(x @ W.double().T, 60 * h0.double() @ W.double().T, targets)
+    assert naive[1].max() > 100 and all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(tiled, naive))
+
+
+@pytest.mark.parametrize("shift, better", [(0.012, 400), (0.06, 15)])                   # mean KL about .003 and .07 nats
+def test_heal_token_losses_in_bfloat16_are_nearer_the_truth_than_a_bfloat16_softmax(shift, better):
+    h, h0, W, targets, _ = heal_head(N=64, V=4096, d=128, dtype=torch.bfloat16, shift=shift)
+    W = W / 4                                                                           # logits of a few nats; exact
+    x = h.double().requires_grad_()
+    _, truth = naive_losses(x @ W.double().T, h0.double() @ W.double().T, targets)
+    aggregate(truth, "rmse").backward()
+    y = h.clone().requires_grad_()
+    _, kl = token_losses(y, h0, W, targets, tile=512)
+    aggregate(kl, "rmse").backward()
+    logp, logq = ((z @ W.T).log_softmax(-1) for z in (h, h0))                           # what the peers do
+    peers = (logp.exp() * (logp - logq)).sum(-1)
+    error, theirs = ((k.double() - truth).abs().mean().item() for k in (kl, peers))
+    assert theirs / error >= better, (truth.mean().item(), theirs, error, theirs / error)
+    assert (y.grad.double() - x.grad).norm() <= 0.03 * x.grad.norm()
+
+
+def test_heal_token_losses_never_hold_more_than_a_tile_of_the_logits():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                own = isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given
+                self.numel = max(self.numel, t.numel() if own else 0)
+            return out
+    for lazy in (False, True):
+        h, h0, W, targets, _ = heal_head(N=40, V=5000, d=16, dtype=torch.bfloat16)
+        given, x = {W.untyped_storage().data_ptr()}, h.requires_grad_()
+        with Largest() as seen:
+            nll, kl = token_losses(x, h0, W, targets, tile=100, lazy=lazy)
+            (nll.mean() + kl.mean()).backward()
+        assert seen.numel == 40 * 100, seen.numel                                       # N * tile, of N * V = 200,000
+
+
+def test_heal_token_losses_refuse_what_they_would_get_wrong():
+    h, h0, W, targets, _ = heal_head()
+    for bad, message in ((lambda: token_losses(h, h0[:3], W, targets), r"\[3, 16\]"), (lambda: token_losses(h, h0, W.T, targets), "expected"),
+                         (lambda: token_losses(h, h0, W.clone().requires_grad_(), targets), "head requires a gradient"),
+                         (lambda: token_losses(h, h0, W, targets, reg="wd"), "reg='wd'")):
+        with pytest.raises(ValueError, match=message):
+            bad()
+
+
+def heal_families():
+    from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM,
+                              PhiConfig, PhiForCausalLM)
+    tiny = dict(vocab_size=262, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+                num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return {"soft-capped": (Gemma2ForCausalLM, Gemma2Config(**tiny, head_dim=8, final_logit_softcapping=3.0)),
+            "divided": (GraniteForCausalLM, GraniteConfig(**tiny, logits_scaling=7.0)),
+            "multiplied": (CohereForCausalLM, CohereConfig(**tiny, logit_scale=0.3)),
+            "biased": (PhiForCausalLM, PhiConfig(**tiny | dict(num_key_value_heads=4)))}
+
+
+@pytest.mark.parametrize("name", ["soft-capped", "divided", "multiplied", "biased", "unknown", "hooked", "trained"])
+def test_heal_reads_any_head_as_the_model_does(name):
+    """Exact without logits where the config tells the head; from the model's own logits where it does not."""
+    torch.manual_seed(0)
+    cls, config = heal_families()["divided" if name in ("unknown", "hooked", "trained") else name]
+    model = cls(config).eval().requires_grad_(False)
+    if name == "biased":
+        model.lm_head.bias.data.normal_()
+    if name == "unknown":
+        model.config.logits_scaling = 1.0                       # the model divides by what it read when it was made
+        model.model.register_forward_hook(lambda m, a, out: None)
+        forward = model.forward
+
+        def other(*args, **kwargs):
+            out = forward(*args, **kwargs)
+            out.logits = out.logits.square()
+            return out
+        model.forward = other
+    if name == "hooked":
+        model.lm_head.register_forward_hook(lambda m, a, out: out + 1.0)
+    if name == "trained":
+        model.lm_head.weight.requires_grad_()
+    stack = attach(model, r=4, alpha=8, layers=[1, 2])
+    if name == "trained":
+        model.lm_head.weight.requires_grad_()
+    rng = torch.Generator().manual_seed(0)
+    for p in stack.parameters():
+        p.data.copy_(0.1 * torch.randn(p.shape, generator=rng))
+    samples = heal_case()[2]
+    results = []
+    for shortcuts in (True, False):
+        passes = Passes(model, samples, heal_base(stack), tiled=shortcuts, cache_reference=shortcuts, cache_below=shortcuts)
+        assert passes.tiled == (shortcuts and name in heal_families())
+        for _ in range(2):                                      # the second time from memory
+            nlls, kls = passes.losses(samples)
+        loss = torch.cat(nlls).mean() + sum(aggregate(kl, "rmse") for kl in kls)
+        results.append((torch.cat([*nlls, *kls]).detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, stack.parameters())])))
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, atol=1e-4 * b.abs().max()), (a - b).abs().max()
+    s, logits = samples[0], model(input_ids=torch.tensor([samples[0].ids])).logits[0]
+    assert torch.allclose(nlls[0], torch.nn.functional.cross_entropy(logits[2:-1], torch.tensor(s.ids[3:]), reduction="none"), atol=1e-3)
+
+
+@pytest.mark.parametrize("reg, how, tau", [("kl_rev", "rmse", 0.0), ("kl_rev", "rmse", 0.2), ("kl_rev", "p95", 0.1), ("kl_fwd", "rmse", 0.1), ("nll", "mean", 0.0)])
+def test_heal_shortcuts_change_no_number_of_a_round(reg, how, tau):
+    names = ("tiled", "lazy_kl", "cache_reference", "cache_below")
+    runs = []
+    for off in ([], *([n] for n in names), names):
+        model, stack, samples = heal_case(history=1)
+        record = heal_run(model, stack, samples, tau=tau, reg=reg, kl_agg=how, heal_batch=2, epochs=3, **dict.fromkeys(off, False))
+        assert record["shortcuts"] == {"tiled": "tiled" not in off, "lazy_kl": "lazy_kl" not in off,
+                                       "cache_reference": "cache_reference" not in off, "cache_below": 0 if "cache_below" in off else 1}
+        runs.append(torch.tensor([[s[k] for k in ("nll", "div", "gnorm")] for s in record["steps"]]))
+    for other in runs[1:]:
+        assert torch.allclose(runs[0], other, rtol=1e-5, atol=1e-5), (runs[0] - other).abs().max()
+    assert len(runs[0]) == 9
+
+
+def test_heal_runs_the_reference_and_the_blocks_below_once_per_sample():
+    counts = {}
+    for on in (True, False):
+        model, stack, samples = heal_case(history=1)
+        rows = {"below": 0, "reference": 0}
+
+        def below(module, args, out):
+            rows["below"] += len(out)
+
+        def top(module, args, kwargs, out):
+            rows["reference"] += len(out) * (stack.layers["model.layers.1.self_attn.q_proj"].current == 0)
+        model.model.layers[0].mlp.register_forward_hook(below)
+        model.model.layers[3].register_forward_hook(top, with_kwargs=True)
+        heal_run(model, stack, samples, heal_batch=2, epochs=4, cache_reference=on, cache_below=on)
+        counts[on] = rows
+    assert counts[True]["reference"] == 6 and counts[False]["reference"] == 4 * 6
+    assert counts[True]["below"] - counts[True]["reference"] == 6 + 4 and counts[False]["below"] == 2 * 4 * 6 + 2       # + probes at the start
+
+
+def test_heal_leaves_the_model_as_it_was_also_after_an_exception():
+    model, stack, samples = heal_case()
+    with pytest.raises(KeyboardInterrupt):
+        heal(model, stack.parameters(), samples, heal_base(stack), HealConfig(lr=1e-3, val_share=0.0), tau=0.0,
+             log=lambda row: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert not any("forward" in vars(m) for m in model.modules())
+    passes = Passes(model, samples, heal_base(stack))
+    model.model.layers[3].register_forward_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        passes.losses(samples)
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_heal_a_block_that_is_steered_below_is_not_skipped():
+    model, stack, samples = heal_case()
+    with steer.steered(model, {0: torch.ones(32)}, 1.0):
+        passes = Passes(model, samples, heal_base(stack))
+        assert passes.below == [] and passes.tiled
+
+
+def test_heal_out_of_memory_halves_the_pass_and_changes_no_number():
+    results = []
+    for limit in (100, 2):
+        model, stack, samples = heal_case(torch.float64)
+
+        def full(module, args, kwargs):
+            if len(kwargs["input_ids"]) > limit:
+                raise torch.OutOfMemoryError("no room")
+        model.register_forward_pre_hook(full, with_kwargs=True)
+        record = heal_run(model, stack, samples, heal_batch=6, epochs=2)
+        results.append(torch.tensor([[s["nll"], s["div"], s["gnorm"]] for s in record["steps"]]))
+    assert torch.allclose(*results, rtol=1e-6)
+    model.register_forward_pre_hook(lambda m, a, k: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")), with_kwargs=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        heal_run(model, stack, samples, heal_batch=6, epochs=2)
+
+
+def test_heal_pieces_fit_the_budget_and_lose_nothing():
+    samples = [Sample([1] * n, 1, 0) for n in (9, 3, 3, 2, 40, 5)]
+    for budget in (1, 10, 27, 1000):
+        cut = pieces(samples, budget)
+        assert sum(cut, []) == samples and all(len(p) == 1 or len(p) * max(len(s.ids) for s in p) <= budget for p in cut)
+    assert [len(p) for p in pieces(samples, 10)] == [1, 3, 1, 1]
+
+
+def test_heal_divergences_of_other_prompts_compare_the_same_completion():
+    model, stack, samples = heal_case(torch.float64)
+    others = [Sample([7, 8, 9, *s.ids[s.n_prompt:]], 3, s.group) for s in samples]
+    with stack.gated(0, 0):
+        for s, other, kl in zip(samples, others, divergences(model, samples, contextlib.nullcontext, ref_samples=others)):
+            p, q = (model(input_ids=torch.tensor([x.ids])).logits[0, x.n_prompt - 1:-1] for x in (s, other))
+            assert torch.allclose(kl, reverse_kl(p, q), atol=1e-10) and kl.max() > 0
+    with pytest.raises(ValueError, match="same completions"):
+        divergences(model, samples, contextlib.nullcontext, ref_samples=others[::-1])
 
 
 def test_heal_stands_alone_and_imports_the_standard_library_and_torch_only(tmp_path):
