@@ -32,6 +32,7 @@ import heal as heal_py                                          # noqa: E402
 import loop                                                     # noqa: E402
 import lora as lora_py                                          # noqa: E402
 import make_pocket                                              # noqa: E402
+import measure                                                  # noqa: E402
 import report                                                   # noqa: E402
 import steer                                                    # noqa: E402
 import world                                                    # noqa: E402
@@ -1418,6 +1419,31 @@ def test_steer_the_layers_are_those_where_the_persona_is_first_read_strongly():
     assert strength == pytest.approx(by_hand) and len(layers) == 1
     assert strength[layers[0]] >= max(strength) / 2 and all(x < max(strength) / 2 for x in strength[:layers[0]])
     assert steer.find_layers(model, tok, pos, neg, contexts, share=1.0)[0] == [strength.index(max(strength))]
+
+
+# ==== bench/: what the measurements rest on ============================================================================
+
+def test_peak_bytes_counts_what_torch_held_at_once_temporaries_included():
+    def by_hand():
+        a = torch.empty(1000, 1000)                                         # 4 MB
+        b = torch.empty(500, 1000)                                          # 2 MB more: the peak
+        del a
+        c = torch.zeros(250, 1000)                                          # 1 MB, after 4 MB were released
+        return b, c
+    assert measure.peak_bytes(by_hand) == 6_000_000
+    x = torch.randn(1000, 1000)
+    assert measure.peak_bytes(lambda: x.log_softmax(-1).exp().sum()) >= 8_000_000           # two of x's size at once
+    assert measure.peak_bytes(lambda: x.sum()) < 100_000                    # x itself was live before
+
+
+def test_interleaved_calls_take_turns_and_their_table_names_the_gain():
+    calls = []
+    seconds = measure.interleave({"one": lambda: calls.append("one"), "two": lambda: (calls.append("two"), time.sleep(0.01))}, 2)
+    assert calls == ["one", "two", "one", "two", "two", "one"]              # a warm-up round, then each goes first once
+    rows = measure.rows_of({"one": [1.0, 2.0, 4.0], "two": [0.5, 0.5, 9.0]}, "one", {"two": 3 * 2 ** 20})
+    assert rows[1] == {"": "two", "median s": "0.500", "min s": "0.500", "gain": "x4.00", "peak MiB": "3.0"}
+    assert [len(seconds[name]) for name in ("one", "two")] == [2, 2] and min(seconds["two"]) >= 0.01
+    assert len({len(line) for line in measure.table(rows).splitlines()}) == 1
 
 
 # ==== evalmfv.py: the probe ===========================================================================================
