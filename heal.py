@@ -376,22 +376,17 @@ class Passes:
         self.extra = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
         self.ref_rows: dict[int, Tensor] = {}                   # id(sample) -> [n_i, d]
         self.outputs: dict[int, Tensor] = {}                    # id(sample) -> [T_i, d], of the last block below
-        self.head, self.below, self.wrap = find_head(model), [], None
+        self.head, self.below, self.wrap = None, [], None
         probe = Sample(samples[0].ids[:16], 1, 0)
-        if self.head and not is_close(self.head.logits(self.rows([probe])), self._logits([probe])):
-            self.head = None
+        with torch.no_grad():
+            logits = self.rows([probe])                         # [n, V]  as long as there is no head
+            self.head = find_head(model)
+            if self.head and not is_close(self.head.logits(self.rows([probe])), logits):
+                self.head = None
         self.tiled = tiled and self.head is not None
         self.cache_reference = cache_reference and self.head is not None        # logits would be too many to keep
         if cache_below and self.head:
             self._find_below(probe)
-
-    @torch.no_grad()
-    def _logits(self, batch: list[Sample]) -> Tensor:
-        head, self.head = self.head, None
-        try:
-            return self.rows(batch)
-        finally:
-            self.head = head
 
     def _find_below(self, probe: Sample) -> None:
         """The blocks before the first whose output has a gradient; none if skipping them does not give the same."""

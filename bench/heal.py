@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import heal  # noqa: E402
 import lora  # noqa: E402
+from heal_original import original_round  # noqa: E402
 from measure import interleave, keep_pages, megabytes, peak_bytes, rows_of, table, write_json  # noqa: E402
 from plot import svg_lines  # noqa: E402
 
@@ -265,36 +266,6 @@ def small_llama(vocabulary: int, width: int, n_blocks: int, seed: int = 0):
 def make_samples(n: int, n_prompt: int, n_new: int, vocabulary: int) -> list:
     rng = torch.Generator().manual_seed(1)
     return [heal.Sample(torch.randint(3, vocabulary, (n_prompt + n_new,), generator=rng).tolist(), n_prompt, i) for i in range(n)]
-
-
-def original_round(model, params, samples, reference, cfg, tau, whole_sequence=True) -> float:
-    """The same optimiser steps as heal.heal, the original's way: one sample per pass, the reference every time."""
-    optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
-    rng, n_steps = torch.Generator().manual_seed(0), cfg.epochs * len(samples) // cfg.heal_batch
-    per_epoch, loss = len(samples) // cfg.heal_batch, 0.0
-    for step in range(n_steps):
-        if step % per_epoch == 0:
-            order = torch.randperm(len(samples), generator=rng).tolist()
-        optimizer.param_groups[0]["lr"] = cfg.lr * heal.lr_factor(step, n_steps, cfg.warmup)
-        at, loss = step % per_epoch * cfg.heal_batch, 0.0
-        for s in (samples[i] for i in order[at:at + cfg.heal_batch]):
-            ids, targets = torch.tensor([s.ids]), torch.tensor(s.ids[s.n_prompt:])              # [1, T], [n]
-            with torch.no_grad(), reference():
-                ref = model(input_ids=ids).logits[0, :-1]                       # [T - 1, V]
-            logits = model(input_ids=ids).logits[0, :-1]                        # [T - 1, V]
-            if whole_sequence:
-                logp, logq = logits.log_softmax(-1), ref.log_softmax(-1)        # [T - 1, V]
-                kl = (logp.exp() * (logp - logq)).sum(-1)[s.n_prompt - 1:]      # [n]
-                nll = -logp[s.n_prompt - 1:].gather(1, targets[:, None])[:, 0]  # [n]
-            else:
-                nll, kl = heal.naive_losses(logits[s.n_prompt - 1:], ref[s.n_prompt - 1:], targets)
-            part = (nll.mean() + cfg.lam * torch.relu(heal.aggregate(kl, cfg.kl_agg) - tau)) / cfg.heal_batch
-            part.backward()
-            loss += part.item()
-        torch.nn.utils.clip_grad_norm_(params, cfg.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-    return loss
 
 
 def peft_twin(model, layers, stack):

@@ -1,0 +1,179 @@
+"""Bench of one whole round on the embedded model: the original's structure against ours, stage by stage.
+
+    python bench/round.py                   about ten minutes on two cores
+    python bench/round.py --tiny            seconds, for CI
+
+Both sides do the same work: the same contexts, doses, prompts, training samples, optimiser steps and probe frames. The
+original's structure, written by us from a description: everything one at a time (a context, a completion, an nll, a
+sample, a probe frame), decoding by transformers' generate() under the steering hook, logits of the whole sequence, the
+reference in every epoch. What both sides share runs once before the clock starts.
+"""
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+import evalmfv  # noqa: E402
+import heal  # noqa: E402
+import loop  # noqa: E402
+import lora  # noqa: E402
+import steer  # noqa: E402
+from measure import seconds_of, table, write_json  # noqa: E402
+
+DOSES = (1.0, 0.1, 0.316, 0.562, 0.422, 0.487)                  # what a search for .487 tries: 1.0, the floor, four bisections
+
+
+class Work:
+    """What a round of either kind starts from."""
+
+    def __init__(self, tiny: bool):
+        cfg = loop.LoopConfig()
+        self.model, self.tok = loop.load_model(cfg)
+        self.persona, (self.train, self.held_out) = loop.load_persona(cfg), loop.load_prompts(cfg)
+        self.contexts = loop.load_json(ROOT / "data" / "contexts.json")
+        vignettes = evalmfv.load_vignettes(ROOT / "data" / "vignettes.jsonl")
+        self.layers, _ = steer.find_layers(self.model, self.tok, self.persona["pos"], self.persona["neg"], self.contexts)
+        self.stack = lora.attach(self.model, r=8, alpha=16, layers=steer.band(len(steer.blocks(self.model)), 0.2, 0.8))
+        self.n_probe, self.n_make, self.n_new, self.think = (2, 4, 8, 4) if tiny else (24, 64, 64, 128)
+        self.doses = DOSES[:2] if tiny else DOSES
+        self.vignettes = vignettes[:2] if tiny else vignettes
+        self.contexts = self.contexts[:4] if tiny else self.contexts
+        self.cfg = heal.HealConfig(lr=1e-3, val_share=0.0, epochs=2 if tiny else 5)
+        self.vectors = steer.fit_vectors(self.model, self.tok, self.persona["pos"], self.persona["neg"], self.contexts, self.layers)
+        with torch.no_grad():
+            self.made = self.answers(self.n_make, 0.487)        # trained on and scored by both sides
+        self.samples = [heal.Sample(c.prompt_ids + c.ids, len(c.prompt_ids), c.prompt) for c in self.made]
+        self.samples = self.samples[:len(self.samples) // 4 * 4]
+
+    def prompts(self, n):
+        return [self.train[i % len(self.train)] for i in range(n)]
+
+    def answers(self, n, coeff):
+        return steer.generate(self.model, self.tok, self.prompts(n), vectors=self.vectors, coeffs=[coeff] * n, max_new_tokens=self.n_new)
+
+    def reference(self):
+        return self.stack.gated(0, 0)
+
+
+# ---- ours ------------------------------------------------------------------------------------------------------------
+
+
+def extract(w):
+    steer.fit_vectors(w.model, w.tok, w.persona["pos"], w.persona["neg"], w.contexts, w.layers)
+
+
+def search(w):
+    return sum(len(c.ids) for dose in w.doses for c in w.answers(w.n_probe, dose))
+
+
+def make(w):
+    return sum(len(c.ids) for c in w.answers(w.n_make, 0.487))
+
+
+def score(w):
+    with w.reference():
+        steer.token_nll(w.model, w.made, pad_id=steer.pad_of(w.tok))
+
+
+def train(w):
+    w.stack.drop()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        heal.heal(w.model, w.stack.parameters(), w.samples, w.reference, w.cfg, tau=0.1, pad_id=steer.pad_of(w.tok))
+
+
+def probe(w):
+    evalmfv.evaluate(w.model, w.tok, w.vignettes, think_tokens=w.think, batch_size=152)
+
+
+# ---- the original's structure ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def extract_one_by_one(w):
+    from heal_original import last_states
+    for context in w.contexts:
+        for side in (w.persona["pos"], w.persona["neg"]):
+            last_states(w.model, steer.encode(w.tok, [context], [side[0]])[0], w.layers)
+
+
+@torch.no_grad()
+def answers_one_by_one(w, n, coeff):
+    n_tokens = 0
+    with steer.steered(w.model, w.vectors, coeff):
+        for ids in steer.encode(w.tok, w.prompts(n), [""] * n):
+            ids = torch.tensor([ids])                                           # [1, T]
+            out = w.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_p=0.95, top_k=64,
+                                   max_new_tokens=w.n_new, pad_token_id=steer.pad_of(w.tok))
+            n_tokens += out.shape[1] - ids.shape[1]
+    return n_tokens
+
+
+def search_one_by_one(w):
+    return sum(answers_one_by_one(w, w.n_probe, dose) for dose in w.doses)
+
+
+def make_one_by_one(w):
+    return answers_one_by_one(w, w.n_make, 0.487)
+
+
+@torch.no_grad()
+def score_one_by_one(w):
+    with w.reference():
+        for c in w.made:
+            ids = torch.tensor([c.prompt_ids + c.ids])                          # [1, T]
+            logits = w.model(input_ids=ids).logits[0, len(c.prompt_ids) - 1:-1]                 # [n, V]
+            F.cross_entropy(logits, torch.tensor(c.ids), reduction="none")      # [n]
+
+
+def train_one_by_one(w):
+    from heal_original import original_round
+    w.stack.drop()
+    original_round(w.model, w.stack.parameters(), w.samples, w.reference, w.cfg, tau=0.1)
+
+
+def probe_one_by_one(w):
+    evalmfv.evaluate(w.model, w.tok, w.vignettes, think_tokens=w.think, batch_size=1)
+
+
+STAGES = {"extract": (extract_one_by_one, extract, "contexts and personas share left-padded batches; only the tag's state is kept"),
+          "dose search": (search_one_by_one, search, "the completions of a dose are one batch"),
+          "generate": (make_one_by_one, make, "all completions are one batch; finished rows leave it"),
+          "filter": (score_one_by_one, score, "batches of similar length, completion rows only"),
+          "heal": (train_one_by_one, train, "no logits, reference and lower blocks once, four samples a pass"),
+          "probe": (probe_one_by_one, probe, "frames of both option orders share batches")}
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tiny", action="store_true", help="sizes for CI: correctness, not timing")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write every number here")
+    args = parser.parse_args(argv)
+    w = Work(args.tiny)
+    seconds = {stage: {"original": [], "ours": []} for stage in STAGES}
+    for _ in range(1 if args.tiny else args.repeats):
+        for stage, (theirs, mine, _) in STAGES.items():         # the two sides of a stage run one after the other
+            seconds[stage]["original"].append(seconds_of(lambda: theirs(w)))
+            seconds[stage]["ours"].append(seconds_of(lambda: mine(w)))
+    rows, totals = [], {"original": 0.0, "ours": 0.0}
+    for stage, times in seconds.items():
+        a, b = (sorted(times[side])[len(times[side]) // 2] for side in ("original", "ours"))
+        totals["original"], totals["ours"] = totals["original"] + a, totals["ours"] + b
+        rows.append({"stage": stage, "original s": f"{a:.2f}", "ours s": f"{b:.2f}", "gain": f"x{a / b:.1f}", "where it comes from": STAGES[stage][2]})
+    rows.append({"stage": "round", "original s": f"{totals['original']:.1f}", "ours s": f"{totals['ours']:.1f}",
+                 "gain": f"x{totals['original'] / totals['ours']:.1f}", "where it comes from": ""})
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print(table(rows))
+    if args.json:
+        write_json(args.json, seconds=seconds, totals=totals)
+
+
+if __name__ == "__main__":
+    main()
