@@ -366,7 +366,8 @@ class Passes:
     cache_below      so are the outputs of the last block below all `params`; that block and those before it are skipped
 
     Each is tried at the start on a few tokens and left out where it does not reproduce the plain pass: `tiled`,
-    `cache_reference` and `below` (the skipped blocks) tell what is on. `close` with one Passes per round.
+    `cache_reference` and `below` (the skipped blocks) tell what is on. Samples are known by identity, so keep them; make
+    a new one for every round, since what is remembered holds for one state of everything but `params`.
     """
 
     def __init__(self, model: nn.Module, samples: list[Sample], reference: Callable, *, reg: str = "kl_rev", pad_id: int = 0,

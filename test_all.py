@@ -3,6 +3,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 import inspect
 import json
 import math
@@ -2089,6 +2090,28 @@ def test_two_arms_may_differ_in_one_field_only():
     assert arms.differing(record(), record(seed=1, out="b")) == set()
     assert arms.differing(record(), record(kl_agg="mean")) == {"kl_agg"} and arms.differing(record(kl_agg="mean"), record(reg="nll")) == {"reg"}
     assert arms.differing(record(), record(kl_agg="mean", lam=1.0)) == {"kl_agg", "lam"} and arms.differing(record(), record() | {"code": "d"}) == {"code"}
+
+
+# ---- the benchmarks, at sizes whose times mean nothing -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["heal", "round"])
+def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    bench.main(["--tiny", "--json", str(tmp_path / "out.json"), *(["--docs", str(tmp_path)] if name == "heal" else [])])
+    assert capsys.readouterr().out.count("|") > 20
+    result = json.loads((tmp_path / "out.json").read_text())
+    if name == "round":
+        assert set(result["seconds"]) == {"extract", "dose search", "generate", "filter", "heal", "probe"} and result["totals"]["ours"] > 0
+        return
+    assert all(x["value"] < 1e-10 and x["grad"] < 1e-10 for key, x in result["accuracy"].items() if "bf16" not in key)
+    assert {"ours", "naive autograd", "original"} <= set(result["memory"]["peak"]) and len(list(tmp_path.glob("*.svg"))) == 6
+    losses = result["round"]["barrier on at every step"]["losses"]
+    assert len(losses) >= 7 and max(losses.values()) - min(losses.values()) < 1e-5      # the same steps, or nothing is compared
+    for peer in ("TRL", "torchtune", "Liger"):                  # a peer that cannot run says so instead of vanishing
+        assert any(peer in key for key in [*result["memory"]["peak"], *result["memory"]["missing"]])
 
 
 # ---- the report --------------------------------------------------------------------------------------------------------

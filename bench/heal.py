@@ -328,8 +328,8 @@ def a_round(tiny: bool, repeats: int) -> dict:
         if not missing:
             fns[f"peft {_version('peft')}, completion rows"] = run_peft
         fns |= {name: run_ours(name, options) for name, options in steps.items()}
-        seconds = interleave(fns, repeats)
-        rows = rows_of(seconds, "original", {name: peak_bytes(fn) for name, fn in fns.items()})
+        seconds = interleave(fns, repeats, warm_up=not tiny)
+        rows = rows_of(seconds, "original", None if tiny else {name: peak_bytes(fn) for name, fn in fns.items()})
         for row in rows:
             row["last loss"] = f"{losses[row['']]:.6f}"
             if not missing:
