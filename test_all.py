@@ -1121,22 +1121,42 @@ def test_the_base_passes_its_own_limits_and_a_broken_model_does_not():
 # ---- steer: the dose, the band, the options
 
 def test_find_dose_takes_one_if_it_survives():
-    assert find_dose(lambda coeff: 1.0) == (1.0, [(1.0, 1.0)])
+    coeff, trials = find_dose(lambda coeffs: [1.0] * len(coeffs))
+    assert coeff == 1.0 and trials[0] == (1.0, 1.0) and len(trials) == 5     # one batch, and no finer one
 
 
 @pytest.mark.parametrize("knee", [0.11, 0.3, 0.52, 0.97])
-def test_find_dose_brackets_the_knee_of_a_falling_survival(knee):
-    coeff, trials = find_dose(lambda c: 1 / (1 + (c / knee) ** 8), coeff_min=0.1, steps=5, min_survive=0.5)
-    assert coeff <= knee < coeff * 10 ** (1 / 2 ** 5) * 1.0001               # a decade, halved five times in the log
-    assert len(trials) == 7 and dict(trials)[coeff] >= 0.5
+@pytest.mark.parametrize("splits", [2, 4])
+def test_find_dose_brackets_the_knee_of_a_falling_survival(knee, splits):
+    batches = []
+
+    def try_doses(coeffs):
+        batches.append(coeffs)
+        return [1 / (1 + (c / knee) ** 8) for c in coeffs]
+    steps = 4 if splits == 2 else 2                                          # the same sixteenth of a decade
+    coeff, trials = find_dose(try_doses, coeff_min=0.1, steps=steps, splits=splits, min_survive=0.5)
+    assert coeff <= knee < coeff * 10 ** (1 / 16) * 1.0001
+    assert list(map(len, batches)) == [splits + 1] + [splits - 1] * (steps - 1) and trials[0][0] == 1.0
     assert coeff == max(c for c, share in trials if share >= 0.5)
+    low, high = 0.1, 1.0                                                     # plain bisection ends on the same dose
+    for _ in range(4):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if middle <= knee else (low, middle)
+    assert coeff == pytest.approx(low)
+
+
+def test_find_dose_takes_the_highest_dose_that_survives_where_survival_is_not_monotone():
+    coeff, trials = find_dose(lambda coeffs: [float(0.3 < c < 0.6 or c < 0.15) for c in coeffs], coeff_min=0.1, steps=3)
+    assert 0.6 / 10 ** (1 / 64) / 1.0001 <= coeff < 0.6
 
 
 def test_find_dose_names_the_bound_that_fails():
     with pytest.raises(RuntimeError, match="coeff_min=0.1, 20% of completions pass the filter, need 90%"):
-        find_dose(lambda coeff: 0.2, coeff_min=0.1)
+        find_dose(lambda coeffs: [0.2] * len(coeffs), coeff_min=0.1)
     with pytest.raises(ValueError, match="coeff_min=2"):
-        find_dose(lambda coeff: 0.2, coeff_min=2)
+        find_dose(lambda coeffs: [0.2] * len(coeffs), coeff_min=2)
+    with pytest.raises(ValueError, match="steps=0"):
+        find_dose(lambda coeffs: [0.2] * len(coeffs), steps=0)
 
 
 def test_band_is_every_block_whose_depth_overlaps():
@@ -1201,6 +1221,107 @@ def test_interleaved_calls_take_turns_and_their_table_names_the_gain():
     assert rows[1] == {"": "two", "median s": "0.500", "min s": "0.500", "gain": "x4.00", "peak MiB": "3.0"}
     assert [len(seconds[name]) for name in ("one", "two")] == [2, 2] and min(seconds["two"]) >= 0.01
     assert len({len(line) for line in measure.table(rows).splitlines()}) == 1
+
+
+# ---- generation and the probe: batches, and memory that runs out
+
+def gen_forgetful(model, rows, error=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), columns=0):
+    """From now on more than `rows` rows of `columns` columns or more raise `error`; the rows of every call are listed."""
+    seen = []
+
+    def guard(module, args, kwargs):
+        seen.append(len(kwargs["input_ids"]))
+        if seen[-1] > rows and kwargs["attention_mask"].shape[1] >= columns:
+            raise error
+    return model.register_forward_pre_hook(guard, with_kwargs=True), seen
+
+
+CPU_FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_many_prompts_at_many_doses_are_one_at_a_time_exactly_with_retirement_and_out_of_memory(greedy):
+    model, tok = steer_pair(torch.float64)
+    model.generation_config.eos_token_id = list(range(6, 40))                # rows end at different steps
+    doses = [0.0, 0.25, 0.5, 1.0]
+    prompts, coeffs = STEER_PROMPTS * 4, [c for c in doses for _ in STEER_PROMPTS]
+    kw = dict(vectors=steer_vectors(model), greedy=greedy, max_new_tokens=20, seed=5)
+    many = generate(model, tok, prompts, coeffs=coeffs, n_draws=6, **kw)
+    assert len({len(c.ids) for c in many}) > 4 and len({tuple(c.ids) for c in many}) > 12
+    for k, coeff in enumerate(doses):                                        # a dose alone draws what it drew in company
+        alone = generate(model, tok, STEER_PROMPTS, coeffs=[coeff] * 6, batch_size=1, **kw)
+        assert [c.ids for c in alone] == [c.ids for c in many[6 * k:6 * k + 6]]
+    for rows, error in ((3, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")), (1, CPU_FULL)):
+        hook, seen = gen_forgetful(model, rows, error)
+        assert generate(model, tok, prompts, coeffs=coeffs, n_draws=6, **kw) == many
+        hook.remove()
+        assert seen[0] == 24 and rows in seen and sum(n > rows for n in seen) <= 5      # 24, 12, 6 (, 3, ...) and never again
+
+
+def test_rows_that_had_finished_when_memory_ran_out_are_not_decoded_again():
+    model, tok = steer_pair(torch.float64)
+    model.generation_config.eos_token_id = list(range(6, 60))
+    kw = dict(max_new_tokens=24, seed=5)
+    prompts = ["Hi"] * 16
+    want = generate(model, tok, prompts, **kw)
+    short = sum(len(c.ids) <= 3 for c in want)
+    first = len(want[0].prompt_ids)
+    assert 8 <= short < 16, short                                            # half are retired before the fourth token
+    hook, seen = gen_forgetful(model, 2, columns=first + 6)
+    assert generate(model, tok, prompts, **kw) == want
+    hook.remove()
+    again = [n for before, n in zip(seen, seen[1:]) if n > before]            # a batch that grows is a new start
+    assert again and max(again) <= 16 - short, seen
+
+
+def test_scores_states_and_the_probe_survive_a_full_memory_with_the_same_numbers():
+    model, tok = steer_pair(torch.float64)
+    answers = generate(model, tok, STEER_PROMPTS * 2, max_new_tokens=9)
+    answers.append(dataclasses.replace(answers[0], ids=[]))                   # nothing to score is no error
+    nlls = token_nll(model, answers)
+    states = steer.tag_states(model, tok, "kind", "cold", STEER_PROMPTS, [0, 2])
+    probe_tok = mfv_tokenizer()
+    probed = mfv_rig(tiny_model(probe_tok, seed=11, dtype=torch.float64, layers=2), probe_tok, natural=31, closed=0, pad=9)
+    rows = mfv_rows(MFV_TEXTS[:3])
+    reading = evalmfv.evaluate(probed, probe_tok, rows, think_tokens=20)
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), CPU_FULL):
+        (hook, seen), (hook2, seen2) = gen_forgetful(model, 2, error), gen_forgetful(probed, 2, error)
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(nlls, token_nll(model, answers), strict=True))
+        again = steer.tag_states(model, tok, "kind", "cold", STEER_PROMPTS, [0, 2])
+        assert all(torch.allclose(states[k], again[k], rtol=0, atol=1e-5) for k in states)
+        other = evalmfv.evaluate(probed, probe_tok, rows, think_tokens=20)
+        assert other["case"] == reading["case"] and (other["score"] - reading["score"]).abs().max() < 1e-10
+        hook.remove(), hook2.remove()
+        assert max(seen) > 2 and 1 <= seen[-1] <= 2 and max(seen2) > 2 and 1 <= seen2[-1] <= 2
+
+
+def test_one_row_that_does_not_fit_is_named_and_other_errors_pass_through():
+    model, tok = steer_pair()
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), CPU_FULL):
+        hook, seen = gen_forgetful(model, 0, error)
+        with pytest.raises(torch.OutOfMemoryError, match="one row of 6 tokens alone"):
+            generate(model, tok, ["Hi"] * 5, max_new_tokens=2)
+        hook.remove()
+        assert seen == [5, 2, 1]
+    hook, seen = gen_forgetful(model, 0, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        generate(model, tok, ["Hi"] * 5, max_new_tokens=2)
+    hook.remove()
+    assert seen == [5]
+
+
+def test_scoring_never_holds_the_logits_of_a_prompt_nor_more_than_its_budget(monkeypatch):
+    model, tok = steer_pair()
+    answers = generate(model, tok, STEER_PROMPTS, max_new_tokens=5, system="Be kind. " * 20)
+    want, shapes = token_nll(model, answers), []
+    hook = model.lm_head.register_forward_hook(lambda head, args, out: shapes.append(tuple(out.shape)))
+    token_nll(model, answers)
+    assert shapes == [(6, 6, len(tok))]                                      # five tokens and the column before them
+    model.config.vocab_size = 2 ** 25                                        # as if: 6 columns of it are 3/4 of the budget
+    got = token_nll(model, answers)
+    hook.remove()
+    assert {shape[0] for shape in shapes[1:]} == {1}
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(want, got))
 
 
 # ==== evalmfv.py: the probe ===========================================================================================
@@ -1603,7 +1724,7 @@ def test_no_file_loads_pickles_or_remote_code(path):
 
 
 def test_lines_copied_between_files_are_identical():
-    for name, files in {"render": (steer, evalmfv), "blocks": (steer, lora_py), "opt": (steer, heal_py, lora_py, loop)}.items():
+    for name, files in {"render": (steer, evalmfv), "in_batches": (steer, evalmfv), "roomy_cache": (steer, evalmfv), "blocks": (steer, lora_py), "opt": (steer, heal_py, lora_py, loop)}.items():
         sources = {inspect.getsource(getattr(file, name)) for file in files}
         assert len(sources) == 1, name
 
