@@ -31,9 +31,11 @@ import evalmfv                                                  # noqa: E402
 import heal as heal_py                                          # noqa: E402
 import loop                                                     # noqa: E402
 import lora as lora_py                                          # noqa: E402
+import generate as bench_generate                               # noqa: E402
 import make_pocket                                              # noqa: E402
 import measure                                                  # noqa: E402
 import report                                                   # noqa: E402
+import roofline                                                 # noqa: E402
 import steer                                                    # noqa: E402
 import world                                                    # noqa: E402
 from evalmfv import FOUNDATIONS                                 # noqa: E402
@@ -1221,6 +1223,72 @@ def test_interleaved_calls_take_turns_and_their_table_names_the_gain():
     assert rows[1] == {"": "two", "median s": "0.500", "min s": "0.500", "gain": "x4.00", "peak MiB": "3.0"}
     assert [len(seconds[name]) for name in ("one", "two")] == [2, 2] and min(seconds["two"]) >= 0.01
     assert len({len(line) for line in measure.table(rows).splitlines()}) == 1
+
+
+@pytest.mark.parametrize("attention", ["head_dim 16, grouped", "head_dim 8"])
+def test_the_roofline_counts_the_operations_that_torch_counts(attention):
+    from torch.utils.flop_counter import FlopCounterMode
+    config = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=5, num_attention_heads=4,
+                         num_key_value_heads=2 if "grouped" in attention else 4, head_dim=16 if "grouped" in attention else 8)
+    shape, L, rank, layers = roofline.shape_of(config), 24, 3, [1, 2, 3]
+    config._attn_implementation = "eager"
+    model = LlamaForCausalLM(config)
+    stack, ids = attach(model, r=rank, alpha=3, layers=layers), torch.zeros(1, L, dtype=torch.long)
+    with FlopCounterMode(display=False) as forward, stack.gated(0, 0):
+        model.model(ids, use_cache=False)
+    with FlopCounterMode(display=False) as step:
+        model(ids, use_cache=False).logits.logsumexp(-1).sum().backward()
+
+    def split(counter):                                                      # (weights, attention) by operator
+        ops = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+        attention = sum(n for op, n in ops.items() if "bmm" in op)
+        return sum(n for op, n in ops.items() if "bmm" not in op), attention
+    seen, NVd = roofline.keys_seen(L, None), L * 96 * 32
+    assert seen == sum(range(1, L + 1))
+    weights, square = split(forward)                                         # eager attention looks at all L * L keys
+    assert weights == 2 * L * sum(shape["blocks"])
+    assert square * seen == L * L * (roofline.forward_ops(shape, L) - weights)
+    ours = roofline.heal_step(shape, L, L, layers=layers, rank=rank, head=4)["ops"]
+    q, kv, d = shape["query"], shape["kv"], 32
+    below = 2 * L * shape["blocks"][0]                                       # not cached in this plain step
+    no_input = 2 * L * (q + kv) * d + 2 * L * rank * 3 * d                   # the first adapted q, k, v need no gradient in x
+    weights, square = split(step)
+    attended = 4 * shape["query"] * seen                                     # a block's, forward
+    ours_weights = ours["head"] + ours["body forward"] + ours["body backward"] + ours["LoRA"] - 4 * 3 * attended
+    assert weights == ours_weights + below - no_input and ours["head"] == 4 * NVd
+    assert square * seen == L * L * (5 + 4 * 2) * attended
+
+
+def test_the_roofline_of_a_4b_model_is_the_one_computed_by_hand():
+    shape = roofline.shape_of(roofline.load_config(ROOT / "bench" / "configs" / "gemma-3-4b.json"))
+    assert sum(shape["blocks"]) == 34 * (2560 * (2 * 2048 + 2 * 1024) + 3 * 2560 * 10240) == 3_208_642_560
+    layers, L, N = steer.band(34, 0.2, 0.8), 576, 512
+    step = roofline.heal_step(shape, L, N, layers=layers)["ops"]
+    ms = {part: 1e3 * ops / 790e12 for part, ops in step.items()}
+    assert ms["head"] == pytest.approx(8 * 512 * 262208 * 2560 / 790e9) == pytest.approx(3.48, abs=0.005)
+    assert sum(ms.values()) == pytest.approx(12.4, abs=0.05)
+    original = sum(roofline.original_step(shape, L, layers=layers).values())
+    assert 1e3 * original / 790e12 == pytest.approx(16.5, abs=0.05)
+    h200 = roofline.MACHINES["h200"]
+    alone, many = (roofline.decode_step(shape, 320, b) for b in (1, 48))
+    assert 1e3 * roofline.floor(alone["ops"], alone["bytes"], h200) == pytest.approx(1.82, abs=0.01)
+    assert many["bytes"] - alone["bytes"] == 47 * 320 * 34 * 2 * 4 * 256 * 2
+    assert roofline.keys_seen(10, 4) == 1 + 2 + 3 + 4 * 7 and roofline.decode_step(shape, 5000, 1)["bytes"] < \
+        alone["bytes"] + 4680 * 34 * 2 * 4 * 256 * 2                         # 29 of the blocks look back 1,024 tokens only
+
+
+def test_the_generation_benchmark_runs_tiny_with_rows_as_hf_and_the_roofline_reads_it(tmp_path, capsys):
+    bench_generate.main(["--tiny", "--dtype", "float64", "--json", str(tmp_path / "g.json")])
+    found = json.loads((tmp_path / "g.json").read_text())["models"]["tiny"]
+    assert set(found["implementations"]["identical"].values()) == {6} and len(found["implementations"]["identical"]) == 4
+    assert all(x <= 1e-12 for x in found["probe"]["difference"].values())
+    assert all(n > 0 for n in found["batch_sizes"]["peak_bytes"].values())
+    (tmp_path / "tiny.json").write_text(json.dumps(bench_generate.TINY))
+    record = roofline.main([str(tmp_path / "tiny.json"), "--measured", str(tmp_path / "g.json")])
+    assert [row["measured"] for row in record["measured"]] == ["decoding, 1 rows", "decoding, 4 rows"]
+    assert all(float(row["times the floor"]) > 1 for row in record["measured"])      # a CPU against the floor of an H200
+    with pytest.raises(ValueError, match="holds no run of"):
+        roofline.main([str(ROOT / "bench" / "configs" / "gemma-3-4b.json"), "--measured", str(tmp_path / "g.json")])
 
 
 # ---- generation and the probe: batches, and memory that runs out
