@@ -7,7 +7,7 @@
 Five tables, each interleaved in one process: (1) the implementations, with rows identical to HF's one at a time;
 (2) tokens per second against the batch size; (3) folded LoRA rounds, against their dense sum; (4) the steps of a dose
 search; (5) the probe, one frame at a time and in shared batches. Answers are greedy and do not end early, so that all
-implementations do the same work.
+implementations do the same work. Small models on a CPU decode fastest on one thread: set OMP_NUM_THREADS=1.
 """
 import argparse
 import contextlib
@@ -28,6 +28,7 @@ import steer                                                    # noqa: E402
 
 D512 = dict(model_type="llama", hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
             num_key_value_heads=8, vocab_size=8192, initializer_range=0.06, tie_word_embeddings=True)
+PARTS = ["implementations", "batch_sizes", "folded_rounds", "dose_search", "probe"]
 TINY = D512 | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4, vocab_size=2048,
                    num_key_value_heads=2, initializer_range=0.3)
 
@@ -225,6 +226,7 @@ def main(argv=None) -> dict:
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--tiny", action="store_true", help="a model of a few thousand weights, a few tokens: correctness only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here")
     args = parser.parse_args(argv)
@@ -235,14 +237,14 @@ def main(argv=None) -> dict:
         print(f"\n## {name}: {size / 1e6:.1f} M parameters, {args.dtype}, {args.device}, {torch.get_num_threads()} threads", flush=True)
         tiny, repeats = args.tiny, 1 if args.tiny else args.repeats
         steer.generate(model, tok, ["Hi"], max_new_tokens=2)                # warm
-        record[name] = dict(
-            dtype=args.dtype, parameters=size,
-            implementations=implementations(model, tok, *((6, 5) if tiny else (48, 128)), repeats),
-            batch_sizes=batch_sizes(model, tok, [1, 4] if tiny else [1, 2, 4, 8, 16, 32, 64], 4 if tiny else 64, repeats),
-            folded_rounds=folded_rounds(model, tok, [0, 2] if tiny else [0, 1, 4, 8], [1, 3] if tiny else [1, 48],
-                                        3 if tiny else 64, 1 if tiny else repeats + 2),
-            dose_search=dose_search(model, tok, 2 if tiny else 24, 3 if tiny else 64, repeats),
-            probe=probe(model, tok, 2 if tiny else 24, 3 if tiny else 64, repeats))
+        jobs = dict(
+            implementations=lambda: implementations(model, tok, *((6, 5) if tiny else (48, 128)), repeats),
+            batch_sizes=lambda: batch_sizes(model, tok, [1, 4] if tiny else [1, 2, 4, 8, 16, 32, 64], 4 if tiny else 64, repeats),
+            folded_rounds=lambda: folded_rounds(model, tok, [0, 2] if tiny else [0, 1, 4, 8], [1, 3] if tiny else [1, 48],
+                                                3 if tiny else 32, repeats),
+            dose_search=lambda: dose_search(model, tok, 2 if tiny else 24, 3 if tiny else 64, repeats),
+            probe=lambda: probe(model, tok, 2 if tiny else 12, 3 if tiny else 64, repeats))
+        record[name] = dict(dtype=args.dtype, parameters=size, **{part: jobs[part]() for part in args.parts})
     if args.json:
         measure.write_json(args.json, models=record)
     return record
