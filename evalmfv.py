@@ -25,6 +25,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from typing import Callable
 
 import torch
 from jinja2.exceptions import TemplateError
@@ -171,6 +172,30 @@ def find_answer(tok, ids: list[int], pad_id: int) -> tuple[int, int] | None:
 # ---- one batch of frames ---------------------------------------------------------------------------------------------
 
 
+# same in steer.py
+def in_batches(work: Callable, lengths: list[int], batch_size: int) -> list:
+    """The result of every row, in order: work(indices) yields (index, result) for the rows of one batch.
+
+    A batch holds rows of similar length, the longest first: if memory runs out, it does so at once. Then the batch size
+    is halved, for the rest too; results that were yielded by then are kept. torch.OutOfMemoryError if one row is too much.
+    """
+    left, found = sorted(range(len(lengths)), key=lambda i: -lengths[i]), {}
+    while left:
+        try:
+            for i, result in work(left[:batch_size]):
+                found[i] = result
+        except RuntimeError as error:                           # the CPU has no class of its own for it
+            if not any(words in str(error) for words in ("out of memory", "allocate memory", "not enough memory")):
+                raise
+            batch_size = min(batch_size, len(left)) // 2
+            if not batch_size:
+                raise torch.OutOfMemoryError(f"out of memory with one row of {lengths[left[0]]} tokens alone: shorten it, "
+                                             "load the model in bfloat16 or take a smaller one") from None
+        left = [i for i in left if i not in found]
+    return [found[i] for i in range(len(lengths))]
+
+
+# same in steer.py
 def roomy_cache(config, size: int):
     """A key-value cache with room for `size` columns: a step writes its own; the stock cache copies all those before it too."""
     from transformers.cache_utils import DynamicCache, DynamicLayer         # slow to import: not for --help
@@ -371,7 +396,7 @@ def evaluate(model, tok, vignettes: list[dict], *, think_tokens: int = 128, batc
              as_original: bool = False, system: str = "") -> dict:
     """Ask every vignette in both option orders; return profile, coherence, their standard errors and the case counts.
 
-    batch_size: frames per forward; it changes the time, not the result. system: a system text before every question
+    batch_size: frames per forward, fewer where memory runs out; it changes the time, not the result. system: a system text before every question
     (the prompting baseline). as_original: the original's doubled BOS, and its blindness to pad tokens inside the text.
 
     Returns, for M vignettes and K in FOUNDATIONS' order (only p and score are tensors, float64 on the CPU):
@@ -398,14 +423,12 @@ def evaluate(model, tok, vignettes: list[dict], *, think_tokens: int = 128, batc
             prompts.append(tok(text, add_special_tokens=as_original)["input_ids"])              # the template adds BOS
 
     n = len(vignettes)
-    logp, nll, case = [None] * 2 * n, [None] * 2 * n, [""] * 2 * n
-    frames = sorted(range(2 * n), key=lambda i: len(prompts[i]))                            # equal lengths together
-    for i in range(0, 2 * n, batch_size):
-        some = frames[i:i + batch_size]
-        read = read_batch(model, tok, [prompts[j] for j in some], suffix, think_tokens=think_tokens,
-                          as_original=as_original)
-        for j, *frame in zip(some, read[0].double().cpu(), read[1].double().cpu(), read[2]):
-            logp[j], nll[j], case[j] = frame
+
+    def read(batch):
+        logp, nll, case = read_batch(model, tok, [prompts[i] for i in batch], suffix, think_tokens=think_tokens,
+                                     as_original=as_original)
+        return zip(batch, zip(logp.double().cpu(), nll.double().cpu(), case))
+    logp, nll, case = map(list, zip(*in_batches(read, list(map(len, prompts)), batch_size)))
     logp, nll = torch.stack(logp).view(n, 2, -1), torch.stack(nll).view(n, 2)                   # [M, 2, K], [M, 2]
     is_read = torch.tensor([c != "closed" for c in case]).view(n, 2)                            # [M, 2]
     if not (logp.isfinite().all() and nll.isfinite().all()):

@@ -392,8 +392,12 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         rng = torch.Generator().manual_seed(stage_seed(cfg.seed, rnd, "probed prompts"))
         probed = [train[i] for i in torch.randperm(len(train), generator=rng).tolist()[:scfg.n_probe]]
 
-        def survival(coeff):
-            return sum(v.kept for v in verdicts(make(probed, "probe", rnd, vectors, coeff))) / len(probed)
+        def survival(coeffs):                                   # all doses of a step in one batch, with the same draws
+            each = [c for c in coeffs for _ in probed]
+            tried = steer.generate(model, tok, probed * len(coeffs), vectors=vectors, coeffs=each, n_draws=len(probed),
+                                   seed=stage_seed(cfg.seed, rnd, "probe"), **sampling)
+            kept = torch.tensor([float(v.kept) for v in verdicts(tried)])
+            return kept.view(len(coeffs), -1).mean(1).tolist()
         coeff, trials = (scfg.coeff, []) if scfg.coeff else steer.find_dose(
             survival, coeff_min=scfg.coeff_min, steps=scfg.dose_steps, min_survive=scfg.min_survive)
         folder.event("dose", rnd, coeff=coeff, trials=trials, norm={k: v.norm().item() for k, v in vectors.items()})

@@ -93,11 +93,15 @@ class LoRA(nn.Module):
         x = args[0]                                                             # [..., d_in]
         if any(self.history):
             A, B = self.frozen(x.dtype)
-            y = y + F.linear(F.linear(x, A), B)                                 # [..., d_out]
+            y = add_product(y, F.linear(x, A), B, 1.0)                          # [..., d_out]
         if self.current:
-            z = self.current * self.scale * F.linear(x, self.A.to(x.dtype))     # [..., r]
-            y = y + F.linear(z, self.B.to(x.dtype))                             # [..., d_out]
+            y = add_product(y, F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype), self.current * self.scale)
         return y
+
+
+def add_product(y: Tensor, z: Tensor, B: Tensor, scale: float) -> Tensor:
+    """y + scale * B z in one kernel, with no other temporary of y's size. y [..., d_out], z [..., r], B [d_out, r]."""
+    return torch.addmm(y.reshape(-1, len(B)), z.reshape(-1, B.shape[1]), B.T, alpha=scale).view_as(y)
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class SteerConfig:
     steer_to: float = opt(0.0, "last depth that is steered; 0 = calibrate: a tenth of the blocks, from where the persona is read")
     coeff: float = opt(0.0, "dose (multiples of v); 0 = search for the highest one that survives the filter")
     coeff_min: float = opt(0.1, "lowest dose of the search (multiples of v)")
-    dose_steps: int = opt(4, "bisection steps of the search")
+    dose_steps: int = opt(2, "steps of the search: each divides the open interval of log(dose) by four, in one batch")
     n_probe: int = opt(24, "completions per dose of the search")
     min_survive: float = opt(0.9, "share of a dose's completions that must pass the filter")
     n_make: int = opt(64, "completions sampled per round")
@@ -53,7 +53,7 @@ class SteerConfig:
     temperature: float = opt(1.0, "sampling temperature")
     top_p: float = opt(0.95, "sample from the smallest set of tokens with this total probability")
     top_k: int = opt(64, "sample from this many most likely tokens; 0 = all")
-    gen_batch: int = opt(64, "rows decoded at once")
+    gen_batch: int = opt(128, "rows decoded at once; halved where memory runs out")
     window: int = opt(8, "length of the running window over base nll (tokens)")
     quantile: float = opt(1.0, "quantile of the base's own answers that a calibrated limit starts from")
     slack: float = opt(0.1, "room above that quantile: a fraction of its nats, or of the way to 1 for a share")
@@ -67,7 +67,7 @@ class SteerConfig:
     def __post_init__(self):
         if self.steer_from or self.steer_to:
             band(1, self.steer_from, self.steer_to)
-        ranges = {"coeff": (0, 1e6), "coeff_min": (1e-6, 1), "dose_steps": (0, 64), "min_survive": (1e-6, 1),
+        ranges = {"coeff": (0, 1e6), "coeff_min": (1e-6, 1), "dose_steps": (1, 64), "min_survive": (1e-6, 1),
                   "n_min": (1, self.n_make), "temperature": (1e-6, 1e6), "top_p": (1e-6, 1), "top_k": (0, 1e9),
                   "quantile": (0, 1), "slack": (0, 1e6), "max_window_nll": (0, 1e6), "max_tail_ppl": (0, 1e300),
                   "max_ngram": (0, 1), "max_loop": (0, 1), "min_words": (0, 1e9),
@@ -223,31 +223,35 @@ def judge(completions: list[Completion], nlls: list[Tensor], limits: Limits, *, 
     return verdicts
 
 
-def find_dose(try_dose: Callable[[float], float], *, coeff_min: float = 0.1, steps: int = 4,
-              min_survive: float = 0.9) -> tuple[float, list]:
-    """The highest dose that survives: 1.0 if it does, else by bisection in log(dose) down to `coeff_min`.
+def find_dose(try_doses: Callable[[list[float]], list[float]], *, coeff_min: float = 0.1, steps: int = 2,
+              splits: int = 4, min_survive: float = 0.9) -> tuple[float, list]:
+    """The highest dose that survives: 1.0 if it does, else by repeated division in log(dose) down to `coeff_min`.
 
-    try_dose(coeff) -> the share of completions that pass the filter at that dose. 1.0 adds the whole difference between
-    the personas after every block of the band (over several blocks the additions pile up, so it may well be too much);
-    more is not asked for. Returns (coeff, [(coeff, share), ...] in the order tried). RuntimeError if
-    coeff_min fails.
+    try_doses(coeffs) -> for each, the share of completions that pass the filter at that dose: one batch a step. The
+    first holds 1.0, coeff_min and what divides them in `splits`; each later one divides the interval above the highest
+    dose that passed. Two steps of 4 find what four bisections find, in two batches instead of six. 1.0 adds the whole
+    difference between the personas after every block of the band (over several blocks the additions pile up, so it may
+    well be too much); more is not asked for. Returns (coeff, [(coeff, share), ...] in the order tried). RuntimeError if
+    no dose passes.
     """
     if not 0 < coeff_min < 1:
         raise ValueError(f"coeff_min={coeff_min}: expected a dose between 0 and 1")
-    trials = []
+    if steps < 1 or splits < 2:
+        raise ValueError(f"steps={steps}, splits={splits}: expected at least 1 and 2")
 
-    def passes(coeff):
-        trials.append((coeff, try_dose(coeff)))
-        return trials[-1][1] >= min_survive
-    if passes(1.0):
-        return 1.0, trials
-    if not passes(coeff_min):
-        raise RuntimeError(f"the lowest dose fails: at coeff_min={coeff_min}, {trials[-1][1]:.0%} of completions pass "
-                           f"the filter, need {min_survive:.0%}; lower --coeff-min or raise --slack")
-    low, high = coeff_min, 1.0                              # low passes, high fails
+    def between(low, high):
+        return [high * (low / high) ** (i / splits) for i in range(1, splits)]
+    trials, doses = [], [1.0, *between(coeff_min, 1.0), coeff_min]
     for _ in range(steps):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if passes(middle) else (low, middle)
+        trials += zip(doses, try_doses(doses), strict=True)
+        passed = [coeff for coeff, share in trials if share >= min_survive]
+        if not passed:
+            raise RuntimeError(f"the lowest dose fails: at coeff_min={coeff_min}, {trials[-1][1]:.0%} of completions pass "
+                               f"the filter, need {min_survive:.0%}; lower --coeff-min or raise --slack")
+        low = max(passed)
+        if low == 1.0:
+            break
+        doses = between(low, min(coeff for coeff, _ in trials if coeff > low))
     return low, trials
 
 
@@ -287,10 +291,27 @@ def encode(tok, users: list[str], systems: list[str]) -> list[list[int]]:
     return [tok(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
-def by_length(rows: list[list[int]], batch_size: int) -> list[list[int]]:
-    """Row indices in batches of similar length, longest first: if memory runs out, it does so at once."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+# same in evalmfv.py
+def in_batches(work: Callable, lengths: list[int], batch_size: int) -> list:
+    """The result of every row, in order: work(indices) yields (index, result) for the rows of one batch.
+
+    A batch holds rows of similar length, the longest first: if memory runs out, it does so at once. Then the batch size
+    is halved, for the rest too; results that were yielded by then are kept. torch.OutOfMemoryError if one row is too much.
+    """
+    left, found = sorted(range(len(lengths)), key=lambda i: -lengths[i]), {}
+    while left:
+        try:
+            for i, result in work(left[:batch_size]):
+                found[i] = result
+        except RuntimeError as error:                           # the CPU has no class of its own for it
+            if not any(words in str(error) for words in ("out of memory", "allocate memory", "not enough memory")):
+                raise
+            batch_size = min(batch_size, len(left)) // 2
+            if not batch_size:
+                raise torch.OutOfMemoryError(f"out of memory with one row of {lengths[left[0]]} tokens alone: shorten it, "
+                                             "load the model in bfloat16 or take a smaller one") from None
+        left = [i for i in left if i not in found]
+    return [found[i] for i in range(len(lengths))]
 
 
 def left_pad(rows: list[list[int]], pad_id: int, device) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,6 +325,33 @@ def left_pad(rows: list[list[int]], pad_id: int, device) -> tuple[Tensor, Tensor
 def pad_of(tok) -> int:
     """Any id will do: padding is masked."""
     return next(i for i in (tok.pad_token_id, tok.eos_token_id, 0) if i is not None)
+
+
+# same in evalmfv.py
+def roomy_cache(config, size: int):
+    """A key-value cache with room for `size` columns: a step writes its own; the stock cache copies all those before it too."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer         # slow to import: not for --help
+
+    class RoomyLayer(DynamicLayer):
+        def update(self, keys, values, *args, **kwargs):
+            if not self.is_initialized:
+                self.lazy_initialization(keys, values)
+                self.room = [x.new_empty(*x.shape[:2], size, x.shape[3]) for x in (keys, values)]   # [B, H, size, d/H]
+            past = self.get_seq_length()
+            now = past + keys.shape[2]
+            for room, new in zip(self.room, (keys, values)):
+                room[:, :, past:now] = new
+            self.keys, self.values = (room[:, :, :now] for room in self.room)
+            return self.keys, self.values
+
+        def batch_select_indices(self, indices):
+            past = self.get_seq_length()
+            self.room = [room[indices] for room in self.room]
+            self.keys, self.values = (room[:, :, :past] for room in self.room)
+
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]       # sliding ones stay
+    return cache
 
 
 @contextmanager
@@ -362,17 +410,20 @@ def tag_states(model, tok, pos, neg, contexts: list[str], layers: list[int], *, 
     n = len(contexts)
     personas = [side[i % len(side)] for side in (pos, neg) for i in range(n)]
     rows = encode(tok, contexts * 2, personas)
-    h_last = {layer: [None] * (2 * n) for layer in layers}
-    for batch in by_length(rows, batch_size):
+
+    def read(batch):
+        states = {}                                         # layer -> [B, d]
+
         def keep(layer):
-            def read(h):
-                for i, state in zip(batch, h[:, -1].float().cpu()):         # [d]; left padding: -1 is the tag
-                    h_last[layer][i] = state
-            return read
+            def hook(h):
+                states[layer] = h[:, -1].float().cpu()      # left padding: -1 is the tag
+            return hook
         ids, attn, position_ids = left_pad([rows[i] for i in batch], pad_of(tok), model.device)
         with hooked(model, {layer: keep(layer) for layer in layers}):
             model(input_ids=ids, attention_mask=attn, position_ids=position_ids, use_cache=False, logits_to_keep=1)
-    return {layer: torch.stack(h).view(2, n, -1) for layer, h in h_last.items()}
+        return zip(batch, torch.stack([states[layer] for layer in layers], 1))              # (i, [L, d])
+    h_last = torch.stack(in_batches(read, list(map(len, rows)), batch_size), 1)             # [L, 2 n, d]
+    return {layer: h.view(2, n, -1) for layer, h in zip(layers, h_last)}
 
 
 def fit_vectors(model, tok, pos, neg, contexts: list[str], layers: list[int], *,
@@ -401,31 +452,39 @@ def find_layers(model, tok, pos, neg, contexts: list[str], *, share: float = 0.5
 
 @torch.no_grad()
 def token_nll(model, completions: list[Completion], *, batch_size: int = 32, pad_id: int = 0) -> list[Tensor]:
-    """Nats per completion token [n_i] float32, under the model as it is now and the ids as they were sampled."""
-    rows, nlls = [c.prompt_ids + c.ids for c in completions], [None] * len(completions)
-    for batch in by_length(rows, batch_size):
-        width = max(len(rows[i]) for i in batch)
-        first = min(len(completions[i].prompt_ids) for i in batch) - 1      # no logits are needed before it
-        gaps = [width - len(rows[i]) for i in batch]
-        ids = torch.tensor([rows[i] + [pad_id] * gap for i, gap in zip(batch, gaps)], device=model.device)   # [B, T]
-        attn = torch.tensor([[1] * (width - gap) + [0] * gap for gap in gaps], device=model.device)          # [B, T]
-        logits = model(input_ids=ids, attention_mask=attn, use_cache=False, logits_to_keep=width - first).logits
-        for row, i in enumerate(batch):                     # float32 one row at a time: V is 262k for Gemma
-            begin, end = len(completions[i].prompt_ids), len(rows[i])
-            before = logits[row, begin - 1 - first:end - 1 - first].float()                                  # [n_i, V]
-            nlls[i] = F.cross_entropy(before, ids[row, begin:end], reduction="none").cpu()                   # [n_i]
-    return nlls
+    """Nats per completion token [n_i] float32, under the model as it is now and the ids as they were sampled.
+
+    Only the columns of completions get logits, and a batch gets fewer rows where those would pass 2^28 numbers: half a
+    GB in bfloat16, or one row's if that is more (a completion of 512 tokens and V = 262k are 2^27).
+    """
+    rows = [c.prompt_ids + c.ids for c in completions]
+    kept = max((len(c.ids) for c in completions), default=0) + 1            # the column before each token, and the last
+    batch_size = min(batch_size, max(1, 2 ** 28 // (kept * model.config.get_text_config().vocab_size)))
+
+    def score(batch):
+        ids, attn, position_ids = left_pad([rows[i] for i in batch], pad_id, model.device)              # [B, T] each
+        kept = max(len(completions[i].ids) for i in batch) + 1
+        logits = model(input_ids=ids, attention_mask=attn, position_ids=position_ids, use_cache=False,
+                       logits_to_keep=kept).logits[:, :-1]                                              # [B, kept - 1, V]
+        for row, i in enumerate(batch):
+            n = len(completions[i].ids)                     # left padding: a row's completion is its last n tokens
+            pairs = zip(logits[row, kept - 1 - n:].split(64), ids[row, ids.shape[1] - n:].split(64))
+            nll = [F.cross_entropy(z.float(), target, reduction="none") for z, target in pairs]         # float32: 64 at once
+            yield i, torch.cat(nll).cpu()                                                               # [n]
+    return in_batches(score, list(map(len, rows)), batch_size)
 
 
 @torch.no_grad()
 def generate(model, tok, prompts: list[str], *, system: str = "", vectors: dict[int, Tensor] | None = None,
              coeffs: list[float] | None = None, greedy: bool = False, max_new_tokens: int = 64,
-             temperature: float = 1.0, top_p: float = 0.95, top_k: int = 64, seed: int = 0,
-             batch_size: int = 64) -> list[Completion]:
+             temperature: float = 1.0, top_p: float = 0.95, top_k: int = 64, seed: int = 0, n_draws: int = 0,
+             batch_size: int = 128) -> list[Completion]:
     """Answers to many prompts at many doses in one left-padded batch; one Completion per prompt, in the order given.
 
     coeffs: one dose per prompt (with `vectors`); to sample a prompt at three doses, list it three times. All randomness
     is one table u[prompt, step] drawn from `seed` beforehand: a row's answer does not depend on who shares its batch.
+    n_draws: rows that are n_draws apart share their random numbers, so that doses differ by nothing else; 0 = none do.
+    batch_size: rows decoded at once, fewer where memory runs out. torch.OutOfMemoryError if a single row is too much.
     """
     if (vectors is None) != (coeffs is None) or (coeffs is not None and len(coeffs) != len(prompts)):
         raise ValueError(f"{len(prompts)} prompts, vectors {'not ' * (vectors is None)}given, coeffs {coeffs}: "
@@ -439,44 +498,45 @@ def generate(model, tok, prompts: list[str], *, system: str = "", vectors: dict[
     end_ids = torch.tensor(sorted(ends), dtype=torch.long, device=device)
     vectors = {layer: v.to(device) for layer, v in (vectors or {}).items()}
     doses = torch.tensor(coeffs if coeffs is not None else [0.0] * len(prompts), device=device)          # [n]
-    u = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
-    rows, completions = encode(tok, prompts, [system] * len(prompts)), [None] * len(prompts)
+    u = torch.rand(n_draws or len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
+    rows = encode(tok, prompts, [system] * len(prompts))
 
-    for batch in by_length(rows, batch_size):
+    def completion(i, new):
+        n = next((j + 1 for j, token in enumerate(new) if token in ends), len(new))
+        return Completion(i, rows[i], new[:n], coeffs[i] if coeffs is not None else 0.0, finished=new[n - 1] in ends,
+                          text=tok.decode(new[:n], skip_special_tokens=True))
+
+    def decode(batch):
         ids, attn, position_ids = left_pad([rows[i] for i in batch], pad_id, device)                     # [B, T] each
-        width, cache = ids.shape[1], None
+        width, cache = ids.shape[1], roomy_cache(model.config, ids.shape[1] + max_new_tokens)
         attn = F.pad(attn, (0, max_new_tokens), value=1)                    # [B, T + max_new_tokens]
+        row = torch.tensor(batch, device=device)                            # [B]  the rows that are still computed
         sampled = torch.full((len(batch), max_new_tokens), pad_id, device=device)
-        live, row = torch.arange(len(batch), device=device), torch.tensor(batch, device=device)          # [B] each
         done = torch.zeros(len(batch), dtype=torch.bool, device=device)     # [B]  ended, still computed
         # ---- one token for every live row ------------------------------------------------------------------------
         for step in range(max_new_tokens):
             with steered(model, vectors, doses[row]):
-                out = model(input_ids=ids, attention_mask=attn[:, :width + step], position_ids=position_ids,
-                            past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits, cache = out.logits[:, -1], out.past_key_values          # [B, V]
+                logits = model(input_ids=ids, attention_mask=attn[:, :width + step], position_ids=position_ids,
+                               past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]    # [B, V]
             if step == 0 and logits.isnan().any():
                 raise RuntimeError("the model's logits are nan: load it in bfloat16 or float32, or lower the dose")
             token = logits.argmax(-1) if greedy else choose(
-                logits, u[row, step], temperature=temperature, top_p=top_p, top_k=top_k)                 # [B]
-            sampled[live, step] = token                     # past a row's end token: cut off below
-            done = done | torch.isin(token, end_ids)
+                logits, u[row % len(u), step], temperature=temperature, top_p=top_p, top_k=top_k)        # [B]
+            sampled[:, step] = token                        # past a row's end token: cut off in completion()
+            done = done | torch.isin(token, end_ids) | (step == max_new_tokens - 1)
             n_live = int((~done).sum())
-            if n_live == 0:
-                break
             if n_live <= len(done) // 2:                    # copying the cache pays once half the batch is done
+                for i, new in zip(row[done].tolist(), sampled[done, :step + 1].tolist()):
+                    yield i, completion(i, new)
+                if n_live == 0:
+                    return
                 stay = (~done).nonzero()[:, 0]
                 cache.batch_select_indices(stay)
-                live, row, attn, done = live[stay], row[stay], attn[stay], done[stay]
+                row, attn, sampled, done = row[stay], attn[stay], sampled[stay], done[stay]
                 token, position_ids = token[stay], position_ids[stay]
             ids, position_ids = token[:, None], position_ids[:, -1:] + 1    # [B, 1] each
         # ----------------------------------------------------------------------------------------------------------
-        for i, new in zip(batch, sampled[:, :step + 1].tolist()):
-            n = next((j + 1 for j, token in enumerate(new) if token in ends), len(new))
-            completions[i] = Completion(i, rows[i], new[:n], coeffs[i] if coeffs is not None else 0.0,
-                                        finished=new[n - 1] in ends,
-                                        text=tok.decode(new[:n], skip_special_tokens=True))
-    return completions
+    return in_batches(decode, list(map(len, rows)), batch_size)
 
 
 def printable(text: str) -> str:

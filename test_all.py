@@ -32,9 +32,11 @@ import evalmfv                                                  # noqa: E402
 import heal as heal_py                                          # noqa: E402
 import loop                                                     # noqa: E402
 import lora as lora_py                                          # noqa: E402
+import generate as bench_generate                               # noqa: E402
 import make_pocket                                              # noqa: E402
 import measure                                                  # noqa: E402
 import report                                                   # noqa: E402
+import roofline                                                 # noqa: E402
 import steer                                                    # noqa: E402
 import world                                                    # noqa: E402
 from evalmfv import FOUNDATIONS                                 # noqa: E402
@@ -1365,22 +1367,42 @@ def test_the_base_passes_its_own_limits_and_a_broken_model_does_not():
 # ---- steer: the dose, the band, the options
 
 def test_find_dose_takes_one_if_it_survives():
-    assert find_dose(lambda coeff: 1.0) == (1.0, [(1.0, 1.0)])
+    coeff, trials = find_dose(lambda coeffs: [1.0] * len(coeffs))
+    assert coeff == 1.0 and trials[0] == (1.0, 1.0) and len(trials) == 5     # one batch, and no finer one
 
 
 @pytest.mark.parametrize("knee", [0.11, 0.3, 0.52, 0.97])
-def test_find_dose_brackets_the_knee_of_a_falling_survival(knee):
-    coeff, trials = find_dose(lambda c: 1 / (1 + (c / knee) ** 8), coeff_min=0.1, steps=5, min_survive=0.5)
-    assert coeff <= knee < coeff * 10 ** (1 / 2 ** 5) * 1.0001               # a decade, halved five times in the log
-    assert len(trials) == 7 and dict(trials)[coeff] >= 0.5
+@pytest.mark.parametrize("splits", [2, 4])
+def test_find_dose_brackets_the_knee_of_a_falling_survival(knee, splits):
+    batches = []
+
+    def try_doses(coeffs):
+        batches.append(coeffs)
+        return [1 / (1 + (c / knee) ** 8) for c in coeffs]
+    steps = 4 if splits == 2 else 2                                          # the same sixteenth of a decade
+    coeff, trials = find_dose(try_doses, coeff_min=0.1, steps=steps, splits=splits, min_survive=0.5)
+    assert coeff <= knee < coeff * 10 ** (1 / 16) * 1.0001
+    assert list(map(len, batches)) == [splits + 1] + [splits - 1] * (steps - 1) and trials[0][0] == 1.0
     assert coeff == max(c for c, share in trials if share >= 0.5)
+    low, high = 0.1, 1.0                                                     # plain bisection ends on the same dose
+    for _ in range(4):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if middle <= knee else (low, middle)
+    assert coeff == pytest.approx(low)
+
+
+def test_find_dose_takes_the_highest_dose_that_survives_where_survival_is_not_monotone():
+    coeff, trials = find_dose(lambda coeffs: [float(0.3 < c < 0.6 or c < 0.15) for c in coeffs], coeff_min=0.1, steps=3)
+    assert 0.6 / 10 ** (1 / 64) / 1.0001 <= coeff < 0.6
 
 
 def test_find_dose_names_the_bound_that_fails():
     with pytest.raises(RuntimeError, match="coeff_min=0.1, 20% of completions pass the filter, need 90%"):
-        find_dose(lambda coeff: 0.2, coeff_min=0.1)
+        find_dose(lambda coeffs: [0.2] * len(coeffs), coeff_min=0.1)
     with pytest.raises(ValueError, match="coeff_min=2"):
-        find_dose(lambda coeff: 0.2, coeff_min=2)
+        find_dose(lambda coeffs: [0.2] * len(coeffs), coeff_min=2)
+    with pytest.raises(ValueError, match="steps=0"):
+        find_dose(lambda coeffs: [0.2] * len(coeffs), steps=0)
 
 
 def test_band_is_every_block_whose_depth_overlaps():
@@ -1445,6 +1467,173 @@ def test_interleaved_calls_take_turns_and_their_table_names_the_gain():
     assert rows[1] == {"": "two", "median s": "0.500", "min s": "0.500", "gain": "x4.00", "peak MiB": "3.0"}
     assert [len(seconds[name]) for name in ("one", "two")] == [2, 2] and min(seconds["two"]) >= 0.01
     assert len({len(line) for line in measure.table(rows).splitlines()}) == 1
+
+
+@pytest.mark.parametrize("attention", ["head_dim 16, grouped", "head_dim 8"])
+def test_the_roofline_counts_the_operations_that_torch_counts(attention):
+    from torch.utils.flop_counter import FlopCounterMode
+    config = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=5, num_attention_heads=4,
+                         num_key_value_heads=2 if "grouped" in attention else 4, head_dim=16 if "grouped" in attention else 8)
+    shape, L, rank, layers = roofline.shape_of(config), 24, 3, [1, 2, 3]
+    config._attn_implementation = "eager"
+    model = LlamaForCausalLM(config)
+    stack, ids = attach(model, r=rank, alpha=3, layers=layers), torch.zeros(1, L, dtype=torch.long)
+    with FlopCounterMode(display=False) as forward, stack.gated(0, 0):
+        model.model(ids, use_cache=False)
+    with FlopCounterMode(display=False) as step:
+        model(ids, use_cache=False).logits.logsumexp(-1).sum().backward()
+
+    def split(counter):                                                      # (weights, attention) by operator
+        ops = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+        attention = sum(n for op, n in ops.items() if "bmm" in op)
+        return sum(n for op, n in ops.items() if "bmm" not in op), attention
+    seen, NVd = roofline.keys_seen(L, None), L * 96 * 32
+    assert seen == sum(range(1, L + 1))
+    weights, square = split(forward)                                         # eager attention looks at all L * L keys
+    assert weights == 2 * L * sum(shape["blocks"])
+    assert square * seen == L * L * (roofline.forward_ops(shape, L) - weights)
+    ours = roofline.heal_step(shape, L, L, layers=layers, rank=rank, head=4)["ops"]
+    q, kv, d = shape["query"], shape["kv"], 32
+    below = 2 * L * shape["blocks"][0]                                       # not cached in this plain step
+    no_input = 2 * L * (q + kv) * d + 2 * L * rank * 3 * d                   # the first adapted q, k, v need no gradient in x
+    weights, square = split(step)
+    attended = 4 * shape["query"] * seen                                     # a block's, forward
+    ours_weights = ours["head"] + ours["body forward"] + ours["body backward"] + ours["LoRA"] - 4 * 3 * attended
+    assert weights == ours_weights + below - no_input and ours["head"] == 4 * NVd
+    assert square * seen == L * L * (5 + 4 * 2) * attended
+
+
+def test_the_roofline_of_a_4b_model_is_the_one_computed_by_hand():
+    shape = roofline.shape_of(roofline.load_config(ROOT / "bench" / "configs" / "gemma-3-4b.json"))
+    assert sum(shape["blocks"]) == 34 * (2560 * (2 * 2048 + 2 * 1024) + 3 * 2560 * 10240) == 3_208_642_560
+    layers, L, N = steer.band(34, 0.2, 0.8), 576, 512
+    step = roofline.heal_step(shape, L, N, layers=layers)["ops"]
+    ms = {part: 1e3 * ops / 790e12 for part, ops in step.items()}
+    assert ms["head"] == pytest.approx(8 * 512 * 262208 * 2560 / 790e9) == pytest.approx(3.48, abs=0.005)
+    assert sum(ms.values()) == pytest.approx(12.4, abs=0.05)
+    original = sum(roofline.original_step(shape, L, layers=layers).values())
+    assert 1e3 * original / 790e12 == pytest.approx(16.5, abs=0.05)
+    h200 = roofline.MACHINES["h200"]
+    alone, many = (roofline.decode_step(shape, 320, b) for b in (1, 48))
+    assert 1e3 * roofline.floor(alone["ops"], alone["bytes"], h200) == pytest.approx(1.82, abs=0.01)
+    assert many["bytes"] - alone["bytes"] == 47 * 320 * 34 * 2 * 4 * 256 * 2
+    assert roofline.keys_seen(10, 4) == 1 + 2 + 3 + 4 * 7 and roofline.decode_step(shape, 5000, 1)["bytes"] < \
+        alone["bytes"] + 4680 * 34 * 2 * 4 * 256 * 2                         # 29 of the blocks look back 1,024 tokens only
+
+
+def test_the_generation_benchmark_runs_tiny_with_rows_as_hf_and_the_roofline_reads_it(tmp_path, capsys):
+    bench_generate.main(["--tiny", "--dtype", "float64", "--json", str(tmp_path / "g.json")])
+    found = json.loads((tmp_path / "g.json").read_text())["models"]["tiny"]
+    assert set(found["implementations"]["identical"].values()) == {6} and len(found["implementations"]["identical"]) == 4
+    assert all(x <= 1e-12 for x in found["probe"]["difference"].values())
+    assert all(n > 0 for n in found["batch_sizes"]["peak_bytes"].values())
+    (tmp_path / "tiny.json").write_text(json.dumps(bench_generate.TINY))
+    record = roofline.main([str(tmp_path / "tiny.json"), "--measured", str(tmp_path / "g.json")])
+    assert [row["measured"] for row in record["measured"]] == ["decoding, 1 rows", "decoding, 4 rows"]
+    assert all(float(row["times the floor"]) > 1 for row in record["measured"])      # a CPU against the floor of an H200
+    with pytest.raises(ValueError, match="holds no run of"):
+        roofline.main([str(ROOT / "bench" / "configs" / "gemma-3-4b.json"), "--measured", str(tmp_path / "g.json")])
+
+
+# ---- generation and the probe: batches, and memory that runs out
+
+def gen_forgetful(model, rows, error=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), columns=0):
+    """From now on more than `rows` rows of `columns` columns or more raise `error`; the rows of every call are listed."""
+    seen = []
+
+    def guard(module, args, kwargs):
+        seen.append(len(kwargs["input_ids"]))
+        if seen[-1] > rows and kwargs["attention_mask"].shape[1] >= columns:
+            raise error
+    return model.register_forward_pre_hook(guard, with_kwargs=True), seen
+
+
+CPU_FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_many_prompts_at_many_doses_are_one_at_a_time_exactly_with_retirement_and_out_of_memory(greedy):
+    model, tok = steer_pair(torch.float64)
+    model.generation_config.eos_token_id = list(range(6, 40))                # rows end at different steps
+    doses = [0.0, 0.25, 0.5, 1.0]
+    prompts, coeffs = STEER_PROMPTS * 4, [c for c in doses for _ in STEER_PROMPTS]
+    kw = dict(vectors=steer_vectors(model), greedy=greedy, max_new_tokens=20, seed=5)
+    many = generate(model, tok, prompts, coeffs=coeffs, n_draws=6, **kw)
+    assert len({len(c.ids) for c in many}) > 4 and len({tuple(c.ids) for c in many}) > 12
+    for k, coeff in enumerate(doses):                                        # a dose alone draws what it drew in company
+        alone = generate(model, tok, STEER_PROMPTS, coeffs=[coeff] * 6, batch_size=1, **kw)
+        assert [c.ids for c in alone] == [c.ids for c in many[6 * k:6 * k + 6]]
+    for rows, error in ((3, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")), (1, CPU_FULL)):
+        hook, seen = gen_forgetful(model, rows, error)
+        assert generate(model, tok, prompts, coeffs=coeffs, n_draws=6, **kw) == many
+        hook.remove()
+        assert seen[0] == 24 and rows in seen and sum(n > rows for n in seen) <= 5      # 24, 12, 6 (, 3, ...) and never again
+
+
+def test_rows_that_had_finished_when_memory_ran_out_are_not_decoded_again():
+    model, tok = steer_pair(torch.float64)
+    model.generation_config.eos_token_id = list(range(6, 60))
+    kw = dict(max_new_tokens=24, seed=5)
+    prompts = ["Hi"] * 16
+    want = generate(model, tok, prompts, **kw)
+    short = sum(len(c.ids) <= 3 for c in want)
+    first = len(want[0].prompt_ids)
+    assert 8 <= short < 16, short                                            # half are retired before the fourth token
+    hook, seen = gen_forgetful(model, 2, columns=first + 6)
+    assert generate(model, tok, prompts, **kw) == want
+    hook.remove()
+    again = [n for before, n in zip(seen, seen[1:]) if n > before]            # a batch that grows is a new start
+    assert again and max(again) <= 16 - short, seen
+
+
+def test_scores_states_and_the_probe_survive_a_full_memory_with_the_same_numbers():
+    model, tok = steer_pair(torch.float64)
+    answers = generate(model, tok, STEER_PROMPTS * 2, max_new_tokens=9)
+    answers.append(dataclasses.replace(answers[0], ids=[]))                   # nothing to score is no error
+    nlls = token_nll(model, answers)
+    states = steer.tag_states(model, tok, "kind", "cold", STEER_PROMPTS, [0, 2])
+    probe_tok = mfv_tokenizer()
+    probed = mfv_rig(tiny_model(probe_tok, seed=11, dtype=torch.float64, layers=2), probe_tok, natural=31, closed=0, pad=9)
+    rows = mfv_rows(MFV_TEXTS[:3])
+    reading = evalmfv.evaluate(probed, probe_tok, rows, think_tokens=20)
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), CPU_FULL):
+        (hook, seen), (hook2, seen2) = gen_forgetful(model, 2, error), gen_forgetful(probed, 2, error)
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(nlls, token_nll(model, answers), strict=True))
+        again = steer.tag_states(model, tok, "kind", "cold", STEER_PROMPTS, [0, 2])
+        assert all(torch.allclose(states[k], again[k], rtol=0, atol=1e-5) for k in states)
+        other = evalmfv.evaluate(probed, probe_tok, rows, think_tokens=20)
+        assert other["case"] == reading["case"] and (other["score"] - reading["score"]).abs().max() < 1e-10
+        hook.remove(), hook2.remove()
+        assert max(seen) > 2 and 1 <= seen[-1] <= 2 and max(seen2) > 2 and 1 <= seen2[-1] <= 2
+
+
+def test_one_row_that_does_not_fit_is_named_and_other_errors_pass_through():
+    model, tok = steer_pair()
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), CPU_FULL):
+        hook, seen = gen_forgetful(model, 0, error)
+        with pytest.raises(torch.OutOfMemoryError, match="one row of 6 tokens alone"):
+            generate(model, tok, ["Hi"] * 5, max_new_tokens=2)
+        hook.remove()
+        assert seen == [5, 2, 1]
+    hook, seen = gen_forgetful(model, 0, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        generate(model, tok, ["Hi"] * 5, max_new_tokens=2)
+    hook.remove()
+    assert seen == [5]
+
+
+def test_scoring_never_holds_the_logits_of_a_prompt_nor_more_than_its_budget(monkeypatch):
+    model, tok = steer_pair()
+    answers = generate(model, tok, STEER_PROMPTS, max_new_tokens=5, system="Be kind. " * 20)
+    want, shapes = token_nll(model, answers), []
+    hook = model.lm_head.register_forward_hook(lambda head, args, out: shapes.append(tuple(out.shape)))
+    token_nll(model, answers)
+    assert shapes == [(6, 6, len(tok))]                                      # five tokens and the column before them
+    model.config.vocab_size = 2 ** 25                                        # as if: 6 columns of it are 3/4 of the budget
+    got = token_nll(model, answers)
+    hook.remove()
+    assert {shape[0] for shape in shapes[1:]} == {1}
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(want, got))
 
 
 # ==== evalmfv.py: the probe ===========================================================================================
@@ -1848,7 +2037,7 @@ def test_no_file_loads_pickles_or_remote_code(path):
 
 
 def test_lines_copied_between_files_are_identical():
-    for name, files in {"render": (steer, evalmfv), "blocks": (steer, lora_py), "opt": (steer, heal_py, lora_py, loop)}.items():
+    for name, files in {"render": (steer, evalmfv), "in_batches": (steer, evalmfv), "roomy_cache": (steer, evalmfv), "blocks": (steer, lora_py), "opt": (steer, heal_py, lora_py, loop)}.items():
         sources = {inspect.getsource(getattr(file, name)) for file in files}
         assert len(sources) == 1, name
 

@@ -349,7 +349,7 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
             return [c for c, v in zip(made, steer.judge(made, nlls, limits, patterns=persona["patterns"])) if v.kept]
 
         coeff, _ = steer.find_dose(
-            lambda c: len(survivors(c, cfg.n_probe, 5)) / cfg.n_probe,
+            lambda coeffs: [len(survivors(c, cfg.n_probe, 5)) / cfg.n_probe for c in coeffs],
             coeff_min=cfg.coeff_min,
             steps=cfg.dose_steps,
             min_survive=cfg.min_survive,
