@@ -24,6 +24,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -100,10 +101,13 @@ def label(row: dict) -> list[float] | None:
 def render(tok, user: str, system: str = "") -> str:
     """One user turn as the chat template writes it, up to and including the assistant tag.
 
-    A template without a system role (Gemma 2 raises, others drop it) gets the system text in front of the user's."""
+    A template without a system role (Gemma 2 raises, others drop it) gets the system text in front of the user's. A
+    model that can think does not: its first words after the tag are its answer."""
     def chat(*turns):
         messages = [{"role": role, "content": text} for role, text in turns]
-        return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        is_open = text.rstrip().endswith("<think>")             # no switch in this template: close what it opened
+        return text.rstrip() + "\n\n</think>\n\n" if is_open else text
     if not system:
         return chat(("user", user))
     try:
@@ -203,7 +207,8 @@ def read_batch(model, tok, prompts: list[list[int]], suffix: list[int], *, think
     prompts: token ids of each frame; suffix: ids of the interruption. Returns logp [B, K] (float32 at least, over the
     full vocabulary), nll [B] (nats per token of the prefill), and the case of each frame. Closed frames hold zeros.
     """
-    device, n_rows, width = model.device, len(prompts), max(map(len, prompts))
+    device = model.get_input_embeddings().weight.device         # of a model on several, the one that token ids go to
+    n_rows, width = len(prompts), max(map(len, prompts))
     prefill = tok(PREFILL, add_special_tokens=False)["input_ids"]
     choices = torch.tensor(answer_ids(tok), device=device)                                      # [K]
     pad_id = next((i for i in (tok.pad_token_id, tok.eos_token_id) if i is not None), -1)       # -1: nothing is a pad
@@ -240,7 +245,7 @@ def read_batch(model, tok, prompts: list[list[int]], suffix: list[int], *, think
             case[row] = name
         keep = [i for i, row in enumerate(alive.tolist()) if row not in case_of]
         if case_of and keep:
-            cache.batch_select_indices(torch.tensor(keep, device=device))
+            cache.batch_select_indices(torch.tensor(keep))      # on the CPU: the layers may be on several devices
         return alive[keep]
 
     # ---- think: N tokens are chosen, N - 1 are fed; the host reads nothing back but every CHECK_EVERY steps ----------
@@ -394,7 +399,8 @@ def evaluate(model, tok, vignettes: list[dict], *, think_tokens: int = 128, batc
     prompts = []                                            # frame = 2 * row + order
     for vignette in vignettes:
         for order in (FOUNDATIONS, FOUNDATIONS[::-1]):
-            text = render(tok, question(vignette["text"], order), system) + "<think>\n"
+            text = render(tok, question(vignette["text"], order), system)
+            text = re.sub(r"<think>\s*</think>\s*\Z", "", text) + "<think>\n"                 # here it may think
             prompts.append(tok(text, add_special_tokens=as_original)["input_ids"])              # the template adds BOS
 
     n = len(vignettes)
@@ -404,7 +410,7 @@ def evaluate(model, tok, vignettes: list[dict], *, think_tokens: int = 128, batc
         some = frames[i:i + batch_size]
         read = read_batch(model, tok, [prompts[j] for j in some], suffix, think_tokens=think_tokens,
                           as_original=as_original)
-        for j, *frame in zip(some, read[0].double().cpu(), read[1].double().cpu(), read[2]):
+        for j, *frame in zip(some, read[0].cpu().double(), read[1].cpu().double(), read[2]):
             logp[j], nll[j], case[j] = frame
     logp, nll = torch.stack(logp).view(n, 2, -1), torch.stack(nll).view(n, 2)                   # [M, 2, K], [M, 2]
     is_read = torch.tensor([c != "closed" for c in case]).view(n, 2)                            # [M, 2]
@@ -468,7 +474,7 @@ if __name__ == "__main__":
         with safe_open(files[0], "pt") as file:
             keys = [key for key in file.keys() if key.endswith(".A")]
             r = file.get_slice(keys[0]).get_shape()[0]
-        layers = sorted({int(key.split("layers.")[1].split(".")[0]) for key in keys})
+        layers = sorted({int(re.search(r"\.(\d+)\.", key)[1]) for key in keys})
         attach(model, r=r, alpha=r, layers=layers).load(*files)
     rows = load_vignettes(args.vignettes)
     n = min(args.limit or len(rows), len(rows))

@@ -9,9 +9,6 @@ model as it is when called, so the caller decides which adapters are on (and tur
 A completion keeps the token ids it was sampled with. They are what is scored here and trained on later; text is for
 reading. No repetition penalty and no other help at sampling time: it would hide the over-steering the filter must see.
 
-Known gaps: models with linear-attention layers are untested; a chat template that opens a thinking block is taken as
-it comes.
-
 References
   mean difference: Rimsky et al. 2023, Steering Llama 2 via Contrastive Activation Addition, arXiv:2312.06681
   recipe: github.com/wassname/steer-heal-love
@@ -257,10 +254,13 @@ def find_dose(try_dose: Callable[[float], float], *, coeff_min: float = 0.1, ste
 def render(tok, user: str, system: str = "") -> str:
     """One user turn as the chat template writes it, up to and including the assistant tag.
 
-    A template without a system role (Gemma 2 raises, others drop it) gets the system text in front of the user's."""
+    A template without a system role (Gemma 2 raises, others drop it) gets the system text in front of the user's. A
+    model that can think does not: its first words after the tag are its answer."""
     def chat(*turns):
         messages = [{"role": role, "content": text} for role, text in turns]
-        return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        is_open = text.rstrip().endswith("<think>")             # no switch in this template: close what it opened
+        return text.rstrip() + "\n\n</think>\n\n" if is_open else text
     if not system:
         return chat(("user", user))
     try:
@@ -273,10 +273,16 @@ def render(tok, user: str, system: str = "") -> str:
 # same in lora.py
 def blocks(model) -> nn.ModuleList:
     """The decoder blocks, in order; block i's output is hidden_states[i + 1], except the last, which is normed there."""
-    layers = getattr(model.get_decoder(), "layers", None)
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", getattr(decoder, "h", None))        # GPT-2 and its kin say h
     if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"{type(model).__name__} has no decoder .layers: this architecture is not supported yet")
+        raise ValueError(f"{type(model).__name__} has no decoder .layers or .h: this architecture is not supported")
     return layers
+
+
+def device_of(model) -> torch.device:
+    """Where token ids go: to the embedding, which in a model spread over several devices need not be model.device."""
+    return model.get_input_embeddings().weight.device
 
 
 def encode(tok, users: list[str], systems: list[str]) -> list[list[int]]:
@@ -369,7 +375,7 @@ def tag_states(model, tok, pos, neg, contexts: list[str], layers: list[int], *, 
                 for i, state in zip(batch, h[:, -1].float().cpu()):         # [d]; left padding: -1 is the tag
                     h_last[layer][i] = state
             return read
-        ids, attn, position_ids = left_pad([rows[i] for i in batch], pad_of(tok), model.device)
+        ids, attn, position_ids = left_pad([rows[i] for i in batch], pad_of(tok), device_of(model))
         with hooked(model, {layer: keep(layer) for layer in layers}):
             model(input_ids=ids, attention_mask=attn, position_ids=position_ids, use_cache=False, logits_to_keep=1)
     return {layer: torch.stack(h).view(2, n, -1) for layer, h in h_last.items()}
@@ -402,13 +408,13 @@ def find_layers(model, tok, pos, neg, contexts: list[str], *, share: float = 0.5
 @torch.no_grad()
 def token_nll(model, completions: list[Completion], *, batch_size: int = 32, pad_id: int = 0) -> list[Tensor]:
     """Nats per completion token [n_i] float32, under the model as it is now and the ids as they were sampled."""
-    rows, nlls = [c.prompt_ids + c.ids for c in completions], [None] * len(completions)
+    rows, nlls, device = [c.prompt_ids + c.ids for c in completions], [None] * len(completions), device_of(model)
     for batch in by_length(rows, batch_size):
         width = max(len(rows[i]) for i in batch)
         first = min(len(completions[i].prompt_ids) for i in batch) - 1      # no logits are needed before it
         gaps = [width - len(rows[i]) for i in batch]
-        ids = torch.tensor([rows[i] + [pad_id] * gap for i, gap in zip(batch, gaps)], device=model.device)   # [B, T]
-        attn = torch.tensor([[1] * (width - gap) + [0] * gap for gap in gaps], device=model.device)          # [B, T]
+        ids = torch.tensor([rows[i] + [pad_id] * gap for i, gap in zip(batch, gaps)], device=device)         # [B, T]
+        attn = torch.tensor([[1] * (width - gap) + [0] * gap for gap in gaps], device=device)                # [B, T]
         logits = model(input_ids=ids, attention_mask=attn, use_cache=False, logits_to_keep=width - first).logits
         for row, i in enumerate(batch):                     # float32 one row at a time: V is 262k for Gemma
             begin, end = len(completions[i].prompt_ids), len(rows[i])
@@ -433,7 +439,7 @@ def generate(model, tok, prompts: list[str], *, system: str = "", vectors: dict[
     if not (temperature > 0 and 0 < top_p <= 1 and top_k >= 0 and max_new_tokens >= 1 and batch_size >= 1):
         raise ValueError(f"temperature={temperature}, top_p={top_p}, top_k={top_k}, max_new_tokens={max_new_tokens}, "
                          f"batch_size={batch_size}: out of range; for temperature 0 pass greedy=True")
-    device, pad_id = model.device, pad_of(tok)
+    device, pad_id = device_of(model), pad_of(tok)
     ends = model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tok.eos_token_id} - {None}
     end_ids = torch.tensor(sorted(ends), dtype=torch.long, device=device)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -1258,8 +1259,8 @@ def mfv_naive(model, tok, text, reverse, n_think, by_token=False, front=()):
     if by_token:                                                # seen from after the think; one column longer than it
         fed = len(prompt) + n_think - 1
         seen[fed:, :fed + 1] &= torch.tensor(prompt + thought) != tok.pad_token_id
-    mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min)
-    logp = model(input_ids=whole, attention_mask=mask[None, None]).logits[0, -len(prefill) - 1:].log_softmax(-1)
+    mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min)[None, None]
+    logp = model(input_ids=whole, attention_mask=mask if by_token else None).logits[0, -len(prefill) - 1:].log_softmax(-1)
     return "forced", logp[-1][choices], -logp[range(len(prefill)), prefill].mean()
 
 
@@ -1529,6 +1530,117 @@ def test_free_text_falls_for_loops_and_for_noise_and_not_for_the_base():
         evalmfv.free_text([[1, 2]], [torch.zeros(3)], ids, nlls)
     with pytest.raises(ValueError, match="base"):
         evalmfv.free_text(ids, nlls, [[]], [[]])
+
+
+# ==== models in: architectures, templates, loading, the plan =============================================================
+
+ARCH = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            initializer_range=0.3, max_position_embeddings=2048)
+HEADS = ARCH | dict(head_dim=8)                                 # these take the width of a head from elsewhere
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+SLIDING = dict(sliding_window=100, layer_types=["sliding_attention", "full_attention"] * 2)     # shorter than the prompts
+VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+FAMILIES = {                                                    # name: (class, its options); Gemma3 alone is nested
+    "Gemma3": (transformers.Gemma3TextConfig, HEADS | SLIDING), "Gemma3-image-text": (transformers.Gemma3Config, HEADS | SLIDING),
+    "Gemma2": (transformers.Gemma2Config, HEADS | SLIDING | dict(final_logit_softcapping=30.0, attn_logit_softcapping=50.0)),
+    "Qwen3": (transformers.Qwen3Config, HEADS), "Qwen2.5": (transformers.Qwen2Config, ARCH),
+    "Llama": (transformers.LlamaConfig, ARCH), "Mistral": (transformers.MistralConfig, ARCH | dict(sliding_window=100)),
+    "Phi3": (transformers.Phi3Config, ARCH), "OLMo2": (transformers.Olmo2Config, ARCH),
+    "GPT-NeoX": (transformers.GPTNeoXConfig, {k: v for k, v in ARCH.items() if k != "num_key_value_heads"}),
+    "Qwen3-MoE": (transformers.Qwen3MoeConfig, HEADS | EXPERTS),
+    "Granite": (transformers.GraniteConfig, ARCH | dict(logits_scaling=4.0, residual_multiplier=0.5, embedding_multiplier=6.0)),
+    "Cohere": (transformers.CohereConfig, ARCH | dict(logit_scale=0.25)),
+    "Qwen3.5": (transformers.Qwen3_5TextConfig, HEADS | dict(linear_num_value_heads=2, linear_num_key_heads=2,linear_key_head_dim=8,linear_value_head_dim=8)),
+    "Lfm2": (transformers.Lfm2Config, dict(ARCH, layer_types=['conv','full_attention','conv','full_attention'], block_ff_dim=64)),
+    "FalconH1": (transformers.FalconH1Config, dict(HEADS, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8)),
+    "GptOss": (transformers.GptOssConfig, HEADS|SLIDING|dict(num_local_experts=4,num_experts_per_tok=2)),
+    "DSV3": (transformers.DeepseekV3Config, ARCH|dict(num_key_value_heads=4,first_k_dense_replace=1,n_routed_experts=4,n_group=2,topk_group=1,num_experts_per_tok=2,moe_intermediate_size=16,q_lora_rank=16,kv_lora_rank=16,qk_nope_head_dim=8,qk_rope_head_dim=8,v_head_dim=8)),
+    "GPT-2": (transformers.GPT2Config, dict(n_embd=32, n_layer=4, n_head=4, n_positions=2048, initializer_range=0.3))}
+
+
+def family_config(name, tok):
+    kind, options = FAMILIES[name]
+    options = options | dict(vocab_size=len(tok), pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id,
+                             eos_token_id=tok.eos_token_id)
+    if kind is transformers.Gemma3Config:
+        return kind(text_config=options, vision_config=VISION, mm_tokens_per_image=4, eos_token_id=tok.eos_token_id)
+    return kind(**options)
+
+
+def family_model(name, tok, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(family_config(name, tok), dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_steered_healed_folded_probed_and_saved(name, tmp_path):
+    tok = mfv_tokenizer()
+    model, ids = family_model(name, tok), lora_ids(2, 110)      # longer than the sliding window
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0                                             # a left-padded row
+
+    def logits():
+        with torch.no_grad():
+            return model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
+
+    def n_hooks():
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    untouched = logits()
+
+    # ---- a block's output is hidden_states[i + 1]; the last one's is normed there
+    seen = {}
+    with torch.no_grad(), steer.hooked(model, {i: lambda h, i=i: seen.__setitem__(i, h) for i in range(4)}):
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert [torch.equal(seen[i], states[i + 1]) for i in range(4)] == [True, True, True, False]
+    n_before = n_hooks()                                        # transformers has hooked its own blocks by now
+
+    # ---- steer
+    layers, strength = steer.find_layers(model, tok, "kind", "cruel", STEER_PROMPTS)
+    assert len(strength) == 4 and max(strength) > 0
+    vectors = fit_vectors(model, tok, "kind", "cruel", STEER_PROMPTS, layers)
+    with steered(model, vectors, 0.0):
+        assert torch.equal(logits(), untouched)
+    with steered(model, vectors, torch.zeros(2)):
+        assert torch.equal(logits(), untouched)
+    with pytest.raises(KeyError, match="passed through"), steered(model, vectors, 1.0):
+        assert (logits() - untouched).abs().max() > 1e-3
+        raise KeyError("passed through")
+    assert n_hooks() == n_before and torch.equal(logits(), untouched)
+    made = generate(model, tok, STEER_PROMPTS * 2, vectors=vectors, coeffs=[0.5] * (2 * len(STEER_PROMPTS)), max_new_tokens=6)
+    alone = generate(model, tok, STEER_PROMPTS[:1], vectors=vectors, coeffs=[0.5], max_new_tokens=6)
+    assert made[0].ids == alone[0].ids                          # padding and batch do not matter
+    assert all(x.isfinite().all() for x in token_nll(model, made))
+
+    # ---- heal one round, fold, gates
+    stack = attach(model, r=2, alpha=4, layers=[1, 2])
+    assert torch.equal(logits(), untouched)
+    samples = [Sample(c.prompt_ids + c.ids, len(c.prompt_ids), c.prompt) for c in made]
+    record = heal_run(model, stack, samples, tau=1e-4, lr=1e-2, epochs=1, heal_batch=8, micro_batch=8)
+    assert record["steps"] and not record["skipped"] and all(p.isfinite().all() for p in stack.parameters())
+    assert all(lora.B.any() for lora in stack.layers.values())  # every adapted module is on the model's path
+    stack.fold()
+    healed = logits()
+    assert (healed - untouched).abs().max() > 1e-4
+    with stack.gated(0, 0):
+        assert torch.equal(logits(), untouched)
+
+    # ---- probe: padded, cached and in a batch against one sequence at a time, every forward from scratch
+    rows = mfv_rows(MFV_TEXTS[:2])
+    probe = evalmfv.evaluate(model, tok, rows, think_tokens=3, batch_size=4)
+    for row, score in zip(rows, probe["score"]):
+        with torch.no_grad():
+            alone = [mfv_naive(model, tok, row["text"], reverse, 3)[1] for reverse in (False, True)]
+        print("PROBE", name, (score - sum(alone) / 2).abs().max().item(), score.std().item())
+        assert (score - sum(alone) / 2).abs().max() < 1e-4
+
+    # ---- save, load into an untouched copy
+    stack.save(tmp_path / "adapter.safetensors")
+    stack.remove()
+    assert n_hooks() == n_before and torch.equal(logits(), untouched)
+    again = attach(model, r=2, alpha=4, layers=[1, 2])
+    again.load(tmp_path / "adapter.safetensors")
+    assert torch.equal(logits(), healed)
 
 
 # ==== the house, the pocket world, the loop, the report ===============================================================
