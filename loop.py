@@ -35,10 +35,12 @@ import typing
 import warnings
 import zlib
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save as pack
 
 import evalmfv
@@ -59,8 +61,12 @@ class LoopConfig:
     """loop: rounds, data, gate"""
     model: str = opt("pocket", "hub id or local folder of a chat model; pocket = the embedded one")
     revision: str = opt("", "hub revision (branch, tag or commit); empty = the default branch")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "weights of the base; auto = bfloat16 on a GPU, else float32")
-    device: str = opt("auto", "cpu, cuda, mps, ...; auto = cuda if there is one")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "weights of the base; auto = bfloat16 on a GPU that has it, else float32")
+    device: str = opt("auto", "cpu, cuda (ROCm too), cuda:1, mps, xpu, ...; auto = cuda if there is one")
+    device_map: Literal["", "auto"] = opt("", "auto = spread the model over all GPUs (needs the package accelerate)")
+    attn: str = opt("", "attention: eager, sdpa, flash_attention_2, ...; empty = what transformers chooses")
+    quantize: Literal["", "4bit"] = opt("", "load the base in 4 bits (needs the packages bitsandbytes and accelerate)")
+    dry_run: bool = opt(False, "say what the run would need, from the model's configuration alone, and stop")
     persona: str = opt("authority", "name in data/personas.json: authority (care over authority) or love")
     pos: str = opt("", "system prompt of the wanted persona (needs --neg); the prompts stay those of --persona or --prompts")
     neg: str = opt("", "system prompt of its opposite")
@@ -181,7 +187,9 @@ def _version(package: str) -> str:
 
 def fingerprint(model) -> str:
     """A checksum of the base's weights, from each tensor's name and sum: arms of one comparison have the same base."""
-    sums = "".join(f"{name} {p.detach().double().sum().item():.9e}\n" for name, p in model.named_parameters())
+    def total(p):
+        return p.detach().sum(dtype=torch.float32 if p.device.type == "mps" else torch.float64).item()      # mps has no doubles
+    sums = "".join(f"{name} {total(p):.9e}\n" for name, p in model.named_parameters())
     return f"{zlib.crc32(sums.encode()):08x}"
 
 
@@ -228,20 +236,130 @@ def load_prompts(cfg: LoopConfig) -> tuple[list[str], list[str]]:
     return everything[cfg.persona]["train"], everything[cfg.persona]["held_out"]
 
 
-def load_model(cfg: LoopConfig):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device == "cuda" else "float32")
-    where = str(HERE / "pocket") if cfg.model == "pocket" else cfg.model
-    more = {"revision": cfg.revision} if cfg.revision else {}
+def placed(cfg: LoopConfig) -> tuple[torch.device, torch.dtype]:
+    """Where the base goes and as what. ValueError if this machine has no such device."""
     try:
-        tok = AutoTokenizer.from_pretrained(where, **more)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **more).to(device).eval()
-    except OSError as error:
-        raise ValueError(f"model {cfg.model!r} could not be loaded: {str(error).splitlines()[0]}") from None
+        device = torch.device(cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:             # an AssertionError where torch was built without CUDA
+        raise ValueError(f"--device {cfg.device}: {str(error).splitlines()[0]}") from None
+    if cfg.dtype != "auto":
+        return device, getattr(torch, cfg.dtype)
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, torch.bfloat16 if has_bf16 else torch.float32
+
+
+# What is wrong with a checkpoint: a sign in the names or words of the exceptions, and the sentence for it.
+LOAD_ERRORS = {
+    "GatedRepoError": "it is gated: accept its licence at https://huggingface.co/{model}, then log in with `hf auth login` or set HF_TOKEN",
+    "RevisionNotFoundError": "the hub has no --revision {revision!r} of it",
+    "RepositoryNotFoundError": "the hub has no model of this name, or it is private (then set HF_TOKEN)",
+    "couldn't connect": "it is not in the local cache and the hub cannot be reached (no network, or HF_HUB_OFFLINE is set); "
+                        "a local folder works without",
+    "custom code": "it needs code of its own (trust_remote_code), which is never run here; take a model that transformers "
+                   "itself knows, such as Qwen/Qwen3-4B-Instruct-2507",
+    "does not recognize this architecture": "this version of transformers does not know its architecture; pip install -U transformers",
+    "model.safetensors": "it has no safetensors weights, and pickle (pytorch_model.bin) is never loaded; take a revision or a "
+                         "copy of it that has model.safetensors",
+    "SafetensorError": "a weights file is damaged ({text}); download it again",
+    "size mismatch": "its weights do not have the shapes that its config.json says",
+    "ignore_mismatched_sizes": "its weights do not have the shapes that its config.json says",
+    "OutOfMemoryError": "it does not fit on {device}; take a smaller one, --dtype bfloat16, --quantize 4bit or --device-map auto",
+}
+
+
+def load_error(cfg: LoopConfig, error: Exception) -> ValueError:
+    names, cause = "", error
+    while cause:
+        names, cause = f"{names} {type(cause).__name__}", cause.__cause__
+    text = str(error).strip().split("\n")[0]
+    reason = next((reason for sign, reason in LOAD_ERRORS.items() if sign in f"{names} {error}"), "{text}")
+    return ValueError(f"model {cfg.model!r} cannot be used: " + reason.format(
+        model=cfg.model, revision=cfg.revision, device=cfg.device, text=text))
+
+
+@contextlib.contextmanager
+def named_errors(cfg: LoopConfig):
+    """Whatever transformers raises about a checkpoint becomes a ValueError with one sentence that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise load_error(cfg, error) from None
+
+
+def load_config(cfg: LoopConfig):
+    """(folder or hub id, its configuration, its model class); reads no weights."""
+    import transformers                                         # slow: not for --help
+    where = str(HERE / "pocket") if cfg.model == "pocket" else cfg.model
+    if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
+        hint = ("it is a LoRA adapter: name its base model" if (Path(where) / "adapter_config.json").is_file()
+                else "expected the folder of a checkpoint that transformers saved")
+        raise ValueError(f"model {cfg.model!r} cannot be used: this folder has no config.json; {hint}")
+    if not Path(where).is_dir() and (Path(where).exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", where)):
+        raise ValueError(f"model {cfg.model!r} cannot be used: neither a folder nor a hub id such as google/gemma-3-4b-it")
+    with named_errors(cfg):
+        config = transformers.AutoConfig.from_pretrained(where, revision=cfg.revision or "main", trust_remote_code=False)
+    if config.is_encoder_decoder:
+        raise ValueError(f"model {cfg.model!r} cannot be used: {config.model_type} is an encoder and a decoder, and the "
+                         "blocks that are steered and adapted here are those of a decoder alone")
+    # an image-text model under its own class, so that modules have the names that the checkpoint gives them
+    name = (config.architectures or [""])[0]
+    is_own = name.endswith("ForConditionalGeneration") and hasattr(transformers, name)
+    return where, config, getattr(transformers, name) if is_own else transformers.AutoModelForCausalLM
+
+
+def load_model(cfg: LoopConfig):
+    """(model, tokenizer): on its device, in eval mode, its first logits finite. ValueError says in a sentence what is wrong."""
+    device, dtype = placed(cfg)
+    where, config, kind = load_config(cfg)
+    is_quantized = bool(cfg.quantize or getattr(config, "quantization_config", None))
+    for package, is_needed in {"accelerate": is_quantized or cfg.device_map, "bitsandbytes": cfg.quantize}.items():
+        if is_needed and not find_spec(package):
+            why = "a quantized base" if is_quantized else f"--device-map {cfg.device_map}"
+            raise ValueError(f"model {cfg.model!r}: {why} needs the package {package}, which is not here; pip install {package}")
+    from transformers import AutoTokenizer, BitsAndBytesConfig
+    revision = dict(revision=cfg.revision or "main", trust_remote_code=False)       # the default is to ask, and to run it on a yes
+    with named_errors(cfg):
+        tok = AutoTokenizer.from_pretrained(where, **revision)
     if not tok.chat_template:
         raise ValueError(f"model {cfg.model!r} has no chat template: a persona needs one; try its -it or -Instruct sibling")
+    more = dict(attn_implementation=cfg.attn) if cfg.attn else {}
+    if cfg.device_map or is_quantized:                          # the two cases in which accelerate places the modules
+        more["device_map"] = cfg.device_map or {"": device}
+    if cfg.quantize:
+        more["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    with named_errors(cfg):
+        model, report = kind.from_pretrained(where, dtype=dtype, use_safetensors=True, output_loading_info=True, **revision, **more)
+        model = model.eval() if "device_map" in more else model.to(device).eval()
+    if report["missing_keys"]:
+        raise ValueError(f"model {cfg.model!r} cannot be used: its files lack {len(report['missing_keys'])} of the weights, "
+                         f"such as {min(report['missing_keys'])}; download it again")
+    if any(p.device.type == "meta" for p in model.parameters()):
+        raise ValueError(f"model {cfg.model!r} does not fit on the GPUs: --device-map auto has put a part of it on the CPU or "
+                         "the disk, where it cannot be adapted; take a smaller one or --quantize 4bit")
+
+    # ---- one token: what is wrong with the numbers is seen here and not after an hour
+    ids = steer.encode(tok, ["What is 1 + 1?"], [""])
+    n_tokens = model.get_input_embeddings().num_embeddings
+    if max(ids[0]) >= n_tokens:
+        raise ValueError(f"model {cfg.model!r} cannot be used: its tokenizer writes token {max(ids[0])}, the model has {n_tokens}")
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor(ids, device=steer.device_of(model)), logits_to_keep=1).logits
+    if not logits.isfinite().all():
+        hint = "its weights are broken: download it again" if dtype == torch.float32 else "try --dtype float32"
+        raise ValueError(f"model {cfg.model!r}: its first logits are not finite in {str(dtype).removeprefix('torch.')}; {hint}")
     return model, tok
+
+
+def template_notes(tok) -> list[str]:
+    """What the reader of a run should know of its chat template."""
+    notes = []
+    if steer.render(tok, "user", "persona") == steer.render(tok, "persona\n\nuser"):
+        notes.append("the chat template has no system role: the persona goes in front of the user's words")
+    turn = [{"role": "user", "content": "user"}]
+    if steer.render(tok, "user") != tok.apply_chat_template(turn, tokenize=False, add_generation_prompt=True):
+        notes.append("the model can think, and does not here: its thinking is switched off, or closed where the template opens it")
+    return notes
 
 
 # ---- the measured rows -----------------------------------------------------------------------------------------------
@@ -311,7 +429,7 @@ def persona_distance(model, tok, kept, prompts: list[str], system: str, how: str
     """
     def logits(completion, front):
         ids = steer.encode(tok, [prompts[completion.prompt]], [front])[0] + completion.ids
-        ids = torch.tensor([ids], device=model.device)                              # [1, T]
+        ids = torch.tensor([ids], device=steer.device_of(model))                   # [1, T]
         return model(input_ids=ids).logits[0, -len(completion.ids) - 1:-1]           # [N, V]
     divergence = heal.forward_kl if direction == "kl_fwd" else heal.reverse_kl
     with torch.no_grad():
@@ -347,6 +465,9 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
     folder.say("model", None, f"{cfg.model}: {n_blocks} blocks of width {width}, {dtype}, steer {steer_layers}, "
                f"lora {lora_layers[0]}-{lora_layers[-1]} rank {lcfg.r}, {n_trained:,} trained parameters")
 
+    for note in [*template_notes(tok), stack.note]:
+        if note:
+            folder.say("note", None, note)
     folder.event("layers", steer=steer_layers, lora=lora_layers, strength=strength)
 
     # ---- what the base itself does: the filter's limits, then the rows of the table that need no round
