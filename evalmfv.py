@@ -124,6 +124,11 @@ def question(text: str, order: tuple[str, ...]) -> str:
             f'{options}        ]\n      }}\n    }}\n  }}')
 
 
+def thinking(prompt: str) -> str:
+    """A prompt of `render` with an open think at its end: in place of the closed one of a model that can think."""
+    return re.sub(r"<think>\s*</think>\s*\Z", "", prompt) + "<think>\n"
+
+
 def interruption(tok) -> str:
     """What ends a think and asks for the answer: </think>, the end of the turn, a new conversation's "Just answer".
 
@@ -399,8 +404,7 @@ def evaluate(model, tok, vignettes: list[dict], *, think_tokens: int = 128, batc
     prompts = []                                            # frame = 2 * row + order
     for vignette in vignettes:
         for order in (FOUNDATIONS, FOUNDATIONS[::-1]):
-            text = render(tok, question(vignette["text"], order), system)
-            text = re.sub(r"<think>\s*</think>\s*\Z", "", text) + "<think>\n"                 # here it may think
+            text = thinking(render(tok, question(vignette["text"], order), system))
             prompts.append(tok(text, add_special_tokens=as_original)["input_ids"])              # the template adds BOS
 
     n = len(vignettes)
