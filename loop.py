@@ -46,6 +46,7 @@ from safetensors.torch import save as pack
 import evalmfv
 import heal
 import lora
+import plan
 import report
 import steer
 
@@ -437,6 +438,67 @@ def persona_distance(model, tok, kept, prompts: list[str], system: str, how: str
     return sum(distances) / len(distances)
 
 
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+def dry_run(cfg: LoopConfig, scfg, lcfg, hcfg) -> int:
+    """Prints what this run would adapt, keep in memory, write and compute; reads the model's configuration and no weights."""
+    persona, (train, held_out) = load_persona(cfg), load_prompts(cfg)
+    vignettes = evalmfv.load_vignettes(cfg.vignettes or HERE / "data" / "vignettes.jsonl")
+    contexts = load_json(HERE / "data" / "contexts.json")
+    device, dtype = placed(cfg)
+    _, config, kind = load_config(cfg)
+    with named_errors(cfg), torch.device("meta"):
+        model = getattr(kind, "from_config", kind)(config)      # the Auto class, or the model's own
+    found = steer.blocks(model)
+    layers = steer.band(len(found), lcfg.lora_from, lcfg.lora_to)
+    stack = lora.attach(model, r=lcfg.r, alpha=lcfg.alpha, layers=layers)
+    n, n_trained = plan.sizes(model, found), sum(p.numel() for p in stack.parameters())
+
+    # ---- counts: rounds as if each were accepted, searches as if each took all its steps, answers as if none ended early
+    system = max(plan.tokens_of(text) for text in persona["pos"] + persona["neg"])
+    prompt = max(map(plan.tokens_of, train + held_out))
+    frame = max(plan.tokens_of(evalmfv.question(v["text"], evalmfv.FOUNDATIONS)) for v in vignettes) + cfg.think_tokens + 32
+    n_steered = cfg.rounds if cfg.steered_rows == "all" else 1
+    n_rows = 1 + cfg.baselines + n_steered + cfg.rounds                             # of the table
+    n_doses = 1 if scfg.coeff else scfg.dose_steps + 2
+    n_answers = 2 * scfg.n_make + cfg.rounds * (n_doses * scfg.n_probe + scfg.n_make) + n_rows * (cfg.n_text + cfg.n_diary)
+    n_frames, answer = 2 * len(vignettes) * n_rows, scfg.max_new_tokens
+    n_steps = cfg.rounds * hcfg.epochs * math.ceil(scfg.n_make / hcfg.heal_batch)
+    decoded = n_answers * answer + n_frames * cfg.think_tokens
+    read = (n_answers * 2 * (prompt + answer) + n_frames * (frame - cfg.think_tokens)
+            + (cfg.rounds + 1) * 2 * len(contexts) * (system + prompt))
+    trained = cfg.rounds * hcfg.epochs * scfg.n_make * (prompt + answer)
+
+    size = torch.empty(0, dtype=dtype).element_size()
+    peaks = plan.memory(n, n_trained, len(found) - layers[0], bytes_each=size, quantized=bool(cfg.quantize), answer=answer,
+                        prompt=system + prompt, frame=system + frame, gen_rows=min(scfg.gen_batch, scfg.n_make), nll_rows=32,
+                        probe_rows=min(cfg.eval_batch, 2 * len(vignettes)), heal_rows=hcfg.micro_batch)
+    rate, bandwidth = plan.rates(device, dtype)
+    hours = plan.hours(n, peaks["weights"], read=read, trained=trained, decoded=decoded, rows=scfg.gen_batch, rate=rate,
+                       bandwidth=bandwidth)
+    name, modules = str(dtype).removeprefix("torch."), sorted({name.rsplit(".", 1)[-1] for name in stack.layers})
+    lines = {
+        "model": f"{cfg.model}: {type(model).__name__}, {n['n_blocks']} blocks of width {n['width']}, vocabulary {n['vocab']:,}, "
+                 f"{n['total']:,} parameters",
+        "adapted": f"{len(stack.layers)} modules ({', '.join(modules)}) in blocks {layers[0]}-{layers[-1]}, rank {lcfg.r}: "
+                   f"{n_trained:,} trained parameters",
+        "note": stack.note,
+        "memory": f"peak on {device.type} in {'4 bits' if cfg.quantize else name}, GB: "
+                  + "  ".join(f"{stage} {peak / 1e9:.2f}" for stage, peak in peaks.items()),
+        "disk": f"{4 * n_trained / 1e6:.1f} MB per accepted round, {4 * n_trained * cfg.rounds / 1e6:.1f} MB for {cfg.rounds}",
+        "work": f"{n_answers:,} answers, {n_frames:,} probe frames, {n_steps:,} training steps; thousands of tokens: decoded "
+                f"{decoded / 1e3:,.0f}  read {read / 1e3:,.0f}  trained {trained / 1e3:,.0f}",
+        "time": f"about {f'{hours:.1f} hours' if hours > 2 else f'{60 * hours:.0f} minutes'} on this {device.type}, at the "
+                f"{rate / 1e9:,.0f} GFLOP/s of a {name} product and the {bandwidth / 1e9:,.0f} GB/s of a copy, measured just now",
+        "assumed": f"every round accepted, every answer {answer} tokens long, four characters to a token, attention to all of "
+                   "the text; only matrix products and reading weights take time"}
+    for word, line in lines.items():
+        if line:
+            print(f"{word:9s} {line}")
+    return 0
+
+
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
@@ -625,7 +687,7 @@ def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     configs = parse(argv)
     try:
-        return loop(*configs, argv)
+        return dry_run(*configs) if configs[0].dry_run else loop(*configs, argv)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"loop.py: {error}", file=sys.stderr)
         return 2

@@ -34,6 +34,7 @@ import heal as heal_py                                          # noqa: E402
 import loop                                                     # noqa: E402
 import lora as lora_py                                          # noqa: E402
 import make_pocket                                              # noqa: E402
+import plan                                                     # noqa: E402
 import report                                                   # noqa: E402
 import steer                                                    # noqa: E402
 import world                                                    # noqa: E402
@@ -1884,9 +1885,53 @@ def test_an_image_text_checkpoint_is_loaded_under_its_own_class(tmp_path):
         assert type(again) is type(model) and torch.equal(lora_logits(again, lora_ids()), lora_logits(model, lora_ids()))
 
 
+# ---- the plan
+
+def test_a_dry_run_reads_a_configuration_and_nothing_else(tmp_path, capsys):
+    text = dict(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, num_attention_heads=8, num_key_value_heads=4,
+                head_dim=256, vocab_size=262208)                # Gemma 3 4B: a folder with its shape and no weights
+    transformers.Gemma3Config(text_config=text, vision_config=VISION, architectures=["Gemma3ForConditionalGeneration"]
+                              ).save_pretrained(tmp_path)
+    started = time.time()
+    assert loop.main([str(tmp_path), "--dry-run", "--dtype", "bfloat16", "--out", str(tmp_path / "runs")]) == 0
+    assert time.time() - started < 20 and not (tmp_path / "runs").exists()
+    out = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert set(out) == {"model", "adapted", "memory", "disk", "work", "time", "assumed"}
+    sizes = [2560 + 2048, 2 * (2560 + 1024), 2048 + 2560, 3 * (2560 + 10240)]       # q; k and v; o; gate, up and down
+    trained = 8 * sum(sizes) * 22                               # rank 8, blocks 6 to 27
+    assert "154 modules" in out["adapted"] and "blocks 6-27" in out["adapted"] and f"{trained:,} trained" in out["adapted"]
+    weights = 262208 * 2560 + 34 * (2560 * (2 * 2048 + 2 * 1024) + 3 * 2560 * 10240)
+    found = float(re.search(r"weights (\S+)", out["memory"])[1])
+    assert found == pytest.approx(2 * weights / 1e9, rel=0.01)
+    stages = dict(re.findall(r"(\w+) ([0-9.]+)", out["memory"].split("GB: ")[1]))
+    assert set(stages) == {"weights", "generation", "filter", "probe", "heal"} and all(float(x) >= found for x in stages.values())
+    assert f"{4 * trained / 1e6:.1f} MB per" in out["disk"] and "5,472 probe frames" in out["work"]
+
+
+def test_a_dry_run_of_a_mixture_says_what_it_does_not_adapt(tmp_path, capsys):
+    options, = FAMILIES["Qwen3MoeForCausalLM"]
+    transformers.Qwen3MoeConfig(**options, vocab_size=300, architectures=["Qwen3MoeForCausalLM"]).save_pretrained(tmp_path)
+    assert loop.main([str(tmp_path), "--dry-run"]) == 0
+    assert "note      not adapted: the experts (mlp.experts." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "Gemma4ForConditionalGeneration", "Qwen3MoeForCausalLM"])
+def test_the_plan_counts_parameters_and_keys_and_values_as_the_model_has_them(name):
+    tok = mfv_tokenizer()
+    model = family_model(name, tok)
+    n = plan.sizes(model, blocks(model))
+    with torch.no_grad():
+        cache = model(input_ids=lora_ids(1, 10), use_cache=True).past_key_values
+    stored = sum(x.numel() for layer in cache.layers for x in (layer.keys, layer.values))
+    assert (n["kv"] * 10, n["total"], n["vocab"]) == (stored, sum(p.numel() for p in model.parameters()), len(tok))
+    inside = sum(p.numel() for p in blocks(model).parameters()) + len(tok) * n["width"]
+    idle = 4 * 3 * 32 * 16 * 4 / 2 if "Moe" in name else 0      # half of four experts of three matrices, in four blocks
+    assert n["active"] == inside - idle
+
+
 # ==== the house, the pocket world, the loop, the report ===============================================================
 
-CONCEPTS = ("steer", "heal", "lora", "evalmfv", "report")
+CONCEPTS = ("steer", "heal", "lora", "evalmfv", "plan", "report")
 
 
 def imported(path):
