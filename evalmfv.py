@@ -187,8 +187,9 @@ def roomy_cache(config, size: int):
     class RoomyLayer(DynamicLayer):
         def update(self, keys, values, *args, **kwargs):
             if not self.is_initialized:
-                self.lazy_initialization(keys, values)
+                self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
                 self.room = [x.new_empty(*x.shape[:2], size, x.shape[3]) for x in (keys, values)]   # [B, H, size, d/H]
+                self.keys, self.values = (room[:, :, :0] for room in self.room)
             past = self.get_seq_length()
             now = past + keys.shape[2]
             for room, new in zip(self.room, (keys, values)):
@@ -467,8 +468,8 @@ if __name__ == "__main__":
     parser.add_argument("--think-tokens", type=int, default=128)
     args = parser.parse_args()
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    tok = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
+    tok = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", use_safetensors=True, trust_remote_code=False).eval()
     model = model.float() if model.device.type == "cpu" else model
     if args.adapter:
         from lora import attach                                 # only here: the rest of this file stands alone

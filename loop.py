@@ -273,7 +273,7 @@ def load_error(cfg: LoopConfig, error: Exception) -> ValueError:
     names, cause = "", error
     while cause:
         names, cause = f"{names} {type(cause).__name__}", cause.__cause__
-    text = str(error).strip().split("\n")[0]
+    text = steer.printable(str(error).strip().split("\n")[0])
     reason = next((reason for sign, reason in LOAD_ERRORS.items() if sign in f"{names} {error}"), "{text}")
     return ValueError(f"model {cfg.model!r} cannot be used: " + reason.format(
         model=cfg.model, revision=cfg.revision, device=cfg.device, text=text))
@@ -319,6 +319,9 @@ def load_model(cfg: LoopConfig):
             why = "a quantized base" if is_quantized else f"--device-map {cfg.device_map}"
             raise ValueError(f"model {cfg.model!r}: {why} needs the package {package}, which is not here; pip install {package}")
     from transformers import AutoTokenizer, BitsAndBytesConfig
+    from transformers.utils import logging
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()                          # a bar in a log file is a hundred lines
     revision = dict(revision=cfg.revision or "main", trust_remote_code=False)       # the default is to ask, and to run it on a yes
     with named_errors(cfg):
         tok = AutoTokenizer.from_pretrained(where, **revision)
@@ -450,6 +453,7 @@ def dry_run(cfg: LoopConfig, scfg, lcfg, hcfg) -> int:
     _, config, kind = load_config(cfg)
     with named_errors(cfg), torch.device("meta"):
         model = getattr(kind, "from_config", kind)(config)      # the Auto class, or the model's own
+        model.tie_weights()                                     # transformers 5.0 leaves that out where nothing is loaded
     found = steer.blocks(model)
     layers = steer.band(len(found), lcfg.lora_from, lcfg.lora_to)
     stack = lora.attach(model, r=lcfg.r, alpha=lcfg.alpha, layers=layers)

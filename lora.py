@@ -312,8 +312,8 @@ def attach(model, *, r: int, alpha: float, layers: list[int], targets: list[str]
     if not layers or any(not 0 <= i < len(found) for i in layers):
         raise ValueError(f"layers={layers}: expected one or more of 0 to {len(found) - 1}")
     inside = {id(module) for i in layers for module in found[i].modules()}
-    linears = {name: m for name, m in model.named_modules() if id(m) in inside and sizes(m)}
-    experts = sorted({name for i in layers for name, p in found[i].named_parameters() if "experts" in name and p.dim() == 3})
+    linears = {name: m for name, m in model.named_modules() if id(m) in inside and sizes(m) and ".experts." not in name}
+    experts = sorted({name for i in layers for name, p in found[i].named_parameters() if ".experts." in name and p.dim() == 3})
     note = f"not adapted: the experts ({', '.join(experts)}), which are 3-D parameters and not Linear" if experts else ""
     if targets is not None:
         def hits(name, target):

@@ -512,8 +512,9 @@ def main(argv=None):
         parser.error("give --persona, or both --pos and --neg")
     from transformers import AutoModelForCausalLM, AutoTokenizer            # slow to import: not for --help
     contexts = json.loads(args.contexts.read_text(encoding="utf-8"))
-    tok = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tok = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True,
+                                                 trust_remote_code=False).eval()
     layers, _ = find_layers(model, tok, args.pos, args.neg, contexts)
     vectors = fit_vectors(model, tok, args.pos, args.neg, contexts, layers)
     print("  ".join(f"layer {layer}  |v| {v.norm():.2f}" for layer, v in vectors.items()), flush=True)
