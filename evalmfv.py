@@ -197,9 +197,9 @@ def roomy_cache(config, size: int):
             self.keys, self.values = (room[:, :, :now] for room in self.room)
             return self.keys, self.values
 
-        def batch_select_indices(self, indices):
+        def reorder_cache(self, beam_idx):                  # keeps these rows; unlike batch_select_indices all layers have it
             past = self.get_seq_length()
-            self.room = [room[indices] for room in self.room]
+            self.room = [room[beam_idx.to(room.device)] for room in self.room]
             self.keys, self.values = (room[:, :, :past] for room in self.room)
 
     cache = DynamicCache(config=config)
@@ -251,7 +251,7 @@ def read_batch(model, tok, prompts: list[list[int]], suffix: list[int], *, think
             case[row] = name
         keep = [i for i, row in enumerate(alive.tolist()) if row not in case_of]
         if case_of and keep:
-            cache.batch_select_indices(torch.tensor(keep))      # on the CPU: the layers may be on several devices
+            cache.reorder_cache(torch.tensor(keep))
         return alive[keep]
 
     # ---- think: N tokens are chosen, N - 1 are fed; the host reads nothing back but every CHECK_EVERY steps ----------

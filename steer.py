@@ -472,7 +472,7 @@ def generate(model, tok, prompts: list[str], *, system: str = "", vectors: dict[
                 break
             if n_live <= len(done) // 2:                    # copying the cache pays once half the batch is done
                 stay = (~done).nonzero()[:, 0]
-                cache.batch_select_indices(stay)
+                cache.reorder_cache(stay)               # linear attention has no batch_select_indices
                 live, row, attn, done = live[stay], row[stay], attn[stay], done[stay]
                 token, position_ids = token[stay], position_ids[stay]
             ids, position_ids = token[:, None], position_ids[:, -1:] + 1    # [B, 1] each

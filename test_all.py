@@ -1622,6 +1622,16 @@ def test_every_family_is_steered_healed_folded_probed_and_saved(name, tmp_path):
     made = generate(model, tok, STEER_PROMPTS * 2, vectors=vectors, coeffs=[0.5] * (2 * len(STEER_PROMPTS)), max_new_tokens=6)
     alone = generate(model, tok, STEER_PROMPTS[:1], vectors=vectors, coeffs=[0.5], max_new_tokens=6)
     assert made[0].ids == alone[0].ids                          # padding and batch do not matter
+
+    # ---- a row that stays when another leaves the batch, in the stock cache of `generate` and in the probe's
+    with torch.no_grad():
+        whole = model(input_ids=ids[1:]).logits[:, -2:]
+        for cache in (None, evalmfv.roomy_cache(model.config, 110)):
+            cache = model(input_ids=ids[:, :-2], use_cache=True, past_key_values=cache).past_key_values
+            cache.reorder_cache(torch.tensor([1]))
+            parts = [model(input_ids=ids[1:, i:i + 1], position_ids=torch.tensor([[i]]), past_key_values=cache, use_cache=True).logits
+                     for i in (108, 109)]
+            assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-3), (torch.cat(parts, 1) - whole).abs().max()
     assert all(x.isfinite().all() for x in token_nll(model, made))
 
     # ---- heal one round, fold, gates
