@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from jinja2.exceptions import TemplateError
 from safetensors import SafetensorError
 from safetensors.torch import save as pack
 
@@ -252,20 +253,23 @@ def placed(cfg: LoopConfig) -> tuple[torch.device, torch.dtype]:
 
 # What is wrong with a checkpoint: a sign in the names or words of the exceptions, and the sentence for it.
 LOAD_ERRORS = {
-    "GatedRepoError": "it is gated: accept its licence at https://huggingface.co/{model}, then log in with `hf auth login` or set HF_TOKEN",
+    "GatedRepoError": "it is gated: accept its licence at https://huggingface.co/{model}, then log in with `hf auth login` "
+                      "or set HF_TOKEN",
     "RevisionNotFoundError": "the hub has no --revision {revision!r} of it",
     "RepositoryNotFoundError": "the hub has no model of this name, or it is private (then set HF_TOKEN)",
     "couldn't connect": "it is not in the local cache and the hub cannot be reached (no network, or HF_HUB_OFFLINE is set); "
                         "a local folder works without",
     "custom code": "it needs code of its own (trust_remote_code), which is never run here; take a model that transformers "
                    "itself knows, such as Qwen/Qwen3-4B-Instruct-2507",
-    "does not recognize this architecture": "this version of transformers does not know its architecture; pip install -U transformers",
+    "does not recognize this architecture": "this version of transformers does not know its architecture; "
+                                            "pip install -U transformers",
     "model.safetensors": "it has no safetensors weights, and pickle (pytorch_model.bin) is never loaded; take a revision or a "
                          "copy of it that has model.safetensors",
     "SafetensorError": "a weights file is damaged ({text}); download it again",
     "size mismatch": "its weights do not have the shapes that its config.json says",
     "ignore_mismatched_sizes": "its weights do not have the shapes that its config.json says",
-    "OutOfMemoryError": "it does not fit on {device}; take a smaller one, --dtype bfloat16, --quantize 4bit or --device-map auto",
+    "OutOfMemoryError": "it does not fit on {device}; take a smaller one, --dtype bfloat16, --quantize 4bit or "
+                        "--device-map auto",
 }
 
 
@@ -284,7 +288,7 @@ def named_errors(cfg: LoopConfig):
     """Whatever transformers raises about a checkpoint becomes a ValueError with one sentence that says what to do."""
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, TemplateError) as error:
         raise load_error(cfg, error) from None
 
 
@@ -310,30 +314,32 @@ def load_config(cfg: LoopConfig):
 
 
 def load_model(cfg: LoopConfig):
-    """(model, tokenizer): on its device, in eval mode, its first logits finite. ValueError says in a sentence what is wrong."""
+    """(model, tokenizer): on its device, in eval mode, its first logits finite. ValueError says in a sentence if not."""
     device, dtype = placed(cfg)
     where, config, kind = load_config(cfg)
     is_quantized = bool(cfg.quantize or getattr(config, "quantization_config", None))
     for package, is_needed in {"accelerate": is_quantized or cfg.device_map, "bitsandbytes": cfg.quantize}.items():
         if is_needed and not find_spec(package):
             why = "a quantized base" if is_quantized else f"--device-map {cfg.device_map}"
-            raise ValueError(f"model {cfg.model!r}: {why} needs the package {package}, which is not here; pip install {package}")
+            raise ValueError(f"model {cfg.model!r}: {why} needs the package {package}, which is not installed: "
+                             f"pip install {package}")
     from transformers import AutoTokenizer, BitsAndBytesConfig
     from transformers.utils import logging
     if not sys.stderr.isatty():
         logging.disable_progress_bar()                          # a bar in a log file is a hundred lines
-    revision = dict(revision=cfg.revision or "main", trust_remote_code=False)       # the default is to ask, and to run it on a yes
+    same = dict(revision=cfg.revision or "main", trust_remote_code=False)       # the default asks, and runs it on a yes
     with named_errors(cfg):
-        tok = AutoTokenizer.from_pretrained(where, **revision)
+        tok = AutoTokenizer.from_pretrained(where, **same)
     if not tok.chat_template:
         raise ValueError(f"model {cfg.model!r} has no chat template: a persona needs one; try its -it or -Instruct sibling")
     more = dict(attn_implementation=cfg.attn) if cfg.attn else {}
     if cfg.device_map or is_quantized:                          # the two cases in which accelerate places the modules
         more["device_map"] = cfg.device_map or {"": device}
     if cfg.quantize:
-        more["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        more["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                                         bnb_4bit_compute_dtype=dtype)
     with named_errors(cfg):
-        model, report = kind.from_pretrained(where, dtype=dtype, use_safetensors=True, output_loading_info=True, **revision, **more)
+        model, report = kind.from_pretrained(where, dtype=dtype, use_safetensors=True, output_loading_info=True, **same, **more)
         model = model.eval() if "device_map" in more else model.to(device).eval()
     if report["missing_keys"]:
         raise ValueError(f"model {cfg.model!r} cannot be used: its files lack {len(report['missing_keys'])} of the weights, "
@@ -343,7 +349,8 @@ def load_model(cfg: LoopConfig):
                          "the disk, where it cannot be adapted; take a smaller one or --quantize 4bit")
 
     # ---- one token: what is wrong with the numbers is seen here and not after an hour
-    ids = steer.encode(tok, ["What is 1 + 1?"], [""])
+    with named_errors(cfg):
+        ids = steer.encode(tok, ["What is 1 + 1?"], [""])
     n_tokens = model.get_input_embeddings().num_embeddings
     if max(ids[0]) >= n_tokens:
         raise ValueError(f"model {cfg.model!r} cannot be used: its tokenizer writes token {max(ids[0])}, the model has {n_tokens}")
@@ -362,7 +369,7 @@ def template_notes(tok) -> list[str]:
         notes.append("the chat template has no system role: the persona goes in front of the user's words")
     turn = [{"role": "user", "content": "user"}]
     if steer.render(tok, "user") != tok.apply_chat_template(turn, tokenize=False, add_generation_prompt=True):
-        notes.append("the model can think, and does not here: its thinking is switched off, or closed where the template opens it")
+        notes.append("the model can think, and does not here: thinking is switched off, or closed where the template opens it")
     return notes
 
 

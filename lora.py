@@ -301,7 +301,7 @@ def blocks(model) -> nn.ModuleList:
 
 
 def attach(model, *, r: int, alpha: float, layers: list[int], targets: list[str] | None = None, seed: int = 0) -> Stack:
-    """Freeze the model and hook a LoRA onto each chosen nn.Linear; at first that changes nothing.
+    """Freeze the model and hook a LoRA onto each chosen nn.Linear (or Conv1D); at first that changes nothing.
 
     layers: block numbers. targets: names, or ends of names such as "q_proj"; None = every Linear of those blocks.
     seed: where A starts from, together with the round and the module's place.

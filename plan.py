@@ -37,7 +37,7 @@ def sizes(model, blocks: nn.ModuleList) -> dict:
     return dict(n_blocks=len(blocks), width=text.hidden_size, vocab=text.vocab_size, head=head,
                 total=sum(p.numel() for p in model.parameters()),
                 inner=max((max(p.shape) for p in blocks[0].parameters() if p.dim() == 2), default=text.hidden_size),
-                active=sum(p.numel() for p in blocks.parameters()) - idle + head,       # read for one token
+                active=sum(p.numel() for p in blocks.parameters()) - idle + head,       # used for one token
                 linear=sum(m.weight.numel() for m in blocks.modules() if isinstance(m, nn.Linear)),
                 kv=2 * len(blocks) * heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads))
 

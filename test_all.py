@@ -1827,7 +1827,10 @@ def adapter_only(folder):
 
 
 BROKEN = [
-    (no_template, "no chat template.*-it or -Instruct"), (halve, "damaged.*download it again"), (pickle_only, "pickle.*never loaded"),
+    (no_template, "no chat template.*-it or -Instruct"),
+    (lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('no user here') }}"), "cannot be used: no user here"),
+    (lambda f: (f / "chat_template.jinja").write_text("{% if"), "cannot be used: .*"),
+    (halve, "damaged.*download it again"), (pickle_only, "pickle.*never loaded"),
     (adapter_only, "LoRA adapter: name its base"), (lambda f: (f / "config.json").unlink(), "no config.json; expected the folder"),
     (lambda f: (f / "config.json").write_text("{ no"), "not a valid JSON"),
     (lambda f: rewrite(f, model_type="odd", auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}), "code of its own.*never run"),
