@@ -1538,7 +1538,7 @@ def test_free_text_falls_for_loops_and_for_noise_and_not_for_the_base():
 
 ARCH = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
             initializer_range=0.3, max_position_embeddings=2048)
-HEADS = ARCH | dict(head_dim=8)                                 # these take the width of a head from elsewhere
+HEADS = ARCH | dict(head_dim=16)                                # these take the width of a head from elsewhere
 SLIDING = dict(sliding_window=100, layer_types=["sliding_attention", "full_attention"] * 2)     # shorter than the prompts
 VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
 DEPTH = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, patch_size=14)
@@ -1548,12 +1548,12 @@ FAMILIES = {                                                    # model class: o
     "Gemma3ForCausalLM": (HEADS | SLIDING,),
     "Gemma3ForConditionalGeneration": (HEADS | SLIDING, VISION),
     "Gemma2ForCausalLM": (HEADS | SLIDING | dict(final_logit_softcapping=30.0, attn_logit_softcapping=50.0),),
-    "Gemma4ForConditionalGeneration": (HEADS | dict(global_head_dim=8, hidden_size_per_layer_input=0, num_kv_shared_layers=0), None),
+    "Gemma4ForConditionalGeneration": (HEADS | dict(global_head_dim=16, hidden_size_per_layer_input=0, num_kv_shared_layers=0), None),
     "Qwen3ForCausalLM": (HEADS,),
     "Qwen2ForCausalLM": (ARCH,),
     "Qwen3_5ForConditionalGeneration": (HEADS | MIXERS, DEPTH),
     "Qwen3VLForConditionalGeneration": (HEADS | dict(rope_parameters=dict(
-        rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1])), DEPTH | dict(deepstack_visual_indexes=[0])),
+        rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2])), DEPTH | dict(deepstack_visual_indexes=[0])),
     "Qwen3MoeForCausalLM": (HEADS | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),),
     "LlamaForCausalLM": (ARCH,),
     "MistralForCausalLM": (ARCH | dict(sliding_window=100),),
@@ -1664,6 +1664,16 @@ def test_every_family_is_steered_healed_folded_probed_and_saved(name, tmp_path):
     again = attach(model, r=2, alpha=4, layers=[1, 2])
     again.load(tmp_path / "adapter.safetensors")
     assert torch.equal(logits(), healed)
+
+
+def test_rows_that_end_early_leave_a_batch_of_linear_attention():
+    tok = mfv_tokenizer()
+    model = family_model("Qwen3_5ForConditionalGeneration", tok)
+    model.generation_config.eos_token_id = list(range(6, 134))  # half of the bytes end an answer
+    batch, *alone = [generate(model, tok, some, max_new_tokens=8) for some in (STEER_PROMPTS, STEER_PROMPTS[:1])]
+    assert batch[0].ids == alone[0][0].ids and len({len(c.ids) for c in batch}) > 1
+    batch, *alone = [generate(model, tok, some, max_new_tokens=8, greedy=True) for some in [STEER_PROMPTS, *([p] for p in STEER_PROMPTS)]]
+    assert [c.ids for c in batch] == [c.ids for c, in alone]
 
 
 # ---- chat templates
