@@ -24,6 +24,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Callable
 
@@ -101,10 +102,13 @@ def label(row: dict) -> list[float] | None:
 def render(tok, user: str, system: str = "") -> str:
     """One user turn as the chat template writes it, up to and including the assistant tag.
 
-    A template without a system role (Gemma 2 raises, others drop it) gets the system text in front of the user's."""
+    A template without a system role (Gemma 2 raises, others drop it) gets the system text in front of the user's. A
+    model that can think does not: its first words after the tag are its answer."""
     def chat(*turns):
         messages = [{"role": role, "content": text} for role, text in turns]
-        return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        is_open = text.rstrip().endswith("<think>")             # no switch in this template: close what it opened
+        return text.rstrip() + "\n\n</think>\n\n" if is_open else text
     if not system:
         return chat(("user", user))
     try:
@@ -119,6 +123,11 @@ def question(text: str, order: tuple[str, ...]) -> str:
     options = "".join(f'          "{name}", # {OPTIONS[name]}\n' for name in order)
     return (f'{text}\n\nThis is wrong because:\n  {{\n    "properties": {{\n      "violation": {{\n        "enum": [\n'
             f'{options}        ]\n      }}\n    }}\n  }}')
+
+
+def thinking(prompt: str) -> str:
+    """A prompt of `render` with an open think at its end: in place of the closed one of a model that can think."""
+    return re.sub(r"<think>\s*</think>\s*\Z", "", prompt) + "<think>\n"
 
 
 def interruption(tok) -> str:
@@ -203,8 +212,9 @@ def roomy_cache(config, size: int):
     class RoomyLayer(DynamicLayer):
         def update(self, keys, values, *args, **kwargs):
             if not self.is_initialized:
-                self.lazy_initialization(keys, values)
+                self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
                 self.room = [x.new_empty(*x.shape[:2], size, x.shape[3]) for x in (keys, values)]   # [B, H, size, d/H]
+                self.keys, self.values = (room[:, :, :0] for room in self.room)
             past = self.get_seq_length()
             now = past + keys.shape[2]
             for room, new in zip(self.room, (keys, values)):
@@ -212,9 +222,9 @@ def roomy_cache(config, size: int):
             self.keys, self.values = (room[:, :, :now] for room in self.room)
             return self.keys, self.values
 
-        def batch_select_indices(self, indices):
+        def reorder_cache(self, beam_idx):                  # keeps these rows; unlike batch_select_indices all layers have it
             past = self.get_seq_length()
-            self.room = [room[indices] for room in self.room]
+            self.room = [room[beam_idx.to(room.device)] for room in self.room]
             self.keys, self.values = (room[:, :, :past] for room in self.room)
 
     cache = DynamicCache(config=config)
@@ -228,7 +238,8 @@ def read_batch(model, tok, prompts: list[list[int]], suffix: list[int], *, think
     prompts: token ids of each frame; suffix: ids of the interruption. Returns logp [B, K] (float32 at least, over the
     full vocabulary), nll [B] (nats per token of the prefill), and the case of each frame. Closed frames hold zeros.
     """
-    device, n_rows, width = model.device, len(prompts), max(map(len, prompts))
+    device = model.get_input_embeddings().weight.device         # of a model on several, the one that token ids go to
+    n_rows, width = len(prompts), max(map(len, prompts))
     prefill = tok(PREFILL, add_special_tokens=False)["input_ids"]
     choices = torch.tensor(answer_ids(tok), device=device)                                      # [K]
     pad_id = next((i for i in (tok.pad_token_id, tok.eos_token_id) if i is not None), -1)       # -1: nothing is a pad
@@ -265,7 +276,7 @@ def read_batch(model, tok, prompts: list[list[int]], suffix: list[int], *, think
             case[row] = name
         keep = [i for i, row in enumerate(alive.tolist()) if row not in case_of]
         if case_of and keep:
-            cache.batch_select_indices(torch.tensor(keep, device=device))
+            cache.reorder_cache(torch.tensor(keep))
         return alive[keep]
 
     # ---- think: N tokens are chosen, N - 1 are fed; the host reads nothing back but every CHECK_EVERY steps ----------
@@ -419,7 +430,7 @@ def evaluate(model, tok, vignettes: list[dict], *, think_tokens: int = 128, batc
     prompts = []                                            # frame = 2 * row + order
     for vignette in vignettes:
         for order in (FOUNDATIONS, FOUNDATIONS[::-1]):
-            text = render(tok, question(vignette["text"], order), system) + "<think>\n"
+            text = thinking(render(tok, question(vignette["text"], order), system))
             prompts.append(tok(text, add_special_tokens=as_original)["input_ids"])              # the template adds BOS
 
     n = len(vignettes)
@@ -427,7 +438,7 @@ def evaluate(model, tok, vignettes: list[dict], *, think_tokens: int = 128, batc
     def read(batch):
         logp, nll, case = read_batch(model, tok, [prompts[i] for i in batch], suffix, think_tokens=think_tokens,
                                      as_original=as_original)
-        return zip(batch, zip(logp.double().cpu(), nll.double().cpu(), case))
+        return zip(batch, zip(logp.cpu().double(), nll.cpu().double(), case))
     logp, nll, case = map(list, zip(*in_batches(read, list(map(len, prompts)), batch_size)))
     logp, nll = torch.stack(logp).view(n, 2, -1), torch.stack(nll).view(n, 2)                   # [M, 2, K], [M, 2]
     is_read = torch.tensor([c != "closed" for c in case]).view(n, 2)                            # [M, 2]
@@ -480,8 +491,8 @@ if __name__ == "__main__":
     parser.add_argument("--think-tokens", type=int, default=128)
     args = parser.parse_args()
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    tok = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
+    tok = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", use_safetensors=True, trust_remote_code=False).eval()
     model = model.float() if model.device.type == "cpu" else model
     if args.adapter:
         from lora import attach                                 # only here: the rest of this file stands alone
@@ -491,7 +502,7 @@ if __name__ == "__main__":
         with safe_open(files[0], "pt") as file:
             keys = [key for key in file.keys() if key.endswith(".A")]
             r = file.get_slice(keys[0]).get_shape()[0]
-        layers = sorted({int(key.split("layers.")[1].split(".")[0]) for key in keys})
+        layers = sorted({int(re.search(r"\.(\d+)\.", key)[1]) for key in keys})
         attach(model, r=r, alpha=r, layers=layers).load(*files)
     rows = load_vignettes(args.vignettes)
     n = min(args.limit or len(rows), len(rows))

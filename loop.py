@@ -35,10 +35,13 @@ import typing
 import warnings
 import zlib
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import torch
+from jinja2.exceptions import TemplateError
+from safetensors import SafetensorError
 from safetensors.torch import save as pack
 
 import evalmfv
@@ -59,8 +62,12 @@ class LoopConfig:
     """loop: rounds, data, gate"""
     model: str = opt("pocket", "hub id or local folder of a chat model; pocket = the embedded one")
     revision: str = opt("", "hub revision (branch, tag or commit); empty = the default branch")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "weights of the base; auto = bfloat16 on a GPU, else float32")
-    device: str = opt("auto", "cpu, cuda, mps, ...; auto = cuda if there is one")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "weights of the base; auto = bfloat16 on a GPU that has it, else float32")
+    device: str = opt("auto", "cpu, cuda (ROCm too), cuda:1, mps, xpu, ...; auto = cuda if there is one")
+    device_map: Literal["", "auto"] = opt("", "auto = spread the model over all GPUs (needs the package accelerate)")
+    attn: str = opt("", "attention: eager, sdpa, flash_attention_2, ...; empty = what transformers chooses")
+    quantize: Literal["", "4bit"] = opt("", "load the base in 4 bits (needs the packages bitsandbytes and accelerate)")
+    dry_run: bool = opt(False, "say what the run would need, from the model's configuration alone, and stop")
     persona: str = opt("authority", "name in data/personas.json: authority (care over authority) or love")
     pos: str = opt("", "system prompt of the wanted persona (needs --neg); the prompts stay those of --persona or --prompts")
     neg: str = opt("", "system prompt of its opposite")
@@ -181,7 +188,9 @@ def _version(package: str) -> str:
 
 def fingerprint(model) -> str:
     """A checksum of the base's weights, from each tensor's name and sum: arms of one comparison have the same base."""
-    sums = "".join(f"{name} {p.detach().double().sum().item():.9e}\n" for name, p in model.named_parameters())
+    def total(p):
+        return p.detach().sum(dtype=torch.float32 if p.device.type == "mps" else torch.float64).item()      # mps has no doubles
+    sums = "".join(f"{name} {total(p):.9e}\n" for name, p in model.named_parameters())
     return f"{zlib.crc32(sums.encode()):08x}"
 
 
@@ -228,20 +237,139 @@ def load_prompts(cfg: LoopConfig) -> tuple[list[str], list[str]]:
     return everything[cfg.persona]["train"], everything[cfg.persona]["held_out"]
 
 
-def load_model(cfg: LoopConfig):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device == "cuda" else "float32")
-    where = str(HERE / "pocket") if cfg.model == "pocket" else cfg.model
-    more = {"revision": cfg.revision} if cfg.revision else {}
+def placed(cfg: LoopConfig) -> tuple[torch.device, torch.dtype]:
+    """Where the base goes and as what. ValueError if this machine has no such device."""
     try:
-        tok = AutoTokenizer.from_pretrained(where, **more)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **more).to(device).eval()
-    except OSError as error:
-        raise ValueError(f"model {cfg.model!r} could not be loaded: {str(error).splitlines()[0]}") from None
+        device = torch.device(cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:             # an AssertionError where torch was built without CUDA
+        raise ValueError(f"--device {cfg.device}: {str(error).splitlines()[0]}") from None
+    if cfg.dtype != "auto":
+        return device, getattr(torch, cfg.dtype)
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, torch.bfloat16 if has_bf16 else torch.float32
+
+
+# What is wrong with a checkpoint: a sign in the names or words of the exceptions, and the sentence for it.
+LOAD_ERRORS = {
+    "GatedRepoError": "it is gated: accept its licence at https://huggingface.co/{model}, then log in with `hf auth login` "
+                      "or set HF_TOKEN",
+    "RevisionNotFoundError": "the hub has no --revision {revision!r} of it",
+    "RepositoryNotFoundError": "the hub has no model of this name, or it is private (then set HF_TOKEN)",
+    "couldn't connect": "it is not in the local cache and the hub cannot be reached (no network, or HF_HUB_OFFLINE is set); "
+                        "a local folder works without",
+    "custom code": "it needs code of its own (trust_remote_code), which is never run here; take a model that transformers "
+                   "itself knows, such as Qwen/Qwen3-4B-Instruct-2507",
+    "does not recognize this architecture": "this version of transformers does not know its architecture; "
+                                            "pip install -U transformers",
+    "model.safetensors": "it has no safetensors weights, and pickle (pytorch_model.bin) is never loaded; take a revision or a "
+                         "copy of it that has model.safetensors",
+    "SafetensorError": "a weights file is damaged ({text}); download it again",
+    "size mismatch": "its weights do not have the shapes that its config.json says",
+    "ignore_mismatched_sizes": "its weights do not have the shapes that its config.json says",
+    "OutOfMemoryError": "it does not fit on {device}; take a smaller one, --dtype bfloat16, --quantize 4bit or "
+                        "--device-map auto",
+}
+
+
+def load_error(cfg: LoopConfig, error: Exception) -> ValueError:
+    names, cause = "", error
+    while cause:
+        names, cause = f"{names} {type(cause).__name__}", cause.__cause__
+    text = steer.printable(str(error).strip().split("\n")[0])
+    reason = next((reason for sign, reason in LOAD_ERRORS.items() if sign in f"{names} {error}"), "{text}")
+    return ValueError(f"model {cfg.model!r} cannot be used: " + reason.format(
+        model=cfg.model, revision=cfg.revision, device=cfg.device, text=text))
+
+
+@contextlib.contextmanager
+def named_errors(cfg: LoopConfig):
+    """Whatever transformers raises about a checkpoint becomes a ValueError with one sentence that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, TemplateError) as error:
+        raise load_error(cfg, error) from None
+
+
+def load_config(cfg: LoopConfig):
+    """(folder or hub id, its configuration, its model class); reads no weights."""
+    import transformers                                         # slow: not for --help
+    where = str(HERE / "pocket") if cfg.model == "pocket" else cfg.model
+    if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
+        hint = ("it is a LoRA adapter: name its base model" if (Path(where) / "adapter_config.json").is_file()
+                else "expected the folder of a checkpoint that transformers saved")
+        raise ValueError(f"model {cfg.model!r} cannot be used: this folder has no config.json; {hint}")
+    if not Path(where).is_dir() and (Path(where).exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", where)):
+        raise ValueError(f"model {cfg.model!r} cannot be used: neither a folder nor a hub id such as google/gemma-3-4b-it")
+    with named_errors(cfg):
+        config = transformers.AutoConfig.from_pretrained(where, revision=cfg.revision or "main", trust_remote_code=False)
+    if config.is_encoder_decoder:
+        raise ValueError(f"model {cfg.model!r} cannot be used: {config.model_type} is an encoder and a decoder, and the "
+                         "blocks that are steered and adapted here are those of a decoder alone")
+    # an image-text model under its own class, so that modules have the names that the checkpoint gives them
+    name = (config.architectures or [""])[0]
+    is_own = name.endswith("ForConditionalGeneration") and hasattr(transformers, name)
+    return where, config, getattr(transformers, name) if is_own else transformers.AutoModelForCausalLM
+
+
+def load_model(cfg: LoopConfig):
+    """(model, tokenizer): on its device, in eval mode, its first logits finite. ValueError says in a sentence if not."""
+    device, dtype = placed(cfg)
+    where, config, kind = load_config(cfg)
+    is_quantized = bool(cfg.quantize or getattr(config, "quantization_config", None))
+    for package, is_needed in {"accelerate": is_quantized or cfg.device_map, "bitsandbytes": cfg.quantize}.items():
+        if is_needed and not find_spec(package):
+            why = "a quantized base" if is_quantized else f"--device-map {cfg.device_map}"
+            raise ValueError(f"model {cfg.model!r}: {why} needs the package {package}, which is not installed: "
+                             f"pip install {package}")
+    from transformers import AutoTokenizer, BitsAndBytesConfig
+    from transformers.utils import logging
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()                          # a bar in a log file is a hundred lines
+    same = dict(revision=cfg.revision or "main", trust_remote_code=False)       # the default asks, and runs it on a yes
+    with named_errors(cfg):
+        tok = AutoTokenizer.from_pretrained(where, **same)
     if not tok.chat_template:
         raise ValueError(f"model {cfg.model!r} has no chat template: a persona needs one; try its -it or -Instruct sibling")
+    more = dict(attn_implementation=cfg.attn) if cfg.attn else {}
+    if cfg.device_map or is_quantized:                          # the two cases in which accelerate places the modules
+        more["device_map"] = cfg.device_map or {"": device}
+    if cfg.quantize:
+        more["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                                         bnb_4bit_compute_dtype=dtype)
+    with named_errors(cfg):
+        model, report = kind.from_pretrained(where, dtype=dtype, use_safetensors=True, output_loading_info=True, **same, **more)
+        model = model.eval() if "device_map" in more else model.to(device).eval()
+    if report["missing_keys"]:
+        raise ValueError(f"model {cfg.model!r} cannot be used: its files lack {len(report['missing_keys'])} of the weights, "
+                         f"such as {min(report['missing_keys'])}; download it again")
+    if any(p.device.type == "meta" for p in model.parameters()):
+        raise ValueError(f"model {cfg.model!r} does not fit on the GPUs: --device-map auto has put a part of it on the CPU or "
+                         "the disk, where it cannot be adapted; take a smaller one or --quantize 4bit")
+
+    # ---- one token: what is wrong with the numbers is seen here and not after an hour
+    with named_errors(cfg):
+        ids = steer.encode(tok, ["What is 1 + 1?"], [""])
+    n_tokens = model.get_input_embeddings().num_embeddings
+    if max(ids[0]) >= n_tokens:
+        raise ValueError(f"model {cfg.model!r} cannot be used: its tokenizer writes token {max(ids[0])}, the model has {n_tokens}")
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor(ids, device=steer.device_of(model)), logits_to_keep=1).logits
+    if not logits.isfinite().all():
+        hint = "its weights are broken: download it again" if dtype == torch.float32 else "try --dtype float32"
+        raise ValueError(f"model {cfg.model!r}: its first logits are not finite in {str(dtype).removeprefix('torch.')}; {hint}")
     return model, tok
+
+
+def template_notes(tok) -> list[str]:
+    """What the reader of a run should know of its chat template."""
+    notes = []
+    if steer.render(tok, "user", "persona") == steer.render(tok, "persona\n\nuser"):
+        notes.append("the chat template has no system role: the persona goes in front of the user's words")
+    turn = [{"role": "user", "content": "user"}]
+    if steer.render(tok, "user") != tok.apply_chat_template(turn, tokenize=False, add_generation_prompt=True):
+        notes.append("the model can think, and does not here: thinking is switched off, or closed where the template opens it")
+    return notes
 
 
 # ---- the measured rows -----------------------------------------------------------------------------------------------
@@ -316,6 +444,144 @@ def persona_distance(model, tok, kept, prompts: list[str], system: str, how: str
     return sum(heal.aggregate(kl, how).item() for kl in kls) / len(kls)
 
 
+# ---- the plan: what a run will need, from the shapes of a model without weights -----------------------------------------
+#
+# Estimates, made to tell a run that fits from one that does not and an hour from a week. Keys and values are counted for
+# full attention in every block; what a step costs beside arithmetic, most of the time of a tiny model, is not counted.
+
+
+def tokens_of(text: str) -> int:
+    """Four characters to a token, and sixteen tokens of chat template."""
+    return len(text) // 4 + 16
+
+
+def sizes(model, blocks) -> dict:
+    """What the estimates need to know: counts of parameters, widths, all from shapes."""
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    experts = sum(p.numel() for name, p in blocks.named_parameters() if ".experts." in name)
+    n_experts = next((n for key in ("num_experts", "num_local_experts", "n_routed_experts") if (n := getattr(text, key, 0))), 1)
+    idle = experts * (1 - (getattr(text, "num_experts_per_tok", 0) or 0) / n_experts)
+    head = text.vocab_size * text.hidden_size
+    return dict(n_blocks=len(blocks), width=text.hidden_size, vocab=text.vocab_size, head=head,
+                total=sum(p.numel() for p in model.parameters()),
+                inner=max((max(p.shape) for p in blocks[0].parameters() if p.dim() == 2), default=text.hidden_size),
+                active=sum(p.numel() for p in blocks.parameters()) - idle + head,       # used for one token
+                linear=sum(m.weight.numel() for m in blocks.modules() if isinstance(m, torch.nn.Linear)),
+                kv=2 * len(blocks) * heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads))
+
+
+def peaks_of(n: dict, n_trained: int, lora_blocks: int, *, bytes_each: int, quantized: bool, answer: int, prompt: int, frame: int,
+           gen_rows: int, nll_rows: int, probe_rows: int, heal_rows: int, n_samples: int) -> dict[str, float]:
+    """Peak bytes of each stage: weights and adapters, and on top what one batch keeps.
+
+    n: from `sizes`. answer, prompt, frame: longest length in tokens of an answer, of its prompt, of a probe's question with
+    its think. *_rows: rows of a batch. lora_blocks: blocks from the first adapted one to the last of the model, which are
+    the ones that keep activations for the backward pass.
+    """
+    weights = n["total"] * bytes_each - (n["linear"] * (bytes_each - 0.5625) if quantized else 0)  # nf4, a scale per 64
+    held = weights + 4 * n_trained
+    token, logit = n["kv"] * bytes_each, n["vocab"] * bytes_each
+    wide = (4 * n["width"] + 3 * n["inner"]) * bytes_each                       # one block at work, per token
+    heal_tokens = heal_rows * (prompt + answer)
+    return {"weights": weights,
+            "generation": held + gen_rows * ((prompt + answer) * token + prompt * wide + 3 * 4 * n["vocab"]),
+            "filter": held + nll_rows * (prompt + answer) * wide + max(min(nll_rows * (answer + 1) * logit, 2 ** 28 * bytes_each),
+                                                                       (answer + 1) * logit) + 4 * 64 * n["vocab"],
+            # gradient and two moments of Adam; hidden states kept for the round; a tile of logits and gradients of hidden states
+            "heal": held + 12 * n_trained + 17 * heal_tokens * n["width"] * lora_blocks * bytes_each
+            + n_samples * (prompt + 2 * answer) * n["width"] * bytes_each
+            + heal_rows * answer * (12 * min(n["vocab"], heal.TILE) + 28 * n["width"])}
+
+
+def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """What this machine does in a second, measured in about one: (multiplications and additions, bytes read)."""
+    def best(run) -> float:
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            run().view(-1)[0].item()                            # waits for a GPU
+            times.append(time.perf_counter() - start)
+        return min(times)
+    d = 4096 if device.type != "cpu" else 512
+    a = torch.ones(d, d, device=device, dtype=dtype)
+    once = best(lambda: a @ a)
+    n = max(1, min(64, int(0.05 / once)))                       # long enough for the clock
+
+    def product():
+        for _ in range(n):
+            b = a @ a
+        return b
+    x = torch.ones(2 ** 26 if device.type != "cpu" else 2 ** 24, device=device)
+    return 2 * n * d ** 3 / best(product), 2 * 4 * x.numel() / best(x.clone)            # read once, written once
+
+
+def hours_of(n: dict, weights: float, *, read: int, trained: int, decoded: int, rows: int, rate: float, bandwidth: float) -> float:
+    """Time of a run. read: tokens of forward passes; trained: of training steps (student, reference and the gradient of
+    the activations, three passes); decoded: tokens written one by one, `rows` at once."""
+    step = max(rows * 2 * n["active"] / rate, weights / bandwidth)
+    return ((read + 3 * trained) * 2 * n["active"] / rate + math.ceil(decoded / rows) * step) / 3600
+
+
+def dry_run(cfg: LoopConfig, scfg, lcfg, hcfg) -> int:
+    """Prints what this run would adapt, keep in memory, write and compute; reads the model's configuration and no weights."""
+    persona, (train, held_out) = load_persona(cfg), load_prompts(cfg)
+    vignettes = evalmfv.load_vignettes(cfg.vignettes or HERE / "data" / "vignettes.jsonl")
+    contexts = load_json(HERE / "data" / "contexts.json")
+    device, dtype = placed(cfg)
+    _, config, kind = load_config(cfg)
+    with named_errors(cfg), torch.device("meta"):
+        model = getattr(kind, "from_config", kind)(config)      # the Auto class, or the model's own
+        model.tie_weights()                                     # transformers 5.0 leaves that out where nothing is loaded
+    found = steer.blocks(model)
+    layers = steer.band(len(found), lcfg.lora_from, lcfg.lora_to)
+    stack = lora.attach(model, r=lcfg.r, alpha=lcfg.alpha, layers=layers)
+    n, n_trained = sizes(model, found), sum(p.numel() for p in stack.parameters())
+
+    # ---- counts: rounds as if each were accepted, searches as if each took all its steps, answers as if none ended early
+    system = max(tokens_of(text) for text in persona["pos"] + persona["neg"])
+    prompt = max(map(tokens_of, train + held_out))
+    frame = max(tokens_of(evalmfv.question(v["text"], evalmfv.FOUNDATIONS)) for v in vignettes) + cfg.think_tokens + 32
+    n_steered = cfg.rounds if cfg.steered_rows == "all" else 1
+    n_rows = 1 + cfg.baselines + n_steered + cfg.rounds                             # of the table
+    n_doses = 1 if scfg.coeff else scfg.dose_steps + 2
+    n_answers = 2 * scfg.n_make + cfg.rounds * (n_doses * scfg.n_probe + scfg.n_make) + n_rows * (cfg.n_text + cfg.n_diary)
+    n_frames, answer = 2 * len(vignettes) * n_rows, scfg.max_new_tokens
+    n_steps = cfg.rounds * hcfg.epochs * math.ceil(scfg.n_make / hcfg.heal_batch)
+    decoded = n_answers * answer + n_frames * cfg.think_tokens
+    read = (n_answers * 2 * (prompt + answer) + n_frames * (frame - cfg.think_tokens)
+            + (cfg.rounds + 1) * 2 * len(contexts) * (system + prompt))
+    trained = cfg.rounds * hcfg.epochs * scfg.n_make * (prompt + answer)
+
+    size = torch.empty(0, dtype=dtype).element_size()
+    peaks = peaks_of(n, n_trained, len(found) - layers[0], bytes_each=size, quantized=bool(cfg.quantize), answer=answer,
+                        prompt=system + prompt, frame=system + frame, gen_rows=min(scfg.gen_batch, scfg.n_make), nll_rows=32,
+                        probe_rows=min(cfg.eval_batch, 2 * len(vignettes)), heal_rows=max(1, min(hcfg.heal_batch, hcfg.pass_tokens // (prompt + answer))), n_samples=scfg.n_make)
+    rate, bandwidth = rates(device, dtype)
+    hours = hours_of(n, peaks["weights"], read=read, trained=trained, decoded=decoded, rows=scfg.gen_batch, rate=rate,
+                       bandwidth=bandwidth)
+    name, modules = str(dtype).removeprefix("torch."), sorted({name.rsplit(".", 1)[-1] for name in stack.layers})
+    lines = {
+        "model": f"{cfg.model}: {type(model).__name__}, {n['n_blocks']} blocks of width {n['width']}, vocabulary {n['vocab']:,}, "
+                 f"{n['total']:,} parameters",
+        "adapted": f"{len(stack.layers)} modules ({', '.join(modules)}) in blocks {layers[0]}-{layers[-1]}, rank {lcfg.r}: "
+                   f"{n_trained:,} trained parameters",
+        "note": stack.note,
+        "memory": f"peak on {device.type} in {'4 bits' if cfg.quantize else name}, GB: "
+                  + "  ".join(f"{stage} {peak / 1e9:.2f}" for stage, peak in peaks.items()),
+        "disk": f"{4 * n_trained / 1e6:.1f} MB per accepted round, {4 * n_trained * cfg.rounds / 1e6:.1f} MB for {cfg.rounds}",
+        "work": f"{n_answers:,} answers, {n_frames:,} probe frames, {n_steps:,} training steps; thousands of tokens: decoded "
+                f"{decoded / 1e3:,.0f}  read {read / 1e3:,.0f}  trained {trained / 1e3:,.0f}",
+        "time": f"about {f'{hours:.1f} hours' if hours > 2 else f'{60 * hours:.0f} minutes'} on this {device.type}, at the "
+                f"{rate / 1e9:,.0f} GFLOP/s of a {name} product and the {bandwidth / 1e9:,.0f} GB/s of a copy, measured just now",
+        "assumed": f"every round accepted, every answer {answer} tokens long, four characters to a token, attention to all of "
+                   "the text; only matrix products and reading weights take time"}
+    for word, line in lines.items():
+        if line:
+            print(f"{word:9s} {line}")
+    return 0
+
+
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
@@ -344,6 +610,9 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
     folder.say("model", None, f"{cfg.model}: {n_blocks} blocks of width {width}, {dtype}, steer {steer_layers}, "
                f"lora {lora_layers[0]}-{lora_layers[-1]} rank {lcfg.r}, {n_trained:,} trained parameters")
 
+    for note in [*template_notes(tok), stack.note]:
+        if note:
+            folder.say("note", None, note)
     folder.event("layers", steer=steer_layers, lora=lora_layers, strength=strength)
 
     # ---- what the base itself does: the filter's limits, then the rows of the table that need no round
@@ -505,7 +774,7 @@ def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     configs = parse(argv)
     try:
-        return loop(*configs, argv)
+        return dry_run(*configs) if configs[0].dry_run else loop(*configs, argv)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"loop.py: {error}", file=sys.stderr)
         return 2

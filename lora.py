@@ -11,8 +11,8 @@ weights would lose a fifth of itself to rounding. The layers are forward hooks, 
     with stack.gated(history=1, current=0): ...                 # the model before this round
     stack.fold(); stack.save("rounds.safetensors")
 
-Needs torch and safetensors. Does not adapt anything but nn.Linear: the experts of a mixture (3-D parameters) and
-GPT-2's Conv1D are left out.
+Needs torch and safetensors. Adapts nn.Linear and GPT-2's Conv1D, a Linear with its weight transposed. The experts of a
+mixture are left out, since they are 3-D parameters and not modules; `stack.note` says so.
 
 References
   LoRA: Hu et al. 2021, arXiv:2106.09685
@@ -58,14 +58,22 @@ def check_rank(r: int, alpha: float) -> None:
 
 # ---- one adapted Linear ----------------------------------------------------------------------------------------------
 
+def sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a Linear, also where its weight is packed to 4 bits or transposed; None for another module."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return (module.nx, module.nf) if type(module).__name__ == "Conv1D" else None
+
+
 class LoRA(nn.Module):
     """The rounds of one Linear, in the shape of a forward hook. float32 whatever the base's dtype; cast on use."""
 
-    def __init__(self, linear: nn.Linear, r: int, scale: float):
+    def __init__(self, linear: nn.Module, r: int, scale: float):
         super().__init__()
+        d_in, d_out = sizes(linear)
         new = dict(dtype=torch.float32, device=linear.weight.device)
-        self.A = nn.Parameter(torch.zeros(r, linear.in_features, **new))        # [r, d_in]
-        self.B = nn.Parameter(torch.zeros(linear.out_features, r, **new))       # [d_out, r]
+        self.A = nn.Parameter(torch.zeros(r, d_in, **new))                      # [r, d_in]
+        self.B = nn.Parameter(torch.zeros(d_out, r, **new))                     # [d_out, r]
         self.scale = scale
         self.rounds: list[tuple[Tensor, Tensor]] = []           # folded: A_i [r_i, d_in], s_i B_i [d_out, r_i]
         self.history: tuple[float, ...] = ()                    # a gate per folded round
@@ -89,7 +97,7 @@ class LoRA(nn.Module):
             self.stacked_for = (self.history, dtype)
         return self.stacked
 
-    def forward(self, linear: nn.Linear, args: tuple, y: Tensor) -> Tensor:
+    def forward(self, linear: nn.Module, args: tuple, y: Tensor) -> Tensor:
         x = args[0]                                                             # [..., d_in]
         if any(self.history):
             A, B = self.frozen(x.dtype)
@@ -109,9 +117,10 @@ def add_product(y: Tensor, z: Tensor, B: Tensor, scale: float) -> Tensor:
 class Stack:
     """The adapted Linears of a model and the gates over their rounds. Made by `attach`."""
 
-    def __init__(self, linears: dict[str, nn.Linear], r: int, alpha: float, seed: int):
+    def __init__(self, linears: dict[str, nn.Module], r: int, alpha: float, seed: int, note: str = ""):
         self.layers = {name: LoRA(linear, r, alpha / r) for name, linear in linears.items()}
         self.seed = seed
+        self.note = note                                        # what attach left out, in words
         self.n_rounds = 0                                       # folded or loaded; the one in training not counted
         self.drop()
         self.handles = [linear.register_forward_hook(self.layers[name]) for name, linear in linears.items()]
@@ -288,14 +297,15 @@ def write_whole(path, content: bytes) -> None:
 # same in steer.py
 def blocks(model) -> nn.ModuleList:
     """The decoder blocks, in order; block i's output is hidden_states[i + 1], except the last, which is normed there."""
-    layers = getattr(model.get_decoder(), "layers", None)
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", getattr(decoder, "h", None))        # GPT-2 and its kin say h
     if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"{type(model).__name__} has no decoder .layers: this architecture is not supported yet")
+        raise ValueError(f"{type(model).__name__} has no decoder .layers or .h: this architecture is not supported")
     return layers
 
 
 def attach(model, *, r: int, alpha: float, layers: list[int], targets: list[str] | None = None, seed: int = 0) -> Stack:
-    """Freeze the model and hook a LoRA onto each chosen nn.Linear; at first that changes nothing.
+    """Freeze the model and hook a LoRA onto each chosen nn.Linear (or Conv1D); at first that changes nothing.
 
     layers: block numbers. targets: names, or ends of names such as "q_proj"; None = every Linear of those blocks.
     seed: where A starts from, together with the round and the module's place.
@@ -306,7 +316,9 @@ def attach(model, *, r: int, alpha: float, layers: list[int], targets: list[str]
     if not layers or any(not 0 <= i < len(found) for i in layers):
         raise ValueError(f"layers={layers}: expected one or more of 0 to {len(found) - 1}")
     inside = {id(module) for i in layers for module in found[i].modules()}
-    linears = {name: m for name, m in model.named_modules() if id(m) in inside and isinstance(m, nn.Linear)}
+    linears = {name: m for name, m in model.named_modules() if id(m) in inside and sizes(m) and ".experts." not in name}
+    experts = sorted({name for i in layers for name, p in found[i].named_parameters() if ".experts." in name and p.dim() == 3})
+    note = f"not adapted: the experts ({', '.join(experts)}), which are 3-D parameters and not Linear" if experts else ""
     if targets is not None:
         def hits(name, target):
             return name == target or name.endswith("." + target)
@@ -318,7 +330,7 @@ def attach(model, *, r: int, alpha: float, layers: list[int], targets: list[str]
     if not linears:
         raise ValueError(f"blocks {layers} of {type(model).__name__} hold no nn.Linear to adapt")
     model.requires_grad_(False)
-    return Stack(linears, r, alpha, seed)
+    return Stack(linears, r, alpha, seed, note)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,6 @@ model as it is when called, so the caller decides which adapters are on (and tur
 A completion keeps the token ids it was sampled with. They are what is scored here and trained on later; text is for
 reading. No repetition penalty and no other help at sampling time: it would hide the over-steering the filter must see.
 
-Known gaps: models with linear-attention layers are untested; a chat template that opens a thinking block is taken as
-it comes.
-
 References
   mean difference: Rimsky et al. 2023, Steering Llama 2 via Contrastive Activation Addition, arXiv:2312.06681
   recipe: github.com/wassname/steer-heal-love
@@ -261,10 +258,13 @@ def find_dose(try_doses: Callable[[list[float]], list[float]], *, coeff_min: flo
 def render(tok, user: str, system: str = "") -> str:
     """One user turn as the chat template writes it, up to and including the assistant tag.
 
-    A template without a system role (Gemma 2 raises, others drop it) gets the system text in front of the user's."""
+    A template without a system role (Gemma 2 raises, others drop it) gets the system text in front of the user's. A
+    model that can think does not: its first words after the tag are its answer."""
     def chat(*turns):
         messages = [{"role": role, "content": text} for role, text in turns]
-        return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        is_open = text.rstrip().endswith("<think>")             # no switch in this template: close what it opened
+        return text.rstrip() + "\n\n</think>\n\n" if is_open else text
     if not system:
         return chat(("user", user))
     try:
@@ -277,10 +277,16 @@ def render(tok, user: str, system: str = "") -> str:
 # same in lora.py
 def blocks(model) -> nn.ModuleList:
     """The decoder blocks, in order; block i's output is hidden_states[i + 1], except the last, which is normed there."""
-    layers = getattr(model.get_decoder(), "layers", None)
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", getattr(decoder, "h", None))        # GPT-2 and its kin say h
     if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"{type(model).__name__} has no decoder .layers: this architecture is not supported yet")
+        raise ValueError(f"{type(model).__name__} has no decoder .layers or .h: this architecture is not supported")
     return layers
+
+
+def device_of(model) -> torch.device:
+    """Where token ids go: to the embedding, which in a model spread over several devices need not be model.device."""
+    return model.get_input_embeddings().weight.device
 
 
 def encode(tok, users: list[str], systems: list[str]) -> list[list[int]]:
@@ -335,8 +341,9 @@ def roomy_cache(config, size: int):
     class RoomyLayer(DynamicLayer):
         def update(self, keys, values, *args, **kwargs):
             if not self.is_initialized:
-                self.lazy_initialization(keys, values)
+                self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
                 self.room = [x.new_empty(*x.shape[:2], size, x.shape[3]) for x in (keys, values)]   # [B, H, size, d/H]
+                self.keys, self.values = (room[:, :, :0] for room in self.room)
             past = self.get_seq_length()
             now = past + keys.shape[2]
             for room, new in zip(self.room, (keys, values)):
@@ -344,9 +351,9 @@ def roomy_cache(config, size: int):
             self.keys, self.values = (room[:, :, :now] for room in self.room)
             return self.keys, self.values
 
-        def batch_select_indices(self, indices):
+        def reorder_cache(self, beam_idx):                  # keeps these rows; unlike batch_select_indices all layers have it
             past = self.get_seq_length()
-            self.room = [room[indices] for room in self.room]
+            self.room = [room[beam_idx.to(room.device)] for room in self.room]
             self.keys, self.values = (room[:, :, :past] for room in self.room)
 
     cache = DynamicCache(config=config)
@@ -418,7 +425,7 @@ def tag_states(model, tok, pos, neg, contexts: list[str], layers: list[int], *, 
             def hook(h):
                 states[layer] = h[:, -1].float().cpu()      # left padding: -1 is the tag
             return hook
-        ids, attn, position_ids = left_pad([rows[i] for i in batch], pad_of(tok), model.device)
+        ids, attn, position_ids = left_pad([rows[i] for i in batch], pad_of(tok), device_of(model))
         with hooked(model, {layer: keep(layer) for layer in layers}):
             model(input_ids=ids, attention_mask=attn, position_ids=position_ids, use_cache=False, logits_to_keep=1)
         return zip(batch, torch.stack([states[layer] for layer in layers], 1))              # (i, [L, d])
@@ -462,7 +469,7 @@ def token_nll(model, completions: list[Completion], *, batch_size: int = 32, pad
     batch_size = min(batch_size, max(1, 2 ** 28 // (kept * model.config.get_text_config().vocab_size)))
 
     def score(batch):
-        ids, attn, position_ids = left_pad([rows[i] for i in batch], pad_id, model.device)              # [B, T] each
+        ids, attn, position_ids = left_pad([rows[i] for i in batch], pad_id, device_of(model))              # [B, T] each
         kept = max(len(completions[i].ids) for i in batch) + 1
         logits = model(input_ids=ids, attention_mask=attn, position_ids=position_ids, use_cache=False,
                        logits_to_keep=kept).logits[:, :-1]                                              # [B, kept - 1, V]
@@ -492,7 +499,7 @@ def generate(model, tok, prompts: list[str], *, system: str = "", vectors: dict[
     if not (temperature > 0 and 0 < top_p <= 1 and top_k >= 0 and max_new_tokens >= 1 and batch_size >= 1):
         raise ValueError(f"temperature={temperature}, top_p={top_p}, top_k={top_k}, max_new_tokens={max_new_tokens}, "
                          f"batch_size={batch_size}: out of range; for temperature 0 pass greedy=True")
-    device, pad_id = model.device, pad_of(tok)
+    device, pad_id = device_of(model), pad_of(tok)
     ends = model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tok.eos_token_id} - {None}
     end_ids = torch.tensor(sorted(ends), dtype=torch.long, device=device)
@@ -531,7 +538,7 @@ def generate(model, tok, prompts: list[str], *, system: str = "", vectors: dict[
                 if n_live == 0:
                     return
                 stay = (~done).nonzero()[:, 0]
-                cache.batch_select_indices(stay)
+                cache.reorder_cache(stay)               # linear attention has no batch_select_indices
                 row, attn, sampled, done = row[stay], attn[stay], sampled[stay], done[stay]
                 token, position_ids = token[stay], position_ids[stay]
             ids, position_ids = token[:, None], position_ids[:, -1:] + 1    # [B, 1] each
@@ -566,8 +573,9 @@ def main(argv=None):
         parser.error("give --persona, or both --pos and --neg")
     from transformers import AutoModelForCausalLM, AutoTokenizer            # slow to import: not for --help
     contexts = json.loads(args.contexts.read_text(encoding="utf-8"))
-    tok = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tok = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True,
+                                                 trust_remote_code=False).eval()
     layers, _ = find_layers(model, tok, args.pos, args.neg, contexts)
     vectors = fit_vectors(model, tok, args.pos, args.neg, contexts, layers)
     print("  ".join(f"layer {layer}  |v| {v.norm():.2f}" for layer, v in vectors.items()), flush=True)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -40,7 +42,7 @@ import roofline                                                 # noqa: E402
 import steer                                                    # noqa: E402
 import world                                                    # noqa: E402
 from evalmfv import FOUNDATIONS                                 # noqa: E402
-from heal import (AGGREGATES, HealConfig, Passes, Sample, aggregate, divergences, find_head, forward_kl, heal,  # noqa: E402
+from heal import (AGGREGATES, HealConfig, Passes, Sample, aggregate, divergences, forward_kl, heal,  # noqa: E402
                   lr_factor, mean_nll, naive_losses, pieces, reverse_kl, split, token_losses)
 from lora import LoraConfig, attach, blocks                     # noqa: E402
 from steer import (Completion, Limits, SteerConfig, band, calibrate_limits, choose, find_dose, fit_vectors, generate,  # noqa: E402
@@ -1717,8 +1719,8 @@ def mfv_naive(model, tok, text, reverse, n_think, by_token=False, front=()):
     if by_token:                                                # seen from after the think; one column longer than it
         fed = len(prompt) + n_think - 1
         seen[fed:, :fed + 1] &= torch.tensor(prompt + thought) != tok.pad_token_id
-    mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min)
-    logp = model(input_ids=whole, attention_mask=mask[None, None]).logits[0, -len(prefill) - 1:].log_softmax(-1)
+    mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min)[None, None]
+    logp = model(input_ids=whole, attention_mask=mask if by_token else None).logits[0, -len(prefill) - 1:].log_softmax(-1)
     return "forced", logp[-1][choices], -logp[range(len(prefill)), prefill].mean()
 
 
@@ -1990,6 +1992,426 @@ def test_free_text_falls_for_loops_and_for_noise_and_not_for_the_base():
         evalmfv.free_text(ids, nlls, [[]], [[]])
 
 
+# ==== models in: architectures, templates, loading, the plan =============================================================
+
+ARCH = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            initializer_range=0.3, max_position_embeddings=2048)
+HEADS = ARCH | dict(head_dim=16)                                # these take the width of a head from elsewhere
+SLIDING = dict(sliding_window=100, layer_types=["sliding_attention", "full_attention"] * 2)     # shorter than the prompts
+VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+DEPTH = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, patch_size=14)
+MIXERS = dict(linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
+LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, num_key_value_heads=4)
+FAMILIES = {                                                    # model class: options of its config, and of its vision tower
+    "Gemma3ForCausalLM": (HEADS | SLIDING,),
+    "Gemma3ForConditionalGeneration": (HEADS | SLIDING, VISION),
+    "Gemma2ForCausalLM": (HEADS | SLIDING | dict(final_logit_softcapping=30.0, attn_logit_softcapping=50.0),),
+    "Gemma4ForConditionalGeneration": (HEADS | dict(global_head_dim=16, hidden_size_per_layer_input=0, num_kv_shared_layers=0), None),
+    "Qwen3ForCausalLM": (HEADS,),
+    "Qwen2ForCausalLM": (ARCH,),
+    "Qwen3_5ForConditionalGeneration": (HEADS | MIXERS, DEPTH),
+    "Qwen3VLForConditionalGeneration": (HEADS | dict(rope_parameters=dict(
+        rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2])), DEPTH | dict(deepstack_visual_indexes=[0])),
+    "Qwen3MoeForCausalLM": (HEADS | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),),
+    "LlamaForCausalLM": (ARCH,),
+    "MistralForCausalLM": (ARCH | dict(sliding_window=100),),
+    "Mistral3ForConditionalGeneration": (ARCH | dict(model_type="mistral"), VISION | dict(model_type="pixtral", head_dim=8)),
+    "Phi3ForCausalLM": (ARCH,),
+    "Olmo2ForCausalLM": (ARCH,),
+    "GPTNeoXForCausalLM": ({k: v for k, v in ARCH.items() if k != "num_key_value_heads"},),
+    "GraniteForCausalLM": (ARCH | dict(logits_scaling=4.0, residual_multiplier=0.5, embedding_multiplier=6.0),),
+    "CohereForCausalLM": (ARCH | dict(logit_scale=0.25),),
+    "GptOssForCausalLM": (HEADS | SLIDING | dict(num_local_experts=4, num_experts_per_tok=2),),
+    "DeepseekV3ForCausalLM": (ARCH | LATENT | dict(first_k_dense_replace=1, n_routed_experts=4, n_group=2, topk_group=1,
+                                                   num_experts_per_tok=2, moe_intermediate_size=16),),
+    "Lfm2ForCausalLM": (ARCH | dict(layer_types=["conv", "full_attention"] * 2),),
+    "GPT2LMHeadModel": (dict(n_embd=32, n_layer=4, n_head=4, n_positions=2048, initializer_range=0.3),)}
+HAVE_EXPERTS = {"Qwen3MoeForCausalLM", "GptOssForCausalLM", "DeepseekV3ForCausalLM"}
+
+
+def family_model(name, tok):
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    if name == "Lfm2ForCausalLM" and not hasattr(transformers.cache_utils, "LinearAttentionLayer"):
+        pytest.skip(f"in transformers {transformers.__version__} {name} wants a cache of its own class")
+    kind, (options, *vision) = getattr(transformers, name), FAMILIES[name]
+    ids = dict(pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
+    options = options | ids | dict(vocab_size=len(tok))
+    if vision:
+        options = dict(text_config=options, vision_config=vision[0], eos_token_id=tok.eos_token_id)
+    torch.manual_seed(0)
+    return kind(kind.config_class(**options)).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_steered_healed_folded_probed_and_saved(name, tmp_path):
+    tok = mfv_tokenizer()
+    model, ids = family_model(name, tok), lora_ids(2, 110)      # longer than the sliding window
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0                                             # a left-padded row
+
+    def logits():
+        with torch.no_grad():
+            return model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
+
+    def n_hooks():
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    untouched = logits()
+
+    # ---- a block's output is hidden_states[i + 1]; the last one's is normed there
+    seen = {}
+    with torch.no_grad(), steer.hooked(model, {i: lambda h, i=i: seen.__setitem__(i, h) for i in range(4)}):
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert [torch.equal(seen[i], states[i + 1]) for i in range(4)] == [True, True, True, False]
+    n_before = n_hooks()                                        # transformers has hooked its own blocks by now
+
+    # ---- steer
+    layers, strength = steer.find_layers(model, tok, "kind", "cruel", STEER_PROMPTS)
+    assert len(strength) == 4 and max(strength) > 0
+    vectors = fit_vectors(model, tok, "kind", "cruel", STEER_PROMPTS, layers)
+    with steered(model, vectors, 0.0):
+        assert torch.equal(logits(), untouched)
+    with steered(model, vectors, torch.zeros(2)):
+        assert torch.equal(logits(), untouched)
+    with pytest.raises(KeyError, match="passed through"), steered(model, vectors, 1.0):
+        assert (logits() - untouched).abs().max() > 1e-3
+        raise KeyError("passed through")
+    assert n_hooks() == n_before and torch.equal(logits(), untouched)
+    made = generate(model, tok, STEER_PROMPTS * 2, vectors=vectors, coeffs=[0.5] * (2 * len(STEER_PROMPTS)), max_new_tokens=6)
+    alone = generate(model, tok, STEER_PROMPTS[:1], vectors=vectors, coeffs=[0.5], max_new_tokens=6)
+    assert made[0].ids == alone[0].ids                          # padding and batch do not matter
+
+    # ---- a row that stays when another leaves the batch, in the stock cache of `generate` and in the probe's
+    with torch.no_grad():
+        whole = model(input_ids=ids[1:]).logits[:, -2:]
+        for cache in (None, evalmfv.roomy_cache(model.config, 110)):
+            cache = model(input_ids=ids[:, :-2], use_cache=True, past_key_values=cache).past_key_values
+            cache.reorder_cache(torch.tensor([1]))
+            parts = [model(input_ids=ids[1:, i:i + 1], position_ids=torch.tensor([[i]]), past_key_values=cache, use_cache=True).logits
+                     for i in (108, 109)]
+            assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-3), (torch.cat(parts, 1) - whole).abs().max()
+    assert all(x.isfinite().all() for x in token_nll(model, made))
+
+    # ---- heal one round, fold, gates
+    stack = attach(model, r=2, alpha=4, layers=[1, 2])
+    assert torch.equal(logits(), untouched)
+    assert ("experts" in stack.note) == (name in HAVE_EXPERTS) and not any(".experts" in module for module in stack.layers)
+    assert len({module.split(".")[-1] for module in stack.layers}) >= 3 and not any("vision" in module for module in stack.layers)
+    samples = [Sample(c.prompt_ids + c.ids, len(c.prompt_ids), c.prompt) for c in made]
+    record = heal_run(model, stack, samples, tau=1e-4, lr=1e-2, epochs=1, heal_batch=8, micro_batch=8)
+    assert record["steps"] and not record["skipped"] and all(p.isfinite().all() for p in stack.parameters())
+    assert all(lora.B.any() for lora in stack.layers.values())  # every adapted module is on the model's path
+    stack.fold()
+    healed = logits()
+    assert (healed - untouched).abs().max() > 1e-4
+    with stack.gated(0, 0):
+        assert torch.equal(logits(), untouched)
+
+    # ---- probe: padded, cached and in a batch against one sequence at a time, every forward from scratch
+    rows = mfv_rows(MFV_TEXTS[:2])
+    probe = evalmfv.evaluate(model, tok, rows, think_tokens=3, batch_size=4)
+    for row, score in zip(rows, probe["score"]):
+        with torch.no_grad():
+            alone = [mfv_naive(model, tok, row["text"], reverse, 3)[1] for reverse in (False, True)]
+        assert (score - sum(alone) / 2).abs().max() < 1e-4      # measured: 2e-6, with linear attention 2e-5
+
+    # ---- save, load into an untouched copy
+    stack.save(tmp_path / "adapter.safetensors")
+    stack.remove()
+    assert n_hooks() == n_before and torch.equal(logits(), untouched)
+    again = attach(model, r=2, alpha=4, layers=[1, 2])
+    again.load(tmp_path / "adapter.safetensors")
+    assert torch.equal(logits(), healed)
+
+
+def test_rows_that_end_early_leave_a_batch_of_linear_attention():
+    tok = mfv_tokenizer()
+    model = family_model("Qwen3_5ForConditionalGeneration", tok)
+    model.generation_config.eos_token_id = list(range(6, 134))  # half of the bytes end an answer
+    batch, *alone = [generate(model, tok, some, max_new_tokens=8) for some in (STEER_PROMPTS, STEER_PROMPTS[:1])]
+    assert batch[0].ids == alone[0][0].ids and len({len(c.ids) for c in batch}) > 1
+    batch, *alone = [generate(model, tok, some, max_new_tokens=8, greedy=True) for some in [STEER_PROMPTS, *([p] for p in STEER_PROMPTS)]]
+    assert [c.ids for c in batch] == [c.ids for c, in alone]
+
+
+# ---- chat templates
+
+SHAPES = {                                                      # name: (template, has a BOS, notes it deserves)
+    "system role, thinks unless told not to": (                 # Qwen3's shape
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if not (loop.last and continue_final_message) %}<|end|>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% if enable_thinking is defined and not "
+        "enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}", False, ["think"]),
+    "opens a think by itself": (TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|><think>\n{% endif %}"), True, ["think"]),
+    "raises at a system role": ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+                                + TEMPLATE, True, ["user's words"]),
+    "drops the system role": (TEMPLATE.replace("for m in messages", "for m in messages if m['role'] != 'system'"), True,
+                              ["user's words"]),
+    "folds the system role into the user turn": (               # Gemma 3's shape
+        "<|bos|>{% if messages[0]['role'] == 'system' %}{% set front = messages[0]['content'] + '\n\n' %}{% set turns = messages[1:] %}"
+        "{% else %}{% set front = '' %}{% set turns = messages %}{% endif %}{% for m in turns %}<|{{ m['role'] }}|>"
+        "{{ front if loop.first else '' }}{{ m['content'] | trim }}{% if not (loop.last and continue_final_message) %}<|end|>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}", True, ["user's words"]),
+    "system role and BOS": (TEMPLATE, True, [])}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_chat_template_of_any_shape_carries_the_persona_one_bos_and_no_thinking(shape):
+    tok = mfv_tokenizer()
+    tok.backend_tokenizer.post_processor = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", tok.bos_token_id)])
+    tok.chat_template, has_bos, notes = SHAPES[shape]
+    text = render(tok, "Hi", "Be kind.")
+    assert text.count("Be kind.") == 1 and text.index("Be kind.") < text.index("Hi") < text.index("<|assistant|>")
+    assert steer.encode(tok, ["Hi"], ["Be kind."])[0].count(tok.bos_token_id) == has_bos
+    after = text.split("<|assistant|>")[1]
+    assert after == ("<think>\n\n</think>\n\n" if "think" in notes else "")
+    assert evalmfv.thinking(text).endswith("<|assistant|><think>\n")        # the probe's frame: one think, and open
+    said = loop.template_notes(tok)
+    assert len(said) == len(notes) and all(word in line for word, line in zip(notes, said)), said
+    model = tiny_model(tok)
+    assert evalmfv.evaluate(model, tok, mfv_rows(MFV_TEXTS[:2]), think_tokens=2)["n_forced"] == 4
+
+
+def test_neither_a_missing_pad_token_nor_the_padding_side_changes_an_answer():
+    model, tok = steer_pair()
+    whole = [c.ids for c in generate(model, tok, STEER_PROMPTS, max_new_tokens=8)]
+    for side, pad in (("left", None), ("right", None), ("right", tok.pad_token)):
+        tok.padding_side, tok.pad_token = side, pad
+        made = generate(model, tok, STEER_PROMPTS, max_new_tokens=8)
+        assert [c.ids for c in made] == whole
+        nlls = token_nll(model, made, pad_id=steer.pad_of(tok))
+        assert all(x.isfinite().all() for x in nlls) and fit_vectors(model, tok, "kind", "cruel", ["Hi"], [1])[1].norm() > 0
+
+
+# ---- devices and packed weights
+
+def test_ids_go_to_the_embedding_and_nothing_asks_the_model_for_one_device(monkeypatch):
+    model, tok = steer_pair()
+
+    def nowhere(self):
+        raise AssertionError("a model that is spread over devices has no .device")
+    monkeypatch.setattr(type(model), "device", property(nowhere))
+    layers, _ = steer.find_layers(model, tok, "kind", "cruel", STEER_PROMPTS)
+    made = generate(model, tok, STEER_PROMPTS, vectors=fit_vectors(model, tok, "kind", "cruel", STEER_PROMPTS, layers),
+                    coeffs=[0.5] * len(STEER_PROMPTS), max_new_tokens=4)
+    token_nll(model, made)
+    loop.persona_distance(model, tok, made, STEER_PROMPTS, "kind", "rmse", "kl_rev")
+    tok = mfv_tokenizer()
+    evalmfv.evaluate(tiny_model(tok), tok, mfv_rows(MFV_TEXTS[:2]), think_tokens=2)
+
+
+def test_adapters_and_vectors_live_where_their_layer_lives():
+    model, tok = steer_pair()
+    vectors = steer_vectors(model)                              # on the CPU
+    model.model.layers[2].to("meta")                            # stands in for a second device: the rest stays on the CPU
+    stack = attach(model, r=2, alpha=4, layers=[1, 2])
+    for rnd in range(2):
+        for name, lora in stack.layers.items():
+            place = "meta" if "layers.2." in name else "cpu"
+            assert {t.device.type for t in (lora.A, lora.B, *(t for pair in lora.rounds for t in pair))} == {place}, name
+        with pytest.MonkeyPatch.context() as patch:             # meta numbers cannot be looked at
+            patch.setattr(torch.Tensor, "isfinite", lambda self: torch.ones(1))
+            stack.fold()
+    linear = model.model.layers[2].mlp.up_proj
+    y = linear(torch.zeros(1, 3, linear.in_features, device="meta"))
+    assert y.device.type == "meta" and y.shape == (1, 3, linear.out_features)
+    h, rotary = torch.zeros(2, 5, 32, device="meta"), torch.zeros(1, 5, 8, device="meta")
+    for coeff in (1.0, torch.tensor([0.5, 1.0])):
+        with steered(model, vectors, coeff):
+            moved = model.model.layers[2](h, position_embeddings=(rotary, rotary))
+            assert (moved[0] if isinstance(moved, tuple) else moved).device.type == "meta"
+
+
+def test_a_linear_with_packed_weights_is_adapted_by_its_declared_sizes():
+    class Packed(torch.nn.Linear):                              # as bitsandbytes does: a Linear whose weight is a column of bytes
+        def __init__(self, linear):
+            super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+            self.scale = linear.weight.abs().max() / 127
+            self.weight = torch.nn.Parameter((linear.weight / self.scale).round().to(torch.int8).view(-1, 1), requires_grad=False)
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.scale * self.weight.view(self.out_features, self.in_features).to(x.dtype))
+    model, tok = steer_pair()
+    for name, linear in [(n, m) for n, m in model.model.layers.named_modules() if isinstance(m, torch.nn.Linear)]:
+        model.model.layers.set_submodule(name, Packed(linear))
+    ids = lora_ids()
+    untouched, stack = lora_logits(model, ids), attach(model, r=4, alpha=8, layers=[1, 2])
+    made = generate(model, tok, STEER_PROMPTS, vectors=steer_vectors(model), coeffs=[0.5] * len(STEER_PROMPTS), max_new_tokens=4)
+    heal_run(model, stack, [Sample(c.prompt_ids + c.ids, len(c.prompt_ids), c.prompt) for c in made], epochs=1)
+    stack.fold()
+    assert not torch.equal(lora_logits(model, ids), untouched)
+    with stack.gated(0, 0):
+        assert torch.equal(lora_logits(model, ids), untouched)
+
+
+@pytest.mark.skipif(not (loop.find_spec("bitsandbytes") and loop.find_spec("accelerate")), reason="bitsandbytes and accelerate are not installed")
+def test_a_base_in_four_bits_is_adapted_and_its_gates_at_zero_are_the_base():
+    model, tok = loop.load_model(loop.LoopConfig(quantize="4bit"))
+    assert type(blocks(model)[1].mlp.up_proj).__name__ == "Linear4bit"
+    ids = lora_ids()
+    untouched, stack = lora_logits(model, ids), attach(model, r=4, alpha=8, layers=[1, 2])
+    lora_noise(stack, 0)
+    stack.fold()
+    assert not torch.equal(lora_logits(model, ids), untouched)
+    with stack.gated(0, 0):
+        assert torch.equal(lora_logits(model, ids), untouched)
+
+
+# ---- loading
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder, tok = tmp_path_factory.mktemp("checkpoint"), mfv_tokenizer()
+    family_model("Qwen3ForCausalLM", tok).save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return folder
+
+
+def rewrite(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def reweigh(folder, change):
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    change(tensors, "model.layers.1.self_attn.q_proj.weight")
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def no_template(folder):
+    (folder / "chat_template.jinja").unlink()
+
+
+def halve(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:len(whole) // 2])
+
+
+def pickle_only(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def adapter_only(folder):
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
+BROKEN = [
+    (no_template, "no chat template.*-it or -Instruct"),
+    (lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('no user here') }}"), "cannot be used: no user here"),
+    (lambda f: (f / "chat_template.jinja").write_text("{% if"), "cannot be used: .*"),
+    (halve, "damaged.*download it again"), (pickle_only, "pickle.*never loaded"),
+    (adapter_only, "LoRA adapter: name its base"), (lambda f: (f / "config.json").unlink(), "no config.json; expected the folder"),
+    (lambda f: (f / "config.json").write_text("{ no"), "not a valid JSON"),
+    (lambda f: rewrite(f, model_type="odd", auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}), "code of its own.*never run"),
+    (lambda f: rewrite(f, model_type="odd"), "does not know its architecture; pip install -U"),
+    (lambda f: rewrite(f, model_type="t5", is_encoder_decoder=True), "an encoder and a decoder"),
+    (lambda f: reweigh(f, lambda t, k: t.pop(k)), "lack 1 of the weights, such as model.layers.1.self_attn.q_proj.weight"),
+    (lambda f: reweigh(f, lambda t, k: t.update({k: torch.zeros(3, 3)})), "do not have the shapes"),
+    (lambda f: reweigh(f, lambda t, k: t.update({k: t[k] * math.nan})), "not finite in float32; its weights are broken"),
+    (lambda f: rewrite(f, vocab_size=6) or reweigh(f, lambda t, k: t.update({e: t[e][:6].clone() for e in t if len(t[e]) > 200})),
+     "its tokenizer writes token .*, the model has 6"),
+    (lambda f: rewrite(f, quantization_config=dict(quant_method="gptq", bits=4)), "accelerate|optimum")]
+
+
+@pytest.mark.parametrize("change, message", BROKEN, ids=range(len(BROKEN)))
+def test_a_checkpoint_that_cannot_be_used_is_one_sentence(checkpoint, tmp_path, change, message, capsys, monkeypatch):
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoint, folder)
+    change(folder)
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked whether to run the checkpoint's code"))
+    code = loop.main([str(folder), "--out", str(tmp_path / "runs")])
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loop.py: ")]
+    assert code == 2 and len(err) == 1 and re.search(message, err[0]) and len(err[0]) < 400, err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("GatedRepoError", "gated: accept its licence at https://huggingface.co/maker/model.*HF_TOKEN"),
+    ("RepositoryNotFoundError", "the hub has no model of this name"), ("RevisionNotFoundError", "the hub has no --revision 'v9'"),
+    ("LocalEntryNotFoundError", "cannot be reached")])
+def test_what_the_hub_refuses_is_one_sentence(kind, message, monkeypatch, capsys):
+    from huggingface_hub import errors
+
+    def refuse(*args, **kwargs):
+        raise getattr(errors, kind).__new__(getattr(errors, kind), "no")    # without the HTTP answer that its __init__ wants
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", refuse)
+    assert loop.main(["maker/model", "--revision", "v9"]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--device", "tpu9"], "--device tpu9"), (["--attn", "none"], "attn_implementation"), (["a/b/c"], "neither a folder nor a hub id"),
+    (["README.md"], "neither a folder nor a hub id"), (["maker/model"], "hub cannot be reached"),
+    (["--device-map", "auto"], "needs the package accelerate"), (["--quantize", "4bit"], "needs the package accelerate")])
+def test_a_model_that_cannot_be_placed_is_one_sentence(argv, message, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "find_spec", lambda package: None)
+    assert loop.main(argv) == 2 and message in capsys.readouterr().err
+
+
+def test_dtype_attention_and_revision_reach_the_checkpoint(checkpoint):
+    model, _ = loop.load_model(loop.LoopConfig(str(checkpoint), dtype="bfloat16", attn="eager", device="cpu"))
+    assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "eager" and not model.training
+    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):        # an old GPU has no bfloat16
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+            patch.setattr(torch, "empty", lambda *a, **k: None)
+            assert loop.placed(loop.LoopConfig()) == (torch.device("cuda"), dtype)
+
+
+def test_an_image_text_checkpoint_is_loaded_under_its_own_class(tmp_path):
+    tok = mfv_tokenizer()
+    for name in ("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration"):
+        model = family_model(name, tok)
+        model.save_pretrained(tmp_path / name)
+        tok.save_pretrained(tmp_path / name)
+        again, _ = loop.load_model(loop.LoopConfig(str(tmp_path / name)))
+        assert type(again) is type(model) and torch.equal(lora_logits(again, lora_ids()), lora_logits(model, lora_ids()))
+
+
+# ---- the plan
+
+def test_a_dry_run_reads_a_configuration_and_nothing_else(tmp_path, capsys):
+    text = dict(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, num_attention_heads=8, num_key_value_heads=4,
+                head_dim=256, vocab_size=262208)                # Gemma 3 4B: a folder with its shape and no weights
+    transformers.Gemma3Config(text_config=text, vision_config=VISION, architectures=["Gemma3ForConditionalGeneration"]
+                              ).save_pretrained(tmp_path)
+    started = time.time()
+    assert loop.main([str(tmp_path), "--dry-run", "--dtype", "bfloat16", "--out", str(tmp_path / "runs")]) == 0
+    assert time.time() - started < 20 and not (tmp_path / "runs").exists()
+    out = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert set(out) == {"model", "adapted", "memory", "disk", "work", "time", "assumed"}
+    sizes = [2560 + 2048, 2 * (2560 + 1024), 2048 + 2560, 3 * (2560 + 10240)]       # q; k and v; o; gate, up and down
+    trained = 8 * sum(sizes) * 22                               # rank 8, blocks 6 to 27
+    assert "154 modules" in out["adapted"] and "blocks 6-27" in out["adapted"] and f"{trained:,} trained" in out["adapted"]
+    weights = 262208 * 2560 + 34 * (2560 * (2 * 2048 + 2 * 1024) + 3 * 2560 * 10240)
+    found = float(re.search(r"weights (\S+)", out["memory"])[1])
+    assert found == pytest.approx(2 * weights / 1e9, rel=0.01)
+    stages = dict(re.findall(r"(\w+) ([0-9.]+)", out["memory"].split("GB: ")[1]))
+    assert set(stages) == {"weights", "generation", "filter", "probe", "heal"} and all(float(x) >= found for x in stages.values())
+    assert f"{4 * trained / 1e6:.1f} MB per" in out["disk"] and "5,472 probe frames" in out["work"]
+
+
+def test_a_dry_run_of_a_mixture_says_what_it_does_not_adapt(tmp_path, capsys):
+    options, = FAMILIES["Qwen3MoeForCausalLM"]
+    transformers.Qwen3MoeConfig(**options, vocab_size=300, architectures=["Qwen3MoeForCausalLM"]).save_pretrained(tmp_path)
+    assert loop.main([str(tmp_path), "--dry-run"]) == 0
+    assert "note      not adapted: the experts (mlp.experts." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "Gemma4ForConditionalGeneration", "Qwen3MoeForCausalLM"])
+def test_the_plan_counts_parameters_and_keys_and_values_as_the_model_has_them(name):
+    tok = mfv_tokenizer()
+    model = family_model(name, tok)
+    n = loop.sizes(model, blocks(model))
+    with torch.no_grad():
+        cache = model(input_ids=lora_ids(1, 10), use_cache=True).past_key_values
+    stored = sum(x.numel() for layer in cache.layers for x in (layer.keys, layer.values))
+    assert (n["kv"] * 10, n["total"], n["vocab"]) == (stored, sum(p.numel() for p in model.parameters()), len(tok))
+    inside = sum(p.numel() for p in blocks(model).parameters()) + len(tok) * n["width"]
+    idle = 4 * 3 * 32 * 16 * 4 / 2 if "Moe" in name else 0      # half of four experts of three matrices, in four blocks
+    assert n["active"] == inside - idle
+
+
 # ==== the house, the pocket world, the loop, the report ===============================================================
 
 CONCEPTS = ("steer", "heal", "lora", "evalmfv", "report")
@@ -2030,7 +2452,9 @@ def test_no_file_loads_pickles_or_remote_code(path):
     if path.name == "test_all.py":
         return
     for node in ast.walk(ast.parse(path.read_text())):
-        assert not (isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "weights_only")), path
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            assert isinstance(node.value, ast.Constant) and node.value.value is False, path     # left out, it is a question to the user
+        assert not (isinstance(node, ast.keyword) and node.arg == "weights_only"), path
         assert not (isinstance(node, ast.Attribute) and node.attr == "load" and getattr(node.value, "id", "") in ("torch", "pickle", "np")), path
     assert not imported(path) & {"pickle", "dill", "joblib", "marshal"}
     assert path.parent.name == "bench" or "peft" not in imported(path)      # there it is measured

@@ -20,7 +20,6 @@ between kernels and launches are not counted: a floor is not a forecast.
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
