@@ -488,6 +488,7 @@ def peaks_of(n: dict, n_trained: int, lora_blocks: int, *, bytes_each: int, quan
             "generation": held + gen_rows * ((prompt + answer) * token + prompt * wide + 3 * 4 * n["vocab"]),
             "filter": held + nll_rows * (prompt + answer) * wide + max(min(nll_rows * (answer + 1) * logit, 2 ** 28 * bytes_each),
                                                                        (answer + 1) * logit) + 4 * 64 * n["vocab"],
+            "probe": held + probe_rows * (frame * (token + wide) + 3 * 4 * n["vocab"]),
             # gradient and two moments of Adam; hidden states kept for the round; a tile of logits and gradients of hidden states
             "heal": held + 12 * n_trained + 17 * heal_tokens * n["width"] * lora_blocks * bytes_each
             + n_samples * (prompt + 2 * answer) * n["width"] * bytes_each
@@ -714,7 +715,7 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
             reasons = gate(day, last, base, cfg)
             day["accepted"] = not reasons
         except torch.OutOfMemoryError:
-            raise RuntimeError(f"out of memory in round {rnd}: lower --gen-batch, --eval-batch or --micro-batch") from None
+            raise RuntimeError(f"out of memory in round {rnd}: lower --gen-batch, --eval-batch or --pass-tokens") from None
         except RuntimeError as error:
             reasons = [str(error)]
         if reasons:

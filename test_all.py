@@ -2098,7 +2098,7 @@ def test_every_family_is_steered_healed_folded_probed_and_saved(name, tmp_path):
     assert ("experts" in stack.note) == (name in HAVE_EXPERTS) and not any(".experts" in module for module in stack.layers)
     assert len({module.split(".")[-1] for module in stack.layers}) >= 3 and not any("vision" in module for module in stack.layers)
     samples = [Sample(c.prompt_ids + c.ids, len(c.prompt_ids), c.prompt) for c in made]
-    record = heal_run(model, stack, samples, tau=1e-4, lr=1e-2, epochs=1, heal_batch=8, micro_batch=8)
+    record = heal_run(model, stack, samples, tau=1e-4, lr=1e-2, epochs=1, heal_batch=8, pass_tokens=4096)
     assert record["steps"] and not record["skipped"] and all(p.isfinite().all() for p in stack.parameters())
     assert all(lora.B.any() for lora in stack.layers.values())  # every adapted module is on the model's path
     stack.fold()
