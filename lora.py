@@ -29,6 +29,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -624,6 +625,17 @@ def adapters(folder: Path, last: int | None = None) -> dict[int, Path]:
     return {rnd: path for rnd, path in files.items() if last is None or rnd <= last}
 
 
+def total_rank(files) -> int:
+    """The rank that the rounds of these files have together, for the Linear where it is largest."""
+    ranks: dict[str, int] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for key in (key for key in file.keys() if key.endswith(".A")):
+                name = key.rsplit(".", 2)[0]
+                ranks[name] = ranks.get(name, 0) + file.get_slice(key).get_shape()[0]
+    return max(ranks.values())
+
+
 def restack(model, files: Sequence[Path]) -> Stack:
     """A stack on the modules that the files name, with their rounds loaded, whatever ranks and blocks these have."""
     with safe_open(files[0], framework="pt") as file:
@@ -649,7 +661,7 @@ def without_paths(argv: list[str], model: str) -> str:
         flag, equals, value = token.rpartition("=") if token.startswith("-") else ("", "", token)
         is_path = re.match(r"[/~.\\]|\w:[/\\]", value) or (re.search(r"[/\\]", value) and not re.search(r"\s", value))
         value = base_name(value) if value == model else PureWindowsPath(value.rstrip("/\\")).name if is_path else value
-        return flag + equals + (json.dumps(value, ensure_ascii=False) if re.search(r"[^\w@%+=:,./-]", value) or not value else value)
+        return flag + equals + shlex.quote("".join(c if c.isprintable() and c != "`" else " " for c in value))
     return " ".join(["python loop.py", *map(shown, argv)])
 
 
@@ -695,7 +707,7 @@ def model_card(run: dict, events: list[dict], rounds: list[int], to: str, check:
               "- The trait was measured on one forced-choice probe and on prompts of one persona; other behaviour was not measured.",
               "- It was not tested for safety. It can say what its base can say, and leans where the persona leans.",
               "- The licence of the base model holds for it.", "", "## To repeat", "", "```",
-              re.sub(r"[\x00-\x1f\x7f-\x9f`]+", " ", without_paths(run["argv"], options["model"])),
+              without_paths(run["argv"], options["model"]),
               f"python lora.py export RUN --to {to} --round {at}", "```", ""]
     return "\n".join(lines)
 
@@ -727,8 +739,8 @@ def chat_ids(tok, user: str, answer: str = "") -> list[int]:
     return tok(text, add_special_tokens=False)["input_ids"]
 
 
-def export(folder, to: str, *, rank: int | None = None, last: int | None = None, out=None, dtype: str = "auto", base: str = "") -> Path:
-    """Export the accepted rounds of a run, up to `last`; prints what was measured and how to serve it; returns the folder.
+def export(folder, to: str, *, rank: int | None = None, last: int | None = None, out=None, dtype: str = "auto", base: str = "") -> dict:
+    """Export the accepted rounds of a run, up to `last`; prints what was measured and how to serve it, returns the measures.
 
     base: where the base is, if not where the run had it. The comparison is in float32 on the CPU, on four held-out prompts
     with the last day's own answers. Raises ValueError for bad input, and RuntimeError if what was written, loaded back,
@@ -739,19 +751,23 @@ def export(folder, to: str, *, rank: int | None = None, last: int | None = None,
     options, files = run["options"], adapters(folder, last)
     if to == "merged" and rank is not None:
         raise ValueError("--rank is for --to peft: a merged checkpoint has no rank")
+    if rank is not None and not 1 <= rank <= total_rank(files.values()):
+        raise ValueError(f"--rank {rank}: the rounds have rank {total_rank(files.values())} in all, so expected 1 to that")
     refuse_existing(out)
     import transformers                                         # slow: not for --help or a wrong argument
     pocket = Path(__file__).resolve().parent / "pocket"
     where, revision = str(base or (pocket if options["model"] == "pocket" else options["model"])), options["revision"] or "main"
-    try:
-        config = transformers.AutoConfig.from_pretrained(where, revision=revision)
-        if to == "merged" and getattr(config, "quantization_config", None):
-            raise ValueError(f"{options['model']} is quantised: W + B @ A would have to be quantised again, which loses the update; "
-                             "use --to peft, or merge into its unquantised original with --base")
-        tok = transformers.AutoTokenizer.from_pretrained(where, revision=revision)
-        model = transformers.AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=torch.float32).eval()
-    except OSError as error:
-        raise ValueError(f"base model {where!r} could not be loaded: {str(error).splitlines()[0]} If it has moved: --base DIR") from None
+
+    def fetch(auto, **more):
+        try:
+            return auto.from_pretrained(where, revision=revision, **more)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"base model {where!r} could not be loaded: {str(error).splitlines()[0]} If it has moved: --base DIR") from None
+    config = fetch(transformers.AutoConfig)
+    if to == "merged" and getattr(config, "quantization_config", None):
+        raise ValueError(f"{options['model']} is quantised: W + B @ A would have to be quantised again, which loses the update; "
+                         "use --to peft, or merge into its unquantised original with --base")
+    tok, model = fetch(transformers.AutoTokenizer), fetch(transformers.AutoModelForCausalLM, dtype=torch.float32).eval()
     serving = getattr(transformers, (config.architectures or [type(model).__name__])[0])    # whose names servers use
 
     def load(dtype, path=None):
@@ -786,7 +802,7 @@ def export(folder, to: str, *, rank: int | None = None, last: int | None = None,
           f"largest KL {check['kl']:.2g} nats\n         the run's own effect on the base: {check['effect_logit']:.2g}, {check['effect_kl']:.2g} nats"
           f"{'' if check['effect_logit'] else ': none at all, so that is what was exported'}")
     print(f"serve    {serve_line(to, check, base_name(options['model']), out)}")
-    return out
+    return check
 
 
 def main(argv: list[str]) -> int:

@@ -543,7 +543,7 @@ def save_gguf(path, vectors: dict[int, Tensor], coeff: float, model_type: str, n
     def string(text):
         return struct.pack("<Q", len(text.encode())) + text.encode()
     fields = {"general.architecture": "controlvector", "controlvector.model_hint": model_type, "controlvector.layer_count": len(directions),
-              **{f"steering.{key}": value for key, value in notes.items()}, "steering.coeff": repr(coeff)}
+              **{f"steering.{key}": value for key, value in notes.items() if value}, "steering.coeff": repr(coeff)}
     head, body = b"GGUF" + struct.pack("<IQQ", 3, len(directions), len(fields)), b""
     for key, value in fields.items():
         head += string(key) + (struct.pack("<II", 4, value) if isinstance(value, int) else struct.pack("<I", 8) + string(value))
