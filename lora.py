@@ -406,20 +406,21 @@ def prove(proof: Witness, found: list[Tensor], dtype: torch.dtype, *, rounded: s
     (1) The largest |logit| difference is within a bound from the dtype: 4 roundings of what was rounded (the update's
     effect, or the logits themselves), and 64 float32 roundings of the logits for the order of the sums.
     (2) KL(run || export) is under half of KL(run || base): an export that does nothing fails, however loose (1) is.
-    Returns {logit, kl, bound, effect_logit, effect_kl}: what it differs by, and what the run differs from its base by.
+    Returns {off, bound, logit, kl, effect_logit, effect_kl}: the difference of (1) and its bound, then how far the export is
+    from the run's own model, and how far that is from its base.
     """
     logit, kl = distance(proof.run, found)
     effect_logit, effect_kl = distance(proof.run, proof.base)
     size = max(x.abs().max().item() for x in proof.run)
     bound = 4 * torch.finfo(dtype).eps * (size if rounded == "weights" else effect_logit) + 64 * torch.finfo(torch.float32).eps * size
-    off = logit if target is None else distance(target, found)[0]
+    off = logit if target is None else distance(target, found)[0]                   # from what was to be written
     numbers = (f"largest |logit| difference {logit:.3g}, largest KL {kl:.3g} nats; "
                f"the run's own effect on the base is {effect_logit:.3g}, {effect_kl:.3g} nats")
     if not off <= bound:                                        # true for nan too
         raise RuntimeError(f"the export, loaded back, is off by {off:.3g}, over the bound of {bound:.3g} for {dtype}: {numbers}")
     if effect_logit > 0 and not kl < effect_kl / 2:
         raise RuntimeError(f"the export, loaded back, loses the run's effect (rounded away, or --rank too low): {numbers}")
-    return dict(logit=logit, kl=kl, bound=bound, effect_logit=effect_logit, effect_kl=effect_kl)
+    return dict(off=off, bound=bound, logit=logit, kl=kl, effect_logit=effect_logit, effect_kl=effect_kl)
 
 
 def refuse_existing(folder) -> None:
@@ -751,8 +752,9 @@ def export(folder, to: str, *, rank: int | None = None, last: int | None = None,
     options, files = run["options"], adapters(folder, last)
     if to == "merged" and rank is not None:
         raise ValueError("--rank is for --to peft: a merged checkpoint has no rank")
-    if rank is not None and not 1 <= rank <= total_rank(files.values()):
-        raise ValueError(f"--rank {rank}: the rounds have rank {total_rank(files.values())} in all, so expected 1 to that")
+    total = total_rank(files.values())
+    if rank is not None and not 1 <= rank <= total:
+        raise ValueError(f"--rank {rank}: the rounds have rank {total} in all, so expected 1 to {total}")
     refuse_existing(out)
     import transformers                                         # slow: not for --help or a wrong argument
     pocket = Path(__file__).resolve().parent / "pocket"
@@ -797,9 +799,9 @@ def export(folder, to: str, *, rank: int | None = None, last: int | None = None,
         print(f"rank {n:4d}  relative Frobenius error {error:.2e}{'  <- written' if n == check['rank'] else ''}")
     size = sum(path.stat().st_size for path in out.iterdir()) / 2 ** 20
     rounds = ", ".join(map(str, files)) + (f", rank {check['rank']}" if to == "peft" else "")
-    print(f"wrote    {out}: rounds {rounds}, {size:.1f} MiB\n"
-          f"proved   loaded back, against the run's own model: largest |logit| difference {check['logit']:.2g} (bound {check['bound']:.2g}), "
-          f"largest KL {check['kl']:.2g} nats\n         the run's own effect on the base: {check['effect_logit']:.2g}, {check['effect_kl']:.2g} nats"
+    print(f"wrote    {out}: rounds {rounds}, {size:.1f} MiB\nproved   loaded back: off by {check['off']:.2g} in the largest |logit| (bound {check['bound']:.2g})\n"
+          f"         against the run's own model: largest |logit| difference {check['logit']:.2g}, largest KL {check['kl']:.2g} nats\n"
+          f"         the run's own effect on the base: {check['effect_logit']:.2g}, {check['effect_kl']:.2g} nats"
           f"{'' if check['effect_logit'] else ': none at all, so that is what was exported'}")
     print(f"serve    {serve_line(to, check, base_name(options['model']), out)}")
     return check
