@@ -104,7 +104,8 @@ GROUPS = (LoopConfig, steer.SteerConfig, lora.LoraConfig, heal.HealConfig)
 
 def parse(argv=None) -> list:
     """The dataclasses of all rooms as one command line; --help shows one group per file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     epilog="python loop.py chat --help: talk to a finished run; python lora.py export --help: serve it")
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
     for cls in GROUPS:
         group, hints = parser.add_argument_group(cls.__doc__), typing.get_type_hints(cls)

@@ -391,11 +391,11 @@ def witness(stack: Stack, model, prompts: list[list[int]]) -> Witness:
 
 def distance(a: list[Tensor], b: list[Tensor]) -> tuple[float, float]:
     """(largest |logit| difference, largest KL(a || b) in nats), over all positions of all prompts."""
-    kls = []
+    worst = []
     for x, y in zip(a, b):
         logp, logq = x.double().log_softmax(-1), y.double().log_softmax(-1)                     # [T, V] each
-        kls.append((logp.exp() * (logp - logq)).sum(-1).max().item())
-    return max((x - y).abs().max().item() for x, y in zip(a, b)), max(kls)
+        worst.append(torch.stack([(x - y).abs().max().double(), (logp.exp() * (logp - logq)).sum(-1).max()]))
+    return tuple(torch.stack(worst).amax(0).tolist())           # torch's max keeps a nan, Python's may drop it
 
 
 def prove(proof: Witness, found: list[Tensor], dtype: torch.dtype, *, rounded: str, target: list[Tensor] | None = None) -> dict:

@@ -2094,6 +2094,15 @@ def test_export_that_is_not_the_runs_model_fails_and_leaves_nothing(broken, mess
     assert os.listdir(tmp_path) == []
 
 
+def test_export_a_nan_in_one_prompt_is_not_lost():
+    x = [torch.zeros(2, 5) for _ in range(3)]
+    for i in range(3):
+        bad = [y + float("nan") if i == j else y for j, y in enumerate(x)]
+        assert all(math.isnan(number) for number in lora_py.distance(x, bad)), i
+        with pytest.raises(RuntimeError, match="off by nan"):
+            lora_py.prove(lora_py.Witness([], x, x), bad, torch.float32, rounded="update")
+
+
 def test_export_that_does_nothing_fails_even_where_the_dtypes_bound_is_loose():
     run = [torch.randn(5, 9, generator=torch.Generator().manual_seed(0))]
     base = [run[0] + 1e-3 * torch.randn(5, 9, generator=torch.Generator().manual_seed(1))]
