@@ -1878,6 +1878,8 @@ def odd_runs(tmp_path_factory):
     """Runs on bases of two classes in one file: a vision tower, and one that AutoModelForCausalLM loads as another class."""
     found = {}
     for name in ("Gemma3ForConditionalGeneration", "Qwen3_5ForConditionalGeneration"):
+        if not hasattr(transformers, name):
+            continue
         folder = tmp_path_factory.mktemp(name)
         exports.make_base(name, folder / "base")
         exports.make_run(folder / "run", folder / "base")
@@ -2063,6 +2065,8 @@ def test_export_the_command_to_repeat_shows_no_path(argv, model, shown):
 
 @pytest.mark.parametrize("name", ["Gemma3ForConditionalGeneration", "Qwen3_5ForConditionalGeneration"])
 def test_export_names_follow_the_class_that_the_config_names_and_no_tower_is_lost(odd_runs, name, tmp_path):
+    if name not in odd_runs:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     folder = odd_runs[name]
     (folder / "base" / "preprocessor_config.json").write_text('{"image_processor_type": "made up"}')
     assert lora_py.export(folder / "run", "peft", out=tmp_path / "peft")["effect_logit"] > 0.1

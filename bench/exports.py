@@ -96,7 +96,7 @@ def main() -> None:
             "peft rank 7 of 14": dict(to="peft", rank=7), "merged bfloat16": dict(to="merged"), "merged float32": dict(to="merged", dtype="float32")}
     has_peft = importlib.util.find_spec("peft") is not None
     print(f"| class | the run's effect | {' | '.join(ways)} | {'read by peft' if has_peft else ''} |\n|" + "---|" * (len(ways) + 3))
-    for name in ARCHITECTURES:
+    for name in (name for name in ARCHITECTURES if hasattr(transformers, name)):            # those of the installed version
         with tempfile.TemporaryDirectory() as scratch:
             base, run, cells = Path(scratch) / "base", Path(scratch) / "run", []
             make_base(name, base)
