@@ -2,6 +2,7 @@
 
     python loop.py --kl-agg rmse                    the embedded model, no network, minutes on a CPU
     python loop.py google/gemma-3-4b-it --kl-agg rmse      any chat model of the hub
+    python loop.py chat RUN --compare                      talk to a finished run: base | prompted | day N
 
 One round, on the student = base + folded rounds:
 
@@ -22,14 +23,17 @@ runs/results.tsv.
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import textwrap
 import time
 import typing
 import warnings
@@ -107,7 +111,8 @@ GROUPS = (LoopConfig, steer.SteerConfig, lora.LoraConfig, heal.HealConfig)
 
 def parse(argv=None) -> list:
     """The dataclasses of all rooms as one command line; --help shows one group per file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     epilog="python loop.py chat --help: talk to a finished run; python lora.py export --help: serve it")
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
     for cls in GROUPS:
         group, hints = parser.add_argument_group(cls.__doc__), typing.get_type_hints(cls)
@@ -771,11 +776,76 @@ def tally(folder: Folder, rows: list[dict], final: dict | None, seconds: float) 
         f.write("\t".join("" if v is None else str(v) for v in line.values()) + "\n")
 
 
+# ---- chat with a finished run ----------------------------------------------------------------------------------------
+
+
+def chat_options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="loop.py chat", description="Ask a finished run; each line is a conversation of its own.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    parser.add_argument("prompts", nargs="*", help="what to ask; none = read lines, from a terminal or a pipe")
+    parser.add_argument("--compare", action="store_true", help="base | prompted | day N side by side, from the same random draws")
+    parser.add_argument("--round", type=int, default=None, help="the day: rounds after this one are left out; None = the last accepted")
+    parser.add_argument("--gate", type=float, default=1.0, help="dials all folded rounds, 0 (the base) to 2")
+    parser.add_argument("--max-new-tokens", type=int, default=None, help="longest answer; None = the run's")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_intermixed_args(argv)                               # options may stand between RUN and the prompts
+    if not 0 <= args.gate <= 2:
+        parser.error(f"--gate {args.gate}: expected 0 to 2")
+    return args
+
+
+def asked(prompts: list[str]):
+    """The prompts, or else lines of standard input until it ends; a mark in front of each only on a terminal."""
+    yield from prompts
+    while not prompts:
+        try:
+            line = input("\n> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def chat(argv: list[str]) -> int:
+    """Answers of a run's model, by the sampler and the stop tokens that it was made with; control characters are dropped."""
+    args = chat_options(argv)
+    run, _ = report.load(args.run)
+    files = lora.adapters(args.run, args.round)
+    known = {name: value for name, value in run["options"].items() if name in {f.name for f in dataclasses.fields(LoopConfig)}}
+    cfg = LoopConfig(**known)
+    model, tok = load_model(cfg)
+    stack, day = lora.restack(model, list(files.values())), f"day {max(files)}" + (f", gate {args.gate:g}" if args.gate != 1 else "")
+    columns = {day: (args.gate, "")}                            # name -> gate of all rounds, system prompt
+    if args.compare:
+        columns = {"base": (0, ""), "prompted": (0, load_persona(cfg)["pos"][0])} | columns
+    sampling = {name: run["options"][name] for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
+    sampling["max_new_tokens"] = args.max_new_tokens or sampling["max_new_tokens"]
+    width = shutil.get_terminal_size((120, 24)).columns // len(columns) - 3
+
+    for n, prompt in enumerate(asked(args.prompts)):
+        answers = []
+        for history, system in columns.values():
+            with stack.gated(history, 0):
+                answers += steer.generate(model, tok, [prompt], system=system, seed=args.seed + n, **sampling)
+        if args.prompts or not sys.stdin.isatty():
+            print(f"\n> {steer.printable(prompt)}")
+        texts = [steer.printable(c.text) + ("" if c.finished else " ...") for c in answers]
+        if not args.compare:
+            print(texts[0], flush=True)
+            continue
+        cells = [[name, "-" * len(name), *textwrap.wrap(text, width)] for name, text in zip(columns, texts)]
+        for line in itertools.zip_longest(*cells, fillvalue=""):
+            print(" | ".join(cell.ljust(width) for cell in line).rstrip(), flush=True)
+    return 0
+
+
 def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    configs = parse(argv)
+    is_chat = argv[:1] == ["chat"]
+    configs = [] if is_chat else parse(argv)
     try:
-        return dry_run(*configs) if configs[0].dry_run else loop(*configs, argv)
+        return chat(argv[1:]) if is_chat else dry_run(*configs) if configs[0].dry_run else loop(*configs, argv)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"loop.py: {error}", file=sys.stderr)
         return 2

@@ -11,20 +11,33 @@ weights would lose a fifth of itself to rounding. The layers are forward hooks, 
     with stack.gated(history=1, current=0): ...                 # the model before this round
     stack.fold(); stack.save("rounds.safetensors")
 
-Needs torch and safetensors. Adapts nn.Linear and GPT-2's Conv1D, a Linear with its weight transposed. The experts of a
-mixture are left out, since they are 3-D parameters and not modules; `stack.note` says so.
+What others can serve, written from a run folder of loop.py, loaded back and compared before it gets its name:
+
+    python lora.py export RUN --to peft                         adapter_model.safetensors, adapter_config.json
+    python lora.py export RUN --to merged                       a whole checkpoint, W + sum_i B_i A_i rounded once
+
+Needs torch and safetensors; an export also transformers, to load the base. Adapts nn.Linear and GPT-2's Conv1D, a
+Linear with its weight transposed. The experts of a mixture are left out, since they are 3-D parameters and not modules;
+`stack.note` says so.
 
 References
   LoRA: Hu et al. 2021, arXiv:2106.09685
   recipe: github.com/wassname/steer-heal-love
 """
+import argparse
 import hashlib
+import json
 import math
 import os
+import re
+import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from typing import Callable, NamedTuple
 
 import safetensors.torch
 import torch
@@ -274,6 +287,39 @@ class Stack:
             rounds.append(pairs)
         return rounds
 
+    def concatenated(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The folded rounds as one pair per Linear, A [R, d_in] and B [d_out, R]: scale and gate are in B, the update is B @ A.
+
+        float32 on the CPU; R is the same for every Linear, with zero rows where the rounds of one have a lower rank.
+        Raises RuntimeError if no folded round has an open gate.
+        """
+        if not any(next(iter(self.layers.values())).history):
+            raise RuntimeError("no folded round with an open gate: nothing to export")
+        pairs = {name: lora.frozen(torch.float32) for name, lora in self.layers.items()}
+        R = max(len(A) for A, _ in pairs.values())
+        return {name: (F.pad(A, (0, 0, 0, R - len(A))).cpu(), F.pad(B, (0, R - B.shape[1])).cpu())
+                for name, (A, B) in pairs.items()}
+
+    def export_peft(self, folder, model, prompts: list[list[int]], *, rank: int | None = None, serving=None, **options) -> dict:
+        """Write the folded rounds as a peft adapter: load it back, hold it against this stack on `prompts`, token ids.
+
+        model: what this stack was attached to. rank: compress to it; "lost" in the result then has the relative Frobenius
+        error for it and others. serving: the same checkpoint as the class that its config names, if `model` is of another.
+        options: base and more, see `write_peft`. Raises ValueError for a rank that is not from 1 to that of all rounds.
+        """
+        proof, pairs, errors = witness(self, model, prompts), self.concatenated(), {}
+        R = len(next(iter(pairs.values()))[0])
+        if rank is not None:
+            if not 1 <= rank <= R:
+                raise ValueError(f"rank {rank}: the rounds have rank {R} in all, so expected 1 to {R}")
+            parts = singular(pairs)
+            pairs = compress(parts, rank)
+            errors = {n: lost(parts, n) for n in sorted({rank, R, *(2 ** i for i in range(10) if 2 ** i < R)})}
+        with self.gated(0, 0):
+            check = write_peft(folder, renamed(pairs, model, serving or model), proof, serving or model,
+                               exact=rank in (None, R), **options)
+        return check | dict(lost=errors)
+
     def remove(self) -> None:
         """Unhook: the model is the base again, and this stack no longer acts on it."""
         for handle in self.handles:
@@ -333,7 +379,474 @@ def attach(model, *, r: int, alpha: float, layers: list[int], targets: list[str]
     return Stack(linears, r, alpha, seed, note)
 
 
-if __name__ == "__main__":
+# ---- what others serve: each export is loaded back and compared before it gets its name -------------------------------
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)             # all that vLLM's --max-lora-rank takes
+
+
+class Witness(NamedTuple):
+    """What an export is held to: logits [T, V] float32 of the run's own model, and of the bare base, on each prompt."""
+    prompts: list[list[int]]
+    run: list[Tensor]
+    base: list[Tensor]
+
+
+@torch.no_grad()
+def logits_of(model, prompts: list[list[int]]) -> list[Tensor]:
+    """[T, V] float32 on the CPU for each prompt of token ids, one at a time: no padding that could differ."""
+    return [model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float().cpu() for ids in prompts]
+
+
+def witness(stack: Stack, model, prompts: list[list[int]]) -> Witness:
+    with stack.gated(0, 0):
+        base = logits_of(model, prompts)
+    history = next(iter(stack.layers.values())).history
+    with stack.gated(history, 0):
+        return Witness(prompts, logits_of(model, prompts), base)
+
+
+def distance(a: list[Tensor], b: list[Tensor]) -> tuple[float, float]:
+    """(largest |logit| difference, largest KL(a || b) in nats), over all positions of all prompts."""
+    worst = []
+    for x, y in zip(a, b):
+        logp, logq = x.double().log_softmax(-1), y.double().log_softmax(-1)                     # [T, V] each
+        worst.append(torch.stack([(x - y).abs().max().double(), (logp.exp() * (logp - logq)).sum(-1).max()]))
+    return tuple(torch.stack(worst).amax(0).tolist())           # torch's max keeps a nan, Python's may drop it
+
+
+def prove(proof: Witness, found: list[Tensor], dtype: torch.dtype, *, rounded: str, target: list[Tensor] | None = None) -> dict:
+    """Hold what was loaded back against the run's own model; raises RuntimeError, with the numbers, if it is not that.
+
+    found: logits of the loaded export. rounded: "update" if only the adapter was rounded to `dtype`, "weights" if the
+    sum was. target: logits that the file should give, if they are not the run's own (a lower rank). Two conditions.
+    (1) The largest |logit| difference is within a bound from the dtype: 4 roundings of what was rounded (the update's
+    effect, or the logits themselves), and 64 float32 roundings of the logits for the order of the sums.
+    (2) KL(run || export) is under half of KL(run || base): an export that does nothing fails, however loose (1) is.
+    Returns {off, bound, logit, kl, effect_logit, effect_kl}: the difference of (1) and its bound, then how far the export is
+    from the run's own model, and how far that is from its base.
+    """
+    logit, kl = distance(proof.run, found)
+    effect_logit, effect_kl = distance(proof.run, proof.base)
+    size = max(x.abs().max().item() for x in proof.run)
+    bound = 4 * torch.finfo(dtype).eps * (size if rounded == "weights" else effect_logit) + 64 * torch.finfo(torch.float32).eps * size
+    off = logit if target is None else distance(target, found)[0]                   # from what was to be written
+    numbers = (f"largest |logit| difference {logit:.3g}, largest KL {kl:.3g} nats; "
+               f"the run's own effect on the base is {effect_logit:.3g}, {effect_kl:.3g} nats")
+    if not off <= bound:                                        # true for nan too
+        raise RuntimeError(f"the export, loaded back, is off by {off:.3g}, over the bound of {bound:.3g} for {dtype}: {numbers}")
+    if effect_logit > 0 and not kl < effect_kl / 2:
+        raise RuntimeError(f"the export, loaded back, loses the run's effect (rounded away, or --rank too low): {numbers}")
+    return dict(off=off, bound=bound, logit=logit, kl=kl, effect_logit=effect_logit, effect_kl=effect_kl)
+
+
+def refuse_existing(folder) -> None:
+    if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
+        raise ValueError(f"{folder} is already there and not empty: take it away or choose another --out")
+
+
+@contextmanager
+def whole_folder(folder):
+    """A folder under a temporary name beside `folder`, renamed at the end of the `with`; gone if that raises.
+
+    Raises ValueError if `folder` is there and not empty."""
+    refuse_existing(folder)
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            folder.rmdir()                                      # empty, see above
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)            # still there only if something went wrong
+
+
+# ---- the peft adapter ------------------------------------------------------------------------------------------------
+
+def singular(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """U [d_out, k], S [k], Vt [k, d_in] in float64 of each B @ A, from QR and an SVD of R x R: never of d_out x d_in."""
+    parts = {}
+    for name, (A, B) in pairs.items():
+        (Qb, Rb), (Qa, Ra) = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().T)
+        U, S, Vt = torch.linalg.svd(Rb @ Ra.T)
+        k = len(S)
+        parts[name] = Qb @ U[:, :k], S, Vt[:k] @ Qa.T
+    return parts
+
+
+def lost(parts: dict, rank: int) -> float:
+    """Relative Frobenius error of the whole update, all Linears together, if each keeps `rank` singular values."""
+    total = sum(S.square().sum() for _, S, _ in parts.values())
+    rest = sum(S[rank:].square().sum() for _, S, _ in parts.values())
+    return float((rest / total).sqrt()) if total > 0 else 0.0
+
+
+def compress(parts: dict, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """The nearest A [rank, d_in], B [d_out, rank] of each Linear, float32, the size shared evenly between the two."""
+    pairs = {}
+    for name, (U, S, Vt) in parts.items():
+        root, gap = S[:rank].sqrt(), max(0, rank - len(S))
+        A, B = root[:, None] * Vt[:rank], U[:, :rank] * root
+        pairs[name] = F.pad(A, (0, 0, 0, gap)).float(), F.pad(B, (0, gap)).float()
+    return pairs
+
+
+def renamed(pairs: dict, ours, theirs) -> dict:
+    """The pairs under the names that the same Linears have in another class of the same checkpoint."""
+    def prefix(model):
+        return next(name for name, module in model.named_modules() if module is blocks(model))
+    before, after = prefix(ours), prefix(theirs)
+    return {after + name.removeprefix(before): pair for name, pair in pairs.items()}
+
+
+def write_peft(folder, pairs: dict[str, tuple[Tensor, Tensor]], proof: Witness, model, *, base: str, revision: str | None = None,
+               dtype: torch.dtype = torch.float32, exact: bool = True, card: Callable[[dict], str] | None = None) -> dict:
+    """Write a peft adapter without peft; returns what `prove` measured on it.
+
+    pairs: float32, all of one rank R because vLLM and llama.cpp read no rank pattern; the scale is in B, so alpha = R.
+    Their names are those of `model`, of the class that the base's config names: what matches no name is ignored by peft
+    and vLLM without a word. model: that base, no gate open. base, revision: what peft and llama.cpp are told to load.
+    exact: the pairs are the run's own, not a lower rank. card: the measured numbers -> README.md.
+    Raises ValueError if `folder` is not free, RuntimeError as `prove`: then nothing is left.
+    """
+    R, target = len(next(iter(pairs.values()))[0]), None
+    if not exact:
+        with adapted(model, pairs):
+            target = logits_of(model, proof.prompts)
+    tensors = {f"base_model.model.{name}.lora_{which}.weight": tensor.to(dtype).contiguous()
+               for name, pair in pairs.items() for which, tensor in zip("AB", pair)}
+    broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise RuntimeError(f"{len(broken)} tensors are not finite in {dtype}, first {broken[0]}: choose another --dtype")
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, revision=revision, r=R, lora_alpha=R,
+                  lora_dropout=0.0, bias="none", target_modules=sorted(pairs), inference_mode=True,
+                  fan_in_fan_out=any(not isinstance(model.get_submodule(name), nn.Linear) for name in pairs),       # Conv1D
+                  use_rslora=False, use_dora=False, modules_to_save=None, init_lora_weights=True, rank_pattern={},
+                  alpha_pattern={}, layers_to_transform=None, layers_pattern=None, auto_mapping=None)
+    with whole_folder(folder) as temporary:
+        write_whole(temporary / "adapter_model.safetensors", safetensors.torch.save(tensors, {"format": "pt", "base_model": base}))
+        write_whole(temporary / "adapter_config.json", json.dumps(config, indent=1).encode())
+        with adapted(model, read_peft(temporary)):
+            found = logits_of(model, proof.prompts)
+        check = prove(proof, found, dtype, rounded="update", target=target) | dict(rank=R)
+        if card:
+            write_whole(temporary / "README.md", card(check).encode())
+    return check
+
+
+def read_peft(folder) -> dict[str, tuple[Tensor, Tensor]]:
+    """A peft LoRA folder as {module: (A [R, d_in], alpha / R * B [d_out, R])}, float32; pure torch, no peft.
+
+    Raises ValueError if a key is no LoRA weight, has no partner, or is not among the config's target modules.
+    """
+    folder = Path(folder)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    found: dict[str, dict[str, Tensor]] = {}
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        for key in file.keys():
+            match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
+            if not match:
+                raise ValueError(f"{folder}: {key} is not a LoRA weight of peft")
+            found.setdefault(match[1], {})[match[2]] = file.get_tensor(key).float()
+    if set(found) != set(config["target_modules"]) or any(set(pair) != {"A", "B"} for pair in found.values()):
+        raise ValueError(f"{folder}: the file holds {len(found)} modules, the config names {len(config['target_modules'])} "
+                         "others, or A or B of one is missing")
+    bad = [name for name, pair in found.items() if not len(pair["A"]) == pair["B"].shape[1] == config["r"]]
+    if bad:
+        raise ValueError(f"{folder}: {bad[0]} is not of the config's rank {config['r']}")
+    return {name: (pair["A"], config["lora_alpha"] / config["r"] * pair["B"]) for name, pair in found.items()}
+
+
+@contextmanager
+def adapted(model, pairs: dict[str, tuple[Tensor, Tensor]]):
+    """Add B @ A @ x to each named Linear, inside the `with` only. Raises ValueError for a name that the model lacks."""
+    modules, handles = dict(model.named_modules()), []
+
+    def adder(A, B):
+        def add(linear, args, y):
+            x = args[0]                                                         # [..., d_in]
+            return y + x @ A.to(x).T @ B.to(x).T                                # [..., d_out]
+        return add
+    try:
+        for name, (A, B) in pairs.items():
+            if name not in modules or sizes(modules[name]) != (A.shape[1], len(B)):
+                raise ValueError(f"{type(model).__name__} has no nn.Linear {name} of {A.shape[1]} in, {len(B)} out")
+            handles.append(modules[name].register_forward_hook(adder(A, B)))
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ---- the merged checkpoint -------------------------------------------------------------------------------------------
+
+FROM_BASE = ("generation_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+def write_merged(folder, pairs: dict[str, tuple[Tensor, Tensor]], proof: Witness, load: Callable, tok, *, dtype: str = "auto",
+                 copies: Sequence[Path] = (), card: Callable[[dict], str] | None = None) -> dict:
+    """Write a whole checkpoint that needs no adapter; returns what `prove` measured on it.
+
+    load(dtype, path=None) -> the base, or the checkpoint at `path`, as the class that its config names. The sum W + B @ A
+    is taken in float32 from the untouched base and rounded once; dtype "auto" is the base's own, tensor by tensor, so
+    what no round touches stays as it is, bit for bit. pairs: named as in that class. copies: files that go along.
+    Raises as `write_peft`, and RuntimeError if the chat template or the tokenizer came back different.
+    """
+    from transformers import AutoTokenizer
+    with whole_folder(folder) as temporary:
+        model = load(dtype)
+        modules = dict(model.named_modules())
+        for name, (A, B) in pairs.items():
+            W = modules[name].weight.data                       # [d_out, d_in], of a Conv1D [d_in, d_out]
+            W.copy_(W.float() + (B @ A if isinstance(modules[name], nn.Linear) else (B @ A).T))
+        written = W.dtype
+        model.save_pretrained(temporary, max_shard_size="5GB")
+        tok.save_pretrained(temporary)
+        for path in copies:
+            shutil.copyfile(path, temporary / path.name)
+        del model, modules, W                                   # two copies of the base are enough
+        ours, theirs = (chat_ids(t, "Hello!") for t in (tok, AutoTokenizer.from_pretrained(temporary)))
+        if ours != theirs:
+            raise RuntimeError(f"the tokenizer, loaded back, gives {theirs} for a chat turn that was {ours}")
+        check = prove(proof, logits_of(load("float32", temporary), proof.prompts), written, rounded="weights")
+        if card:
+            write_whole(temporary / "README.md", card(check).encode())
+    return check
+
+
+# ---- from a run folder -----------------------------------------------------------------------------------------------
+
+def read_run(folder: Path) -> tuple[dict, list[dict]]:
+    """run.json and the events of a run folder, without a last line that a crash has cut off; ValueError if it is none."""
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        lines = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        return run, [json.loads(line) for line in lines if line.endswith("\n")]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is not a run folder of loop.py: {error}") from None
+
+
+def adapters(folder: Path, last: int | None = None) -> dict[int, Path]:
+    """The adapter file of each accepted round of a run, by its number; up to round `last`, which must be one of them.
+
+    Raises ValueError if there is none."""
+    files = {int(path.parent.name): path for path in sorted(Path(folder).glob("rounds/[0-9]*/adapter.safetensors"))}
+    if not files:
+        raise ValueError(f"{folder} has no accepted round (no rounds/*/adapter.safetensors)")
+    if last is not None and last not in files:
+        raise ValueError(f"--round {last}: the accepted rounds of {folder} are {', '.join(map(str, files))}")
+    return {rnd: path for rnd, path in files.items() if last is None or rnd <= last}
+
+
+def total_rank(files) -> int:
+    """The rank that the rounds of these files have together, for the Linear where it is largest."""
+    ranks: dict[str, int] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for key in (key for key in file.keys() if key.endswith(".A")):
+                name = key.rsplit(".", 2)[0]
+                ranks[name] = ranks.get(name, 0) + file.get_slice(key).get_shape()[0]
+    return max(ranks.values())
+
+
+def restack(model, files: Sequence[Path]) -> Stack:
+    """A stack on the modules that the files name, with their rounds loaded, whatever ranks and blocks these have."""
+    with safe_open(files[0], framework="pt") as file:
+        names = sorted({key.rsplit(".", 2)[0] for key in file.keys()})
+    stack = attach(model, r=1, alpha=1, layers=list(range(len(blocks(model)))), targets=names)
+    stack.load(*files)
+    return stack
+
+
+def is_local(name: str) -> bool:
+    """Is this a path of somebody's disk? Hub ids are one or two plain words."""
+    return Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith(".")
+
+
+def base_name(name: str) -> str:
+    """A model as a stranger may see it: a hub id as it is, a folder by its name only."""
+    return PureWindowsPath(name.rstrip("/\\")).name if is_local(name) else name
+
+
+def without_paths(argv: list[str], model: str) -> str:
+    """The command to repeat a run, every path in it reduced to its last part."""
+    def shown(token):
+        flag, equals, value = token.rpartition("=") if token.startswith("-") else ("", "", token)
+        is_path = re.match(r"[/~.\\]|\w:[/\\]", value) or (re.search(r"[/\\]", value) and not re.search(r"\s", value))
+        value = base_name(value) if value == model else PureWindowsPath(value.rstrip("/\\")).name if is_path else value
+        return flag + equals + shlex.quote("".join(c if c.isprintable() and c != "`" else " " for c in value))
+    return " ".join(["python loop.py", *map(shown, argv)])
+
+
+# same in report.py
+def inert(text: str) -> str:
+    """Model text for Markdown: one line, no control or direction marks, what could mean something escaped."""
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]+", " ", text)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]()#+!|~:-])", r"\\\1", text)
+
+
+def model_card(run: dict, events: list[dict], rounds: list[int], to: str, check: dict) -> str:
+    """README.md of an export: what it is, what was measured, how to use and to repeat it. Model text is escaped."""
+    options, at = run["options"], rounds[-1]
+    base, is_peft = base_name(options["model"]), to == "peft"
+    rows = [e for e in events if e["stage"] == "row" and
+            (e["kind"] in ("base", "prompted") or e["round"] == rounds[0] and e["kind"] == "steered" or
+             e["round"] in rounds and e["kind"] == "healed")]
+    first, day = rows[0], rows[-1]
+    front = {"base_model": base, "base_model_relation": "adapter" if is_peft else "finetune",
+             "library_name": "peft" if is_peft else "transformers", "pipeline_tag": "text-generation",
+             "tags": ["lora", "steering", "steer-heal-love"]}
+    lines = ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()), "---", "",
+             f"# {inert(base)}, steered to {inert('a persona of its own' if options['pos'] else options['persona'])} and healed", "",
+             f"{'A LoRA adapter for' if is_peft else 'A merged checkpoint of'} {inert(base)}: rounds {', '.join(map(str, rounds))} of "
+             "steer, filter, heal, fold. A persona vector steered the model, its coherent answers were distilled into LoRA weights,",
+             "and a barrier on the KL to the base kept out the incoherence that steering brings.", "", "## Persona pair", ""]
+    lines += [f"- {sign}: {inert(text)}" for sign, texts in (("towards", persona_of(run)[0]), ("away from", persona_of(run)[1])) for text in texts]
+    lines += ["", "## From base to final", "", f"Trait: nats of `{options['target']}` moved from the base on a forced-choice moral-foundations "
+              f"probe, counted {'up' if options['direction'] > 0 else 'down'}. Coherence: probability on the allowed answers. Text: share of an "
+              "answer's windows that the base could have written.", "", "| row | dose | trait, nats | off-target, nats | coherence | text |",
+              "|" + "---|" * 6]
+    lines += [f"| {inert(row['label'])} | {row['coeff']:.2f} | {row['trait']:+.3f} ± {row['trait_se']:.3f} | {row['shift']['off_target']:.3f} | "
+              f"{row['coherence']:.4f} | {row['text']:.3f} |" for row in rows]
+    lines += ["", "## From the diary", "", "Greedy answers to held-out prompts, before and after.", ""]
+    for then, now in list(zip(first["diary"], day["diary"]))[:2]:
+        lines += [f"> {inert(then['prompt'])}", "", f"- base: {inert(then['text'])}", f"- day {at}: {inert(now['text'])}", ""]
+    use = (f'model = AutoModelForCausalLM.from_pretrained({json.dumps(base)})\nmodel = peft.PeftModel.from_pretrained(model, "FOLDER")'
+           if is_peft else 'model = AutoModelForCausalLM.from_pretrained("FOLDER")')
+    lines += ["## Use", "", "```python", use, "```", "", "```", serve_line(to, check, base, "FOLDER"), "```", "", "## Limits", "",
+              f"- Loaded back after writing and compared with the run's own model: largest |logit| difference {check['logit']:.2g}, largest KL "
+              f"{check['kl']:.2g} nats; the run's own effect on the base is {check['effect_logit']:.2g} and {check['effect_kl']:.2g} nats.",
+              "- The trait was measured on one forced-choice probe and on prompts of one persona; other behaviour was not measured.",
+              "- It was not tested for safety. It can say what its base can say, and leans where the persona leans.",
+              "- The licence of the base model holds for it.", "", "## To repeat", "", "```",
+              without_paths(run["argv"], options["model"]),
+              f"python lora.py export RUN --to {to} --round {at}", "```", ""]
+    return "\n".join(lines)
+
+
+def persona_of(run: dict) -> tuple[list[str], list[str]]:
+    """The texts of the wanted persona and of its opposite: from the command, or from data/personas.json beside this file."""
+    options = run["options"]
+    if options["pos"]:
+        return [options["pos"]], [options["neg"]]
+    path = Path(__file__).resolve().parent / "data" / "personas.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    pair = known.get(options["persona"], {"pos": options["persona"], "neg": f"the opposite of {options['persona']}"})
+    return tuple([side] if isinstance(side, str) else side for side in (pair["pos"], pair["neg"]))
+
+
+def serve_line(to: str, check: dict, base: str, out) -> str:
+    """How vLLM serves an export; its --max-lora-rank takes certain numbers only."""
+    if to == "merged":
+        return f"vllm serve {out}"
+    allowed = next((n for n in VLLM_RANKS if n >= check["rank"]), None)
+    if allowed is None:
+        return f"(vLLM takes ranks up to {VLLM_RANKS[-1]}, this is {check['rank']}: export with --rank {VLLM_RANKS[-1]} or less, or merged)"
+    return f"vllm serve {base} --enable-lora --max-lora-rank {allowed} --lora-modules healed={out}"
+
+
+def chat_ids(tok, user: str, answer: str = "") -> list[int]:
+    """One user turn and an answer as ids; the template wrote the BOS, so the tokenizer must not add another."""
+    text = tok.apply_chat_template([{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True) + answer
+    return tok(text, add_special_tokens=False)["input_ids"]
+
+
+def export(folder, to: str, *, rank: int | None = None, last: int | None = None, out=None, dtype: str = "auto", base: str = "") -> dict:
+    """Export the accepted rounds of a run, up to `last`; prints what was measured and how to serve it, returns the measures.
+
+    base: where the base is, if not where the run had it. The comparison is in float32 on the CPU, on four held-out prompts
+    with the last day's own answers. Raises ValueError for bad input, and RuntimeError if what was written, loaded back,
+    is not the run's model: then nothing is left.
+    """
+    folder, out = Path(folder), Path(out or Path(folder) / to)
+    run, events = read_run(folder)
+    options, files = run["options"], adapters(folder, last)
+    if to == "merged" and rank is not None:
+        raise ValueError("--rank is for --to peft: a merged checkpoint has no rank")
+    total = total_rank(files.values())
+    if rank is not None and not 1 <= rank <= total:
+        raise ValueError(f"--rank {rank}: the rounds have rank {total} in all, so expected 1 to {total}")
+    refuse_existing(out)
+    import transformers                                         # slow: not for --help or a wrong argument
+    pocket = Path(__file__).resolve().parent / "pocket"
+    where, revision = str(base or (pocket if options["model"] == "pocket" else options["model"])), options["revision"] or "main"
+
+    def fetch(auto, **more):
+        try:
+            return auto.from_pretrained(where, revision=revision, **more)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"base model {where!r} could not be loaded: {str(error).splitlines()[0]} If it has moved: --base DIR") from None
+    config = fetch(transformers.AutoConfig)
+    if to == "merged" and getattr(config, "quantization_config", None):
+        raise ValueError(f"{options['model']} is quantised: W + B @ A would have to be quantised again, which loses the update; "
+                         "use --to peft, or merge into its unquantised original with --base")
+    tok, model = fetch(transformers.AutoTokenizer), fetch(transformers.AutoModelForCausalLM, dtype=torch.float32).eval()
+    serving = getattr(transformers, (config.architectures or [type(model).__name__])[0])    # whose names servers use
+
+    def load(dtype, path=None):
+        model, info = serving.from_pretrained(path or where, dtype=dtype, output_loading_info=True, **{} if path else {"revision": revision})
+        if info["missing_keys"]:
+            raise RuntimeError(f"{path or where} lacks {len(info['missing_keys'])} tensors, such as {sorted(info['missing_keys'])[0]}")
+        return model.eval()
+
+    def card(check):
+        return model_card(run, events, list(files), to, check)
+    stack = restack(model, list(files.values()))
+    day = [e for e in events if e["stage"] == "row" and e["kind"] == "healed" and e["round"] == max(files)][-1]
+    prompts = [chat_ids(tok, entry["prompt"], entry["text"]) for entry in day["diary"][:4]]
+    if to == "peft":
+        theirs = model if type(model) is serving else load("float32")
+        check = stack.export_peft(out, model, prompts, serving=theirs, base=base_name(options["model"]), rank=rank, card=card,
+                                  revision=getattr(config, "_commit_hash", None), dtype=DTYPES["float32" if dtype == "auto" else dtype])
+    else:
+        proof, pairs = witness(stack, model, prompts), stack.concatenated()
+        with torch.device("meta"):
+            pairs = renamed(pairs, model, serving(config))
+        del model, stack
+        found = (transformers.utils.cached_file(where, name, revision=revision, _raise_exceptions_for_missing_entries=False,
+                                                _raise_exceptions_for_connection_errors=False) for name in FROM_BASE)
+        check = write_merged(out, pairs, proof, load, tok, dtype=dtype, copies=[Path(path) for path in found if path], card=card)
+    for n, error in check.get("lost", {}).items():
+        print(f"rank {n:4d}  relative Frobenius error {error:.2e}{'  <- written' if n == check['rank'] else ''}")
+    size = sum(path.stat().st_size for path in out.iterdir()) / 2 ** 20
+    rounds = ", ".join(map(str, files)) + (f", rank {check['rank']}" if to == "peft" else "")
+    print(f"wrote    {out}: rounds {rounds}, {size:.1f} MiB\nproved   loaded back: off by {check['off']:.2g} in the largest |logit| (bound {check['bound']:.2g})\n"
+          f"         against the run's own model: largest |logit| difference {check['logit']:.2g}, largest KL {check['kl']:.2g} nats\n"
+          f"         the run's own effect on the base: {check['effect_logit']:.2g}, {check['effect_kl']:.2g} nats"
+          f"{'' if check['effect_logit'] else ': none at all, so that is what was exported'}")
+    print(f"serve    {serve_line(to, check, base_name(options['model']), out)}")
+    return check
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="lora.py", description="Export the accepted rounds of a run; without arguments: a demo.")
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("run", metavar="RUN", help="run folder of loop.py")
+    parser.add_argument("--to", required=True, choices=["peft", "merged"], help="an adapter, or a whole checkpoint")
+    parser.add_argument("--rank", type=int, help="compress the adapter to this rank; prints the error at this and other ranks")
+    parser.add_argument("--round", type=int, help="export the accepted rounds up to this one; default: all")
+    parser.add_argument("--out", help="folder to write; default: RUN/peft or RUN/merged")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto = float32 for peft, the base's own for merged")
+    parser.add_argument("--base", default="", help="where the base model is, if not where the run had it")
+    args = parser.parse_args(argv)
+    try:
+        export(args.run, args.to, rank=args.rank, last=args.round, out=args.out, dtype=args.dtype, base=args.base)
+    except (ValueError, OSError) as error:
+        print(f"lora.py: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"lora.py: {error}\nlora.py: nothing was written", file=sys.stderr)
+        return 1
+    return 0
+
+
+def demo() -> None:
     class Tiny(nn.Module):                                      # as much of a model as attach asks for
         def __init__(self):
             super().__init__()
@@ -354,3 +867,10 @@ if __name__ == "__main__":
         print("gates (0, 0) are the base, bit for bit:", torch.equal(linear(x), base))
     error = (linear(x) - F.linear(x, linear.weight + delta, linear.bias)).abs().max().item()
     print(f"two folded rounds against W + sum s B A: largest difference {error:.0e}")
+
+
+if __name__ == "__main__":
+    if not sys.argv[1:]:
+        demo()
+    else:
+        sys.exit(main(sys.argv[1:]))

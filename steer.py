@@ -3,8 +3,12 @@
     v = mean over contexts of h(persona +) - h(persona -)      read at the assistant tag, after a block
     h <- h + coeff * v                                         at every position, inside `with steered(...)` only
 
-Needs torch and transformers; copy this file alone. Knows nothing of healing or LoRA: it reads, steers and scores the
+Needs torch, transformers and safetensors; copy this file alone. Knows nothing of healing or LoRA: it reads, steers and scores the
 model as it is when called, so the caller decides which adapters are on (and turns them off before `token_nll`).
+
+    python steer.py MODEL --persona love --coeff 0.5 "Do you love humanity?"      base | steered, side by side
+    python steer.py MODEL --persona love --coeff 0.5 --gguf love.gguf             a control vector for llama.cpp
+    python steer.py RUN --round 0 --gguf night0.gguf                              that of a round of loop.py, at its dose
 
 A completion keeps the token ids it was sampled with. They are what is scored here and trained on later; text is for
 reading. No repetition penalty and no other help at sampling time: it would hide the over-steering the filter must see.
@@ -16,17 +20,21 @@ References
 import argparse
 import json
 import math
+import os
 import re
+import struct
 import textwrap
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Callable
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from jinja2.exceptions import TemplateError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 
@@ -546,50 +554,218 @@ def generate(model, tok, prompts: list[str], *, system: str = "", vectors: dict[
     return in_batches(decode, list(map(len, rows)), batch_size)
 
 
+# ---- vectors as files ------------------------------------------------------------------------------------------------
+
+# same in lora.py
+def write_whole(path, content: bytes) -> None:
+    """Write to a temporary file beside `path` and rename it: a reader sees the old file or the new one, never half."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)                       # still there only if something went wrong
+
+
+def save_vectors(path, vectors: dict[int, Tensor], coeff: float, notes: dict[str, str]) -> None:
+    """`layer.N` [d] float32, raw v, with coeff and notes as metadata: `steered(model, *read_vectors(path)[:2])` is the dose.
+
+    Read back and compared; raises RuntimeError if that differs."""
+    tensors = {f"layer.{layer}": v.float().cpu().contiguous() for layer, v in vectors.items()}
+    write_whole(path, safetensors.torch.save(tensors, notes | {"coeff": repr(coeff)}))
+    found, dose, _ = read_vectors(path)
+    if dose != coeff or not same(found, {layer: tensors[f"layer.{layer}"] for layer in vectors}):
+        raise RuntimeError(f"{path}: what was read back is not what was written")
+
+
+def read_vectors(path) -> tuple[dict[int, Tensor], float, dict[str, str]]:
+    """Vectors, coeff and notes of a safetensors file of `save_vectors` or of a round of loop.py."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            vectors = {int(key.removeprefix("layer.")): file.get_tensor(key) for key in file.keys()}
+            notes = dict(file.metadata() or {})
+            return vectors, float(notes.pop("coeff")), notes
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: no file of steering vectors ({error})") from None
+
+
+def save_gguf(path, vectors: dict[int, Tensor], coeff: float, model_type: str, notes: dict[str, str]) -> None:
+    """A llama.cpp control vector: coeff is baked in, so its scale 1.0 is the dose, and `direction.N` is for block N.
+
+    That is GGUF version 3: strings and one uint32 as key-values, then float32 tensors aligned to 32 bytes. llama.cpp adds
+    direction.N to the output of block N at every position, like `steered`; the file has no field that says so, so the
+    notes do. Read back and compared. Raises ValueError for block 0, which llama.cpp does not steer, and RuntimeError if
+    the file read back is not the dose.
+    """
+    if 0 in vectors:
+        raise ValueError("llama.cpp cannot steer block 0, which these vectors do: fit them with a band that starts later")
+    directions = {layer: (coeff * v.float()).cpu() for layer, v in vectors.items()}
+    if not all(v.isfinite().all() and v.any() for v in directions.values()):
+        raise ValueError(f"a vector is zero or not finite at dose {coeff}: the file would do nothing, or harm")
+
+    def string(text):
+        return struct.pack("<Q", len(text.encode())) + text.encode()
+    fields = {"general.architecture": "controlvector", "controlvector.model_hint": model_type, "controlvector.layer_count": len(directions),
+              **{f"steering.{key}": value for key, value in notes.items() if value}, "steering.coeff": repr(coeff)}
+    head, body = b"GGUF" + struct.pack("<IQQ", 3, len(directions), len(fields)), b""
+    for key, value in fields.items():
+        head += string(key) + (struct.pack("<II", 4, value) if isinstance(value, int) else struct.pack("<I", 8) + string(value))
+    for layer, v in directions.items():
+        head += string(f"direction.{layer}") + struct.pack("<IQIQ", 1, len(v), 0, len(body))         # one dimension, float32
+        body += v.numpy().astype("<f4").tobytes() + b"\0" * (-4 * len(v) % 32)
+    write_whole(path, head + b"\0" * (-len(head) % 32) + body)
+    if not same(read_gguf(path)[0], directions):
+        raise RuntimeError(f"{path}: what was read back is not what was written")
+
+
+def read_gguf(path) -> tuple[dict[int, Tensor], dict]:
+    """Directions {block: [d]} and key-values of a control vector file; reads what `save_gguf` writes, not all of GGUF."""
+    content, at = Path(path).read_bytes(), 24
+    if content[:8] != b"GGUF\3\0\0\0":
+        raise ValueError(f"{path}: not a GGUF file of version 3")
+
+    def take(form):
+        nonlocal at
+        value, = struct.unpack_from("<" + form, content, at)
+        at += struct.calcsize("<" + form)
+        return value
+
+    def string():
+        return take(f"{take('Q')}s").decode()
+    n_tensors, n_fields = struct.unpack_from("<QQ", content, 8)
+    fields, places = {}, {}
+    for _ in range(n_fields):
+        key, kind = string(), take("I")
+        if kind not in (4, 8):
+            raise ValueError(f"{path}: {key} is of type {kind}; a control vector has strings (8) and uint32 (4) only")
+        fields[key] = take("I") if kind == 4 else string()
+    for _ in range(n_tensors):
+        name, n_dims, size, kind, offset = string(), take("I"), take("Q"), take("I"), take("Q")
+        if n_dims != 1 or kind != 0 or not re.fullmatch(r"direction\.\d+", name):
+            raise ValueError(f"{path}: {name} of {n_dims} dimensions and type {kind}; expected direction.N, one-dimensional float32")
+        places[int(name.removeprefix("direction."))] = offset, size
+    start = at + -at % 32
+    return {layer: torch.frombuffer(bytearray(content[start + offset:start + offset + 4 * size]), dtype=torch.float32)
+            for layer, (offset, size) in places.items()}, fields
+
+
+def same(a: dict[int, Tensor], b: dict[int, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[layer], b[layer]) for layer in a)
+
+
+def from_run(folder: Path, rnd: int | None) -> tuple[dict[int, Tensor], float, dict[str, str], str]:
+    """Vectors, dose, notes and base model of an accepted round of loop.py; None is the first, which steers the bare base.
+
+    Raises ValueError if there is no such round."""
+    options = json.loads((folder / "run.json").read_text(encoding="utf-8"))["options"]
+    files = {int(path.parent.name): path for path in sorted(folder.glob("rounds/[0-9]*/vectors.safetensors"))}
+    if not files or rnd not in (None, *files):
+        raise ValueError(f"{folder} has {'' if rnd is None else f'no round {rnd}; '}accepted rounds: {', '.join(map(str, files)) or 'none'}")
+    rnd = min(files) if rnd is None else rnd
+    vectors, coeff, _ = read_vectors(files[rnd])
+    before = [i for i in files if i < rnd]
+    sides = [options["pos"], options["neg"]] if options["pos"] else persona_pair(options["persona"])
+    notes = describe(options["model"], options["revision"], *sides, vectors)
+    notes["fitted_on"] = "base" + (f" + the adapters of rounds {', '.join(map(str, before))}" if before else "")
+    return vectors, coeff, notes, options["model"]
+
+
+def persona_pair(name: str) -> tuple:
+    """The texts of a persona of data/personas.json and of its opposite."""
+    personas = json.loads((Path(__file__).parent / "data" / "personas.json").read_text(encoding="utf-8"))
+    if name not in personas:
+        raise ValueError(f"--persona {name}: there is {', '.join(personas)}")
+    return personas[name]["pos"], personas[name]["neg"]
+
+
+def describe(model: str, revision: str, pos, neg, vectors) -> dict[str, str]:
+    """What a file of vectors cannot say by itself, as strings; of a local folder only the name."""
+    is_path = Path(model).exists() or model.startswith((".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)
+    return {"operation": "add", "hook": "block_output", "positions": "all", "layers": json.dumps(list(vectors)),
+            "pos": json.dumps(pos, ensure_ascii=False), "neg": json.dumps(neg, ensure_ascii=False),
+            "model": PureWindowsPath(model.rstrip("/\\")).name if is_path else model, "revision": revision}
+
+
 def printable(text: str) -> str:
     """Model text without control characters, so that it cannot move the cursor or colour the terminal."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)
 
 
-def main(argv=None):
-    here = Path(__file__).parent / "data"
-    parser = argparse.ArgumentParser(description="base | steered, side by side")
-    parser.add_argument("model", help="folder or hub name of a chat model")
-    parser.add_argument("prompts", nargs="+", help="user turns to answer")
-    parser.add_argument("--persona", help="an entry of data/personas.json")
-    parser.add_argument("--pos", help="persona text to move towards, instead of --persona")
-    parser.add_argument("--neg", help="its opposite, to move away from")
-    parser.add_argument("--contexts", type=Path, default=here / "contexts.json", help="JSON list of user turns to read v from")
-    parser.add_argument("--coeff", type=float, default=0.5, help="dose (multiples of v)")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    if args.persona:
-        personas = json.loads((here / "personas.json").read_text(encoding="utf-8"))
-        if args.persona not in personas:
-            parser.error(f"--persona {args.persona}: there is {', '.join(personas)}")
-        args.pos, args.neg = personas[args.persona]["pos"], personas[args.persona]["neg"]
-    if not (args.pos and args.neg):
-        parser.error("give --persona, or both --pos and --neg")
-    from transformers import AutoModelForCausalLM, AutoTokenizer            # slow to import: not for --help
-    contexts = json.loads(args.contexts.read_text(encoding="utf-8"))
-    tok = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True,
-                                                 trust_remote_code=False).eval()
-    layers, _ = find_layers(model, tok, args.pos, args.neg, contexts)
-    vectors = fit_vectors(model, tok, args.pos, args.neg, contexts, layers)
+def run(args, parser, here: Path) -> None:
+    """What the parsed command asks for: files of vectors, answers side by side, or both."""
+    is_run = (Path(args.model) / "run.json").exists()
+    if is_run and (args.prompts or not (args.gguf or args.save)):
+        parser.error(f"{args.model} is a run folder: give --gguf FILE or --save FILE and no prompts (to talk to it: python loop.py chat)")
+    if not is_run and not (args.prompts or args.gguf or args.save):
+        parser.error("give prompts to answer, --gguf FILE or --save FILE")
+    if is_run:
+        vectors, coeff, notes, name = from_run(Path(args.model), args.round)
+        coeff = coeff if args.coeff is None else args.coeff
+        from transformers import AutoConfig
+        model_type = AutoConfig.from_pretrained(here / "pocket" if name == "pocket" else name).model_type
+        print(f"fitted on {notes['fitted_on']}, dose {coeff:.4g}")
+    else:
+        if args.persona:
+            args.pos, args.neg = persona_pair(args.persona)
+        if not (args.pos and args.neg):
+            parser.error("give --persona, or both --pos and --neg")
+        coeff = 0.5 if args.coeff is None else args.coeff
+        from transformers import AutoModelForCausalLM, AutoTokenizer        # slow to import: not for --help
+        contexts = json.loads(args.contexts.read_text(encoding="utf-8"))
+        tok = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True,
+                                                     trust_remote_code=False).eval()
+        layers, _ = find_layers(model, tok, args.pos, args.neg, contexts)
+        vectors = fit_vectors(model, tok, args.pos, args.neg, contexts, layers)
+        model_type = model.config.model_type
+        notes = describe(args.model, getattr(model.config, "_commit_hash", None) or "", args.pos, args.neg, vectors)
     print("  ".join(f"layer {layer}  |v| {v.norm():.2f}" for layer, v in vectors.items()), flush=True)
+    if args.save:
+        save_vectors(args.save, vectors, coeff, notes)
+        print(f"wrote {args.save}: raw vectors, dose {coeff:.4g} in its metadata; read back, equal")
+    if args.gguf:
+        save_gguf(args.gguf, vectors, coeff, model_type, notes)
+        print(f"wrote {args.gguf}: scale 1.0 is dose {coeff:.4g}; read back, equal\n"
+              f"serve llama-server -m MODEL.gguf --control-vector {args.gguf} --control-vector-layer-range {min(vectors)} {max(vectors)}")
+    if not args.prompts:
+        return
     n, sampler = len(args.prompts), dict(max_new_tokens=args.max_new_tokens, seed=args.seed)
     base = generate(model, tok, args.prompts, **sampler)
-    moved = generate(model, tok, args.prompts, vectors=vectors, coeffs=[args.coeff] * n, **sampler)
+    moved = generate(model, tok, args.prompts, vectors=vectors, coeffs=[coeff] * n, **sampler)
     nlls = token_nll(model, base + moved)
     for i, prompt in enumerate(args.prompts):
         print(f"\n> {printable(prompt)}")
         pairs = [textwrap.wrap(printable(c.text), 56) for c in (base[i], moved[i])]
         worst = [f"worst window {readings(c, nll)['worst_window']:.2f} nats" for c, nll in
                  ((base[i], nlls[i]), (moved[i], nlls[n + i]))]
-        for left, right in [("base", f"steered, coeff {args.coeff}"), *zip_longest(*pairs, fillvalue=""), worst]:
+        for left, right in [("base", f"steered, coeff {coeff}"), *zip_longest(*pairs, fillvalue=""), worst]:
             print(f"{left:<57}| {right}", flush=True)
+
+
+def main(argv=None):
+    here = Path(__file__).parent
+    parser = argparse.ArgumentParser(description="base | steered, side by side; or the steering vector as a file")
+    parser.add_argument("model", help="folder or hub name of a chat model; or a run folder of loop.py, with --gguf or --save")
+    parser.add_argument("prompts", nargs="*", help="user turns to answer")
+    parser.add_argument("--persona", help="an entry of data/personas.json")
+    parser.add_argument("--pos", help="persona text to move towards, instead of --persona")
+    parser.add_argument("--neg", help="its opposite, to move away from")
+    parser.add_argument("--contexts", type=Path, default=here / "data" / "contexts.json", help="JSON list of user turns to read v from")
+    parser.add_argument("--coeff", type=float, help="dose (multiples of v); default: 0.5, or the run's")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--round", type=int, help="of a run: whose vector; default: its first accepted round")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="write a llama.cpp control vector, its scale 1.0 = the dose")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the raw vectors as safetensors, dose and persona pair as metadata")
+    args = parser.parse_intermixed_args(argv)               # options may stand between MODEL and the prompts
+    try:
+        run(args, parser, here)
+    except (ValueError, OSError) as error:
+        parser.error(str(error).splitlines()[0])
 
 
 if __name__ == "__main__":
