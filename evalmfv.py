@@ -186,27 +186,27 @@ def in_batches(work: Callable, lengths: list[int], batch_size: int) -> list:
     """The result of every row, in order: work(indices) yields (index, result) for the rows of one batch.
 
     A batch holds rows of similar length, the longest first: if memory runs out, it does so at once. Then the batch size
-    is halved, for the rest too; results that were yielded by then are kept. torch.OutOfMemoryError if one row is too much.
+    is halved, for the rest too; what was yielded by then is kept. torch.OutOfMemoryError if one row is too much.
     """
     left, found = sorted(range(len(lengths)), key=lambda i: -lengths[i]), {}
     while left:
         try:
             for i, result in work(left[:batch_size]):
                 found[i] = result
-        except RuntimeError as error:                           # the CPU has no class of its own for it
+        except RuntimeError as error:                           # the CPU raises no torch.OutOfMemoryError
             if not any(words in str(error) for words in ("out of memory", "allocate memory", "not enough memory")):
                 raise
             batch_size = min(batch_size, len(left)) // 2
             if not batch_size:
-                raise torch.OutOfMemoryError(f"out of memory with one row of {lengths[left[0]]} tokens alone: shorten it, "
-                                             "load the model in bfloat16 or take a smaller one") from None
+                raise torch.OutOfMemoryError(f"out of memory with one row of {lengths[left[0]]} tokens alone: shorten "
+                                             "it, load the model in bfloat16 or take a smaller one") from None
         left = [i for i in left if i not in found]
     return [found[i] for i in range(len(lengths))]
 
 
 # same in steer.py
 def roomy_cache(config, size: int):
-    """A key-value cache with room for `size` columns: a step writes its own; the stock cache copies all those before it too."""
+    """A key-value cache with room for `size` columns: a step writes its own; the stock cache copies all before it too."""
     from transformers.cache_utils import DynamicCache, DynamicLayer         # slow to import: not for --help
 
     class RoomyLayer(DynamicLayer):
@@ -228,7 +228,7 @@ def roomy_cache(config, size: int):
             self.keys, self.values = (room[:, :, :past] for room in self.room)
 
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]       # sliding ones stay
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]   # sliding ones stay
     return cache
 
 
@@ -407,8 +407,9 @@ def evaluate(model, tok, vignettes: list[dict], *, think_tokens: int = 128, batc
              as_original: bool = False, system: str = "") -> dict:
     """Ask every vignette in both option orders; return profile, coherence, their standard errors and the case counts.
 
-    batch_size: frames per forward, fewer where memory runs out; it changes the time, not the result. system: a system text before every question
-    (the prompting baseline). as_original: the original's doubled BOS, and its blindness to pad tokens inside the text.
+    batch_size: frames per forward, fewer where memory runs out; it changes the time, not the result. system: a system
+    text before every question (the prompting baseline). as_original: the original's doubled BOS, and its blindness to pad
+    tokens inside the text.
 
     Returns, for M vignettes and K in FOUNDATIONS' order (only p and score are tensors, float64 on the CPU):
       p, score [M, K]      zeros in unscored rows

@@ -251,8 +251,8 @@ def find_dose(try_doses: Callable[[list[float]], list[float]], *, coeff_min: flo
         trials += zip(doses, try_doses(doses), strict=True)
         passed = [coeff for coeff, share in trials if share >= min_survive]
         if not passed:
-            raise RuntimeError(f"the lowest dose fails: at coeff_min={coeff_min}, {trials[-1][1]:.0%} of completions pass "
-                               f"the filter, need {min_survive:.0%}; lower --coeff-min or raise --slack")
+            raise RuntimeError(f"the lowest dose fails: at coeff_min={coeff_min}, {trials[-1][1]:.0%} of completions "
+                               f"pass the filter, need {min_survive:.0%}; lower --coeff-min or raise --slack")
         low = max(passed)
         if low == 1.0:
             break
@@ -310,20 +310,20 @@ def in_batches(work: Callable, lengths: list[int], batch_size: int) -> list:
     """The result of every row, in order: work(indices) yields (index, result) for the rows of one batch.
 
     A batch holds rows of similar length, the longest first: if memory runs out, it does so at once. Then the batch size
-    is halved, for the rest too; results that were yielded by then are kept. torch.OutOfMemoryError if one row is too much.
+    is halved, for the rest too; what was yielded by then is kept. torch.OutOfMemoryError if one row is too much.
     """
     left, found = sorted(range(len(lengths)), key=lambda i: -lengths[i]), {}
     while left:
         try:
             for i, result in work(left[:batch_size]):
                 found[i] = result
-        except RuntimeError as error:                           # the CPU has no class of its own for it
+        except RuntimeError as error:                           # the CPU raises no torch.OutOfMemoryError
             if not any(words in str(error) for words in ("out of memory", "allocate memory", "not enough memory")):
                 raise
             batch_size = min(batch_size, len(left)) // 2
             if not batch_size:
-                raise torch.OutOfMemoryError(f"out of memory with one row of {lengths[left[0]]} tokens alone: shorten it, "
-                                             "load the model in bfloat16 or take a smaller one") from None
+                raise torch.OutOfMemoryError(f"out of memory with one row of {lengths[left[0]]} tokens alone: shorten "
+                                             "it, load the model in bfloat16 or take a smaller one") from None
         left = [i for i in left if i not in found]
     return [found[i] for i in range(len(lengths))]
 
@@ -343,7 +343,7 @@ def pad_of(tok) -> int:
 
 # same in evalmfv.py
 def roomy_cache(config, size: int):
-    """A key-value cache with room for `size` columns: a step writes its own; the stock cache copies all those before it too."""
+    """A key-value cache with room for `size` columns: a step writes its own; the stock cache copies all before it too."""
     from transformers.cache_utils import DynamicCache, DynamicLayer         # slow to import: not for --help
 
     class RoomyLayer(DynamicLayer):
@@ -365,7 +365,7 @@ def roomy_cache(config, size: int):
             self.keys, self.values = (room[:, :, :past] for room in self.room)
 
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]       # sliding ones stay
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]   # sliding ones stay
     return cache
 
 
@@ -480,12 +480,11 @@ def token_nll(model, completions: list[Completion], *, batch_size: int = 32, pad
         ids, attn, position_ids = left_pad([rows[i] for i in batch], pad_id, device_of(model))              # [B, T] each
         kept = max(len(completions[i].ids) for i in batch) + 1
         logits = model(input_ids=ids, attention_mask=attn, position_ids=position_ids, use_cache=False,
-                       logits_to_keep=kept).logits[:, :-1]                                              # [B, kept - 1, V]
+                       logits_to_keep=kept).logits[:, :-1]          # [B, kept - 1, V]
         for row, i in enumerate(batch):
             n = len(completions[i].ids)                     # left padding: a row's completion is its last n tokens
-            pairs = zip(logits[row, kept - 1 - n:].split(64), ids[row, ids.shape[1] - n:].split(64))
-            nll = [F.cross_entropy(z.float(), target, reduction="none") for z, target in pairs]         # float32: 64 at once
-            yield i, torch.cat(nll).cpu()                                                               # [n]
+            pairs = zip(logits[row, kept - 1 - n:].split(64), ids[row, ids.shape[1] - n:].split(64))    # float32: 64 at once
+            yield i, torch.cat([F.cross_entropy(z.float(), target, reduction="none") for z, target in pairs]).cpu()  # [n]
     return in_batches(score, list(map(len, rows)), batch_size)
 
 

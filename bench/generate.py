@@ -84,11 +84,13 @@ def implementations(model, tok, n: int, n_new: int, repeats: int) -> dict:
            "ours, one at a time": lambda chosen: ours(chosen, 1),
            "ours, one batch": lambda chosen: ours(chosen, n)}
     longest = max(range(n), key=lambda i: len(rows[i]))
-    peaks = {name: measure.peak_bytes(lambda: fn([longest] if "at a time" in name else range(n))) for name, fn in fns.items()}
+    peaks = {name: measure.peak_bytes(lambda: fn([longest] if "at a time" in name else range(n)))
+             for name, fn in fns.items()}
 
     def keep(name, fn):
         answers[name] = fn(range(n))
-    seconds = measure.interleave({name: lambda name=name, fn=fn: keep(name, fn) for name, fn in fns.items()}, repeats, warm_up=False)
+    seconds = measure.interleave({name: lambda name=name, fn=fn: keep(name, fn) for name, fn in fns.items()}, repeats,
+                                 warm_up=False)
     first = next(iter(fns))
     same = {name: sum(map(list.__eq__, answers[name], answers[first])) for name in fns}
     rows = measure.rows_of(seconds, first, peaks)
@@ -112,7 +114,8 @@ def batch_sizes(model, tok, sizes: list[int], n_new: int, repeats: int) -> dict:
     seconds = measure.interleave(fns, repeats)
     rate = {b: int(b) * n_new / statistics.median(x) for b, x in seconds.items()}
     rows = [{"batch": b, "ms per step": f"{1e3 * statistics.median(x) / n_new:.2f}", "tokens/s": f"{rate[b]:,.0f}",
-             "gain": f"x{rate[b] / rate[str(sizes[0])]:.2f}", "peak MiB": measure.megabytes(peaks[b])} for b, x in seconds.items()]
+             "gain": f"x{rate[b] / rate[str(sizes[0])]:.2f}", "peak MiB": measure.megabytes(peaks[b])}
+            for b, x in seconds.items()]
     print(f"\n{n_new} tokens each, by batch size\n\n{measure.table(rows)}", flush=True)
     return dict(n_new=n_new, seconds=seconds, tokens_per_second=rate, peak_bytes=peaks)
 
@@ -160,15 +163,17 @@ def folded_rounds(model, tok, counts: list[int], batches: list[int], n_new: int,
     def gates(n):                                           # the first n of the folded rounds, the current one off
         return lambda: stack.gated([1.0] * n + [0.0] * (n_all - n), 0)
     settings = {f"{n} rounds": gates(n) for n in counts}
-    settings |= {"0 rounds and the one in training": lambda: stack.gated(0, 1), f"{n_all} rounds as a dense sum": lambda: dense(model, stack)}
+    settings |= {"0 rounds and the one in training": lambda: stack.gated(0, 1),
+                 f"{n_all} rounds as a dense sum": lambda: dense(model, stack)}
     record, rows = {}, [{"": name} for name in settings]
     for job, fn in jobs.items():
         seconds = record[job] = measure.interleave({name: under(fn, how) for name, how in settings.items()}, repeats)
         floor = statistics.median(seconds[f"{counts[0]} rounds"])
-        for row, x in zip(rows, seconds.values()):
-            row[f"{job}, ms"] = f"{1e3 * statistics.median(x) / (n_new if 'decode' in job else 1):.2f} (x{statistics.median(x) / floor:.3f})"
+        for row, x in zip(rows, map(statistics.median, seconds.values())):
+            row[f"{job}, ms"] = f"{1e3 * x / (n_new if 'decode' in job else 1):.2f} (x{x / floor:.2f})"
     stack.remove()
-    print(f"\nfolded rounds of rank 8 on blocks {layers[0]} to {layers[-1]}: ms per step or forward\n\n{measure.table(rows)}", flush=True)
+    print(f"\nfolded rounds of rank 8 on blocks {layers[0]} to {layers[-1]}: ms per step or forward\n\n{measure.table(rows)}",
+          flush=True)
     return dict(layers=layers, rank=8, seconds=record)
 
 
@@ -222,24 +227,27 @@ def probe(model, tok, n_rows: int, think_tokens: int, repeats: int) -> dict:
 
 def main(argv=None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="*", default=["pocket", "d512"], help="pocket, d512, a checkpoint folder or a config.json")
+    parser.add_argument("models", nargs="*", default=["pocket", "d512"],
+                        help="pocket, d512, a checkpoint folder or a config.json")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
-    parser.add_argument("--tiny", action="store_true", help="a model of a few thousand weights, a few tokens: correctness only")
+    parser.add_argument("--tiny", action="store_true", help="a small random model, a few tokens: correctness only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here")
     args = parser.parse_args(argv)
     record = {}
     for name in ["tiny"] if args.tiny else args.models:
         model, tok = load(name, getattr(torch, args.dtype), args.device)
         size = sum(p.numel() for p in model.parameters())
-        print(f"\n## {name}: {size / 1e6:.1f} M parameters, {args.dtype}, {args.device}, {torch.get_num_threads()} threads", flush=True)
+        print(f"\n## {name}: {size / 1e6:.1f} M parameters, {args.dtype}, {args.device}, {torch.get_num_threads()} threads",
+              flush=True)
         tiny, repeats = args.tiny, 1 if args.tiny else args.repeats
         steer.generate(model, tok, ["Hi"], max_new_tokens=2)                # warm
         jobs = dict(
             implementations=lambda: implementations(model, tok, *((6, 5) if tiny else (48, 128)), repeats),
-            batch_sizes=lambda: batch_sizes(model, tok, [1, 4] if tiny else [1, 2, 4, 8, 16, 32, 64], 4 if tiny else 64, repeats),
+            batch_sizes=lambda: batch_sizes(model, tok, [1, 4] if tiny else [1, 2, 4, 8, 16, 32, 64], 4 if tiny else 64,
+                                            repeats),
             folded_rounds=lambda: folded_rounds(model, tok, [0, 2] if tiny else [0, 1, 4, 8], [1, 3] if tiny else [1, 48],
                                                 3 if tiny else 32, repeats),
             dose_search=lambda: dose_search(model, tok, 2 if tiny else 24, 3 if tiny else 64, repeats),

@@ -49,8 +49,8 @@ def shape_of(config) -> dict:
         model = AutoModelForCausalLM.from_config(config)
     linears = [[m for m in block.modules() if isinstance(m, nn.Linear)] for block in steer.blocks(model)]
     if any(p.dim() > 2 for block in steer.blocks(model) for p in block.parameters()):
-        raise ValueError(f"{config.model_type}: weights of three dimensions in its blocks; what share of a mixture's experts "
-                         "a token uses is not counted here")
+        raise ValueError(f"{config.model_type}: weights of three dimensions in its blocks; what share of a mixture's "
+                         "experts a token uses is not counted here")
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(linears)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     V, d = model.get_output_embeddings().weight.shape
@@ -87,11 +87,11 @@ def heal_step(shape: dict, L: int, N: int, *, layers: list[int], rank: int = 32,
     layers: adapted blocks; head: 4, 6 or 8, see above; batch: samples per pass, which share one reading of the weights;
     width: bytes per weight.
     """
-    first, NVd = min(layers), N * shape["V"] * shape["d"]
-    ops = {"head": head * NVd, "body forward": forward_ops(shape, L, first), "body backward": backward_ops(shape, L, first),
-           "reference": (forward_ops(shape, L) + 2 * NVd) / epochs,
+    first, Vd = min(layers), shape["V"] * shape["d"]
+    ops = {"head": head * N * Vd, "body forward": forward_ops(shape, L, first), "body backward": backward_ops(shape, L, first),
+           "reference": (forward_ops(shape, L) + 2 * N * Vd) / epochs,
            "LoRA": 6 * rank * L * sum(shape["lora"][i] for i in layers)}
-    weights = 2 * sum(shape["blocks"][first:]) + shape["V"] * shape["d"] + (sum(shape["blocks"]) + shape["V"] * shape["d"]) / epochs
+    weights = 2 * sum(shape["blocks"][first:]) + Vd + (sum(shape["blocks"]) + Vd) / epochs
     return dict(ops=ops, bytes=width * weights / batch)
 
 
@@ -142,21 +142,23 @@ def main(argv=None) -> dict:
     parser.add_argument("--lora-to", type=float, default=0.8)
     parser.add_argument("--train-batch", type=int, default=4, help="samples that share a reading of the weights")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 48], help="rows decoded at once")
-    parser.add_argument("--measured", type=Path, metavar="FILE", help="JSON of bench/generate.py (its `batch_sizes`), or one with "
-                        "heal_step: [{name, L, N, seconds}], seconds of one sample's step")
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="JSON of bench/generate.py (its `batch_sizes`), or "
+                        "one with heal_step: [{name, L, N, seconds}], seconds of one sample's step")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     shape, dtype = shape_of(load_config(args.config)), getattr(torch, args.dtype)
     machine = this_machine(dtype) if args.machine == "here" else MACHINES[args.machine]
     layers = steer.band(len(shape["blocks"]), args.lora_from, args.lora_to)
     L, width = args.prompt + args.new, dtype.itemsize
-    print(f"{args.config}: body {sum(shape['blocks']) / 1e9:.3f} B weights in {len(shape['blocks'])} blocks, head "
-          f"{shape['V'] * shape['d'] / 1e9:.3f} B; {args.machine}: {machine['flops'] / 1e12:.4g} TFLOP/s, {machine['bytes'] / 1e12:.4g} TB/s")
+    print(f"{args.config}: body {sum(shape['blocks']) / 1e9:.3g} B weights in {len(shape['blocks'])} blocks, head "
+          f"{shape['V'] * shape['d'] / 1e9:.3g} B; {args.machine}: {machine['flops'] / 1e12:.4g} TFLOP/s, "
+          f"{machine['bytes'] / 1e12:.4g} TB/s")
 
     options = dict(layers=layers, rank=args.rank, epochs=args.epochs, batch=args.train_batch, width=width)
     steps = {"the original": dict(ops=original_step(shape, L, layers=layers, rank=args.rank), bytes=0.0)}
     steps["the original"]["bytes"] = width * (3 * sum(shape["blocks"]) + 3 * shape["V"] * shape["d"])
-    for name, head in (("barrier open, one pass: 8NVd", 8), ("exact, weight known before: 6NVd", 6), ("barrier shut, p95 or max: 4NVd", 4)):
+    for name, head in (("barrier open, one pass: 8NVd", 8), ("exact, weight known before: 6NVd", 6),
+                       ("barrier shut, p95 or max: 4NVd", 4)):
         steps[name] = heal_step(shape, L, args.new, head=head, **options)
     rows = []
     for name, step in steps.items():
@@ -165,8 +167,8 @@ def main(argv=None) -> dict:
                      "sum": milliseconds(total, machine), "weights read, GB": f"{step['bytes'] / 1e9:.3g}",
                      "floor, ms": f"{1e3 * floor(total, step['bytes'], machine):,.4g}"})
         step["floor"] = floor(total, step["bytes"], machine)
-    print(f"\nms a sample, L {L}, N {args.new}, adapters of rank {args.rank} on blocks {layers[0]} to {layers[-1]}, {args.epochs} epochs, "
-          f"{args.train_batch} samples a pass\n\n{measure.table(rows)}")
+    print(f"\nms a sample, L {L}, N {args.new}, adapters of rank {args.rank} on blocks {layers[0]} to {layers[-1]}, "
+          f"{args.epochs} epochs, {args.train_batch} samples a pass\n\n{measure.table(rows)}")
 
     record, rows = dict(config=args.config, machine=machine, heal=steps, decode={}), []
     context = args.prompt + args.new // 2                   # tokens before the one decoded, on average
@@ -179,7 +181,8 @@ def main(argv=None) -> dict:
     print(f"\none decoding step at {context} tokens a row\n\n{measure.table(rows)}")
 
     if args.measured:
-        record["measured"] = distances(json.loads(args.measured.read_text(encoding="utf-8")), shape, machine, width, args, options)
+        found = json.loads(args.measured.read_text(encoding="utf-8"))
+        record["measured"] = distances(found, shape, machine, width, args, options)
         print(f"\n{args.measured}\n\n{measure.table(record['measured'])}")
     if args.json:
         measure.write_json(args.json, **record)
@@ -192,18 +195,19 @@ def distances(found: dict, shape: dict, machine: dict, width: int, args, options
     for model in found.get("models", {}).values():
         if model["parameters"] != shape["parameters"]:
             continue                                        # another model's numbers
-        for batch, rate in model["batch_sizes"]["tokens_per_second"].items():
+        for batch, rate in model.get("batch_sizes", {"tokens_per_second": {}})["tokens_per_second"].items():
             step = decode_step(shape, args.prompt + model["batch_sizes"]["n_new"] // 2, int(batch), width)
             least = floor(step["ops"], step["bytes"], machine)
-            rows.append({"measured": f"decoding, {batch} rows", "ms": f"{1e3 * int(batch) / rate:.3f}", "floor, ms": f"{1e3 * least:.3f}",
-                         "times the floor": f"{int(batch) / rate / least:.2f}"})
+            rows.append({"measured": f"decoding, {batch} rows", "ms": f"{1e3 * int(batch) / rate:.3f}",
+                         "floor, ms": f"{1e3 * least:.3f}", "times the floor": f"{int(batch) / rate / least:.2f}"})
     for step in found.get("heal_step", []):
         ops = heal_step(shape, step["L"], step["N"], **options)
         least = floor(sum(ops["ops"].values()), ops["bytes"], machine)
         rows.append({"measured": step["name"], "ms": f"{1e3 * step['seconds']:.3f}", "floor, ms": f"{1e3 * least:.3f}",
                      "times the floor": f"{step['seconds'] / least:.2f}"})
     if not rows:
-        raise ValueError(f"{args.measured}: holds no run of {args.config}: expected bench/generate.py's JSON of the same model, or heal_step")
+        raise ValueError(f"{args.measured}: holds no run of {args.config}: expected bench/generate.py's JSON of the same "
+                         "model, or heal_step")
     return rows
 
 
