@@ -195,7 +195,7 @@ def calibrate_limits(base: list[dict], cfg: SteerConfig) -> Limits:
     def share(name):
         return quantile(name) + min(cfg.slack, 1.0) * (1 - quantile(name))
     return Limits(worst_window=cfg.max_window_nll or (1 + cfg.slack) * quantile("worst_window"),
-                  ppl_tail=cfg.max_tail_ppl or max(quantile("ppl_tail"), 1.0) ** (1 + cfg.slack),
+                  ppl_tail=cfg.max_tail_ppl or math.exp(min((1 + cfg.slack) * math.log(max(quantile("ppl_tail"), 1.0)), 700.0)),
                   ngram=cfg.max_ngram or share("ngram"), loop=cfg.max_loop or share("loop"), min_words=cfg.min_words)
 
 
@@ -480,8 +480,8 @@ def generate(model, tok, prompts: list[str], *, system: str = "", vectors: dict[
 
 
 def printable(text: str) -> str:
-    """Model text without control characters, so that it cannot move the cursor or colour the terminal."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)
+    """Model text without control and direction marks: it cannot move the cursor, colour the terminal or turn a line."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]+", " ", text)
 
 
 def main(argv=None):
