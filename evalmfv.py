@@ -81,7 +81,7 @@ def load_vignettes(path) -> list[dict]:
 
 def canonical(name: str) -> str:
     """'Care (e)', 'human_Care' -> 'care'; 'Social Norms', 'Not Wrong' -> 'social'; ValueError for another name."""
-    word = name.removeprefix("human_").split("(")[0].replace(" ", "").lower()
+    word = str(name).removeprefix("human_").split("(")[0].replace(" ", "").lower()
     word = {"socialnorms": "social", "notwrong": "social"}.get(word, word)
     if word not in FOUNDATIONS:
         raise ValueError(f"foundation {name!r}: expected one of {', '.join(FOUNDATIONS)}")

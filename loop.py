@@ -127,7 +127,7 @@ GROUPS = (LoopConfig, steer.SteerConfig, lora.LoraConfig, heal.HealConfig)
 def parse(argv=None) -> list:
     """The dataclasses of all rooms as one command line; --help shows one group per file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     usage="python loop.py [MODEL] [--option value ...]")
+                                     prog="loop.py", usage="python loop.py [MODEL] [--option value ...]    (--help lists them)")
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
     for cls in GROUPS:
         group, hints = parser.add_argument_group(cls.__doc__), typing.get_type_hints(cls)
@@ -150,6 +150,9 @@ def parse(argv=None) -> list:
             args["model"] = args["positional_model"]
         if args["resume"]:
             refuse_other_options(then, args)
+        for name, value in args.items():
+            if isinstance(value, list) or isinstance(value, str) and "\0" in value:    # argparse makes a list of --name=--
+                raise ValueError(f"--{name.replace('_', '-')} {value!r:.60}: not a value it can have")
         configs = [cls(**{f.name: args[f.name] for f in dataclasses.fields(cls)}) for cls in GROUPS]
         refuse_contradictions(*configs)
     except (ValueError, OSError) as error:
@@ -171,7 +174,7 @@ def refuse_contradictions(cfg, scfg, lcfg, hcfg) -> None:
 
 def recorded_options(folder: Path) -> dict:
     """The options of a run folder, checked as if they had been typed; ValueError if it is not a run."""
-    if not (folder / "run.json").is_file():
+    if "\0" in str(folder) or not (folder / "run.json").is_file():
         raise ValueError(f"--resume {folder}: not a run folder, it has no run.json")
     options = load_json(folder / "run.json", dict).get("options")
     known = {f.name: (f.default, typing.get_type_hints(cls)[f.name]) for cls in GROUPS for f in dataclasses.fields(cls)}
@@ -181,7 +184,7 @@ def recorded_options(folder: Path) -> dict:
         default, kind = known.get(name, (value, None))
         choices = typing.get_args(kind) or (value,)
         if type(value) is not type(default) or value not in choices:
-            raise ValueError(f"{folder}/run.json: option {name} is {value!r}; the file is damaged")
+            raise ValueError(f"{folder}/run.json: option {name} is {value!r:.60}; the file is damaged")
     return {name: value for name, value in options.items() if name in known} | {"resume": ""}
 
 
@@ -384,7 +387,8 @@ class Folder:
             is_signal, why = kind is KeyboardInterrupt, one_line(error)
             with contextlib.suppress(OSError):                  # the reason itself may be a full disk
                 if not isinstance(error, (ValueError, RuntimeError, OSError, KeyboardInterrupt)):
-                    why = f"unexpected {kind.__name__}: {why}; the traceback is in {self.path}/error.txt"
+                    hint = "its events.jsonl does not fit this code, or is damaged" if self.cfg.resume else f"unexpected {kind.__name__}"
+                    why = f"{hint}: {why}; the traceback is in {self.path}/error.txt"
                     lines = traceback.format_exception(kind, error, trace)
                     lora.write_whole(self.path / "error.txt", "".join(lines).encode(errors="backslashreplace"))
                 self.save(status="interrupted" if is_signal else "failed", reason="" if is_signal else why)
@@ -418,11 +422,14 @@ class Folder:
                       seed=self.cfg.seed, started=time.time(), **around, **facts)
             return
         before = load_json(self.path / "run.json", dict)
+        shape = dict(options=dict, argv=list, command=str, versions=dict, started=float, defaults=dict)
+        if bad := [name for name, kind in shape.items() if not isinstance(before.get(name), kind)]:
+            raise ValueError(f"{self.path}/run.json: {', '.join(bad)} missing or of another type; the file is damaged")
         differ = [name for name in facts if before.get(name) != facts[name]]
         if differ:
             raise ValueError(f"--resume {self.path}: that run was made with other {' and other '.join(differ)}; start a new run")
         events = self._repaired(**{name: before["options"][name] for name in ("n_make", "gen_batch")})
-        then, now = ({**x.get("versions", {}), "code": x.get("code")} for x in (before, around))
+        then, now = ({**x["versions"], "code": x.get("code")} for x in (before, around))
         for name in [name for name in now if now[name] != then.get(name)]:
             self.screen.say("warning", None, f"{name} was {then.get(name)} and is {now[name]}: numbers may differ from an unbroken run's",
                             "yellow")
@@ -443,6 +450,9 @@ class Folder:
         with self.writing(path):
             lora.write_whole(path, whole + b"\n" if whole else b"")
         events = report.load(self.path)[1]
+        for n, e in enumerate(events, 1):
+            if not isinstance(e, dict) or not {"t", "round", "stage"} <= e.keys() or not isinstance(e["round"], (int, type(None))):
+                raise ValueError(f"{path}, line {n}: no event of a run; the file is damaged")
         gates = {e["round"]: e["accepted"] for e in events if e["stage"] == "gate"}
         n_made = Counter(e["round"] for e in events if e["stage"] == "completion")
         keep, seen = [], Counter()
@@ -1014,7 +1024,8 @@ def to_results(folder: Folder, run: Run, seconds: float) -> None:
 
 def main(argv=None) -> int:
     for stream in (sys.stdout, sys.stderr):                     # the answers of a model do not care about the terminal's alphabet
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):                      # a notebook's streams have no alphabet to set
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     argv = sys.argv[1:] if argv is None else argv
     try:
         return loop(*parse(argv), argv)

@@ -71,7 +71,7 @@ class SteerConfig:
                   "n_min": (1, self.n_make), "temperature": (1e-6, 1e6), "top_p": (1e-6, 1), "top_k": (0, 1e9),
                   "quantile": (0, 1), "slack": (0, 1e6), "max_window_nll": (0, 1e6), "max_tail_ppl": (0, 1e300),
                   "max_ngram": (0, 1), "max_loop": (0, 1), "min_words": (0, 1e9),
-                  **{name: (1, 1e9) for name in ("n_probe", "n_make", "max_new_tokens", "gen_batch", "window")}}
+                  **{name: (1, 1e6) for name in ("n_probe", "n_make", "max_new_tokens", "gen_batch", "window")}}
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:                      # false for nan too
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number from {low:g} to {high:g}")
