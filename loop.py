@@ -168,8 +168,6 @@ def refuse_contradictions(cfg, scfg, lcfg, hcfg) -> None:
         raise ValueError(f"--tau {hcfg.tau} and --tau-scale {cfg.tau_scale}: the scale is for a calibrated tau; leave one out")
     if scfg.min_words > scfg.max_new_tokens:
         raise ValueError(f"--min-words {scfg.min_words} and --max-new-tokens {scfg.max_new_tokens}: no answer is that long")
-    if scfg.steer_from and not scfg.steer_to:
-        raise ValueError(f"--steer-from {scfg.steer_from} needs --steer-to, or leave both out to calibrate them")
 
 
 def recorded_options(folder: Path) -> dict:
@@ -355,27 +353,30 @@ class Folder:
     def _lock(self) -> None:
         """Keep other processes out for as long as this one lives; the system lets go of the lock when it dies."""
         with self.writing(self.path / ".lock"):
-            self.lock = open(self.path / ".lock", "a+", encoding="utf-8")
-        self.lock.seek(0)
-        owner = steer.printable(self.lock.read(200))
-        if fcntl:
+            lock = open(self.path / ".lock", "a+", encoding="utf-8", errors="replace")
+            lock.seek(0)
+            owner = steer.printable(lock.read(200))
             try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if fcntl:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                lock.close()
                 raise ValueError(f"{self.path} is in use by {owner}: wait for it, or end it and try again") from None
             except OSError as error:
                 self.screen.say("lock", None, f"none on this file system ({error.strerror}): see that no other process uses the folder")
-        if owner:
-            self.screen.say("lock", None, f"left behind by {owner}, which is gone: taken over")
-        self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()} on {platform.node()}, started {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}")
-        self.lock.flush()
+            if owner:
+                self.screen.say("lock", None, f"left behind by {owner}, which is gone: taken over")
+            self.lock = lock
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}, started {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}")
+            lock.flush()
 
     def _leave(self) -> None:
         if self.lock:
             with contextlib.suppress(OSError):                  # a full disk or a deleted folder is no reason to stay
                 self.lock.truncate(0)
             self.lock.close()
+            self.lock = None
         for name, handler in self.old_handlers.items():
             signal.signal(getattr(signal, name), handler)
 
@@ -983,7 +984,8 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         if stopped:
             print(f"stopped: {one_line(stopped)}")
         where = shlex.quote(str(folder.path))
-        print(f"\nread     {where}/report.html\nchat     python loop.py chat {where}\nexport   python lora.py export {where} --to peft")
+        print(f"\nread     {where}/report.html"
+              + (f"\nchat     python loop.py chat {where}\nexport   python lora.py export {where} --to peft" if accepted else ""))
     return 0 if accepted else 3
 
 
