@@ -442,39 +442,25 @@ class Folder:
         self.save(status="running", resumed=[*before.get("resumed", []), time.time()], reason="")
 
     def _repaired(self, n_make: int, gen_batch: int) -> list[dict]:
-        """The events to go on from. A torn last line goes, and so does what a round without its gate has healed: the
-        trained adapter is kept only with the gate. Files of such a round, and temporary ones, go too."""
+        """The events to go on from, alone in events.jsonl; files that no gate stands for and temporary ones are removed."""
         path = self.path / "events.jsonl"
         whole, _, torn = path.read_bytes().rpartition(b"\n")
-        if torn:
-            self.screen.say("repair", None, f"events.jsonl: its last line was cut off after {len(torn)} bytes and is left out", "yellow")
         with self.writing(path):
             lora.write_whole(path, whole + b"\n" if whole else b"")
+        if torn:
+            self.screen.say("resume", None, f"events.jsonl: its last line was cut off after {len(torn)} bytes and is left out", "yellow")
         events = report.load(self.path)[1]
         for n, e in enumerate(events, 1):
             if not isinstance(e, dict) or not {"t", "round", "stage"} <= e.keys() or not isinstance(e["round"], (int, type(None))):
                 raise ValueError(f"{path}, line {n}: no event of a run; the file is damaged")
-        gates = {e["round"]: e["accepted"] for e in events if e["stage"] == "gate"}
-        n_made = Counter(e["round"] for e in events if e["stage"] == "completion")
-        keep, seen = [], Counter()
-        for e in events:
-            is_open = e["round"] is not None and e["round"] not in gates
-            if e["stage"] == "completion":                      # pieces count when they are whole
-                seen[e["round"]] += 1
-                if n_made[e["round"]] < n_make and seen[e["round"]] > n_made[e["round"]] // gen_batch * gen_batch:
-                    continue
-            if not (is_open and (e["stage"] == "heal" or e.get("kind") == "healed")):
-                keep.append(e)
+        keep = to_continue(events, n_make, gen_batch)
+        accepted = {f"{e['round']:02d}" for e in keep if e["stage"] == "gate" and e["accepted"]}
         with self.writing(path):
             lora.write_whole(path, "".join(json.dumps(e) + "\n" for e in keep).encode())
-            for leftover in self.path.rglob(".*"):
-                if re.fullmatch(r"\..+\.\d+", leftover.name):
-                    leftover.unlink()
-            for folder in (self.path / "rounds").iterdir():
-                if folder.name.isdigit() and not gates.get(int(folder.name)):
-                    for file in folder.iterdir():
-                        file.unlink()
-                    folder.rmdir()
+            for file in self.path.rglob("*"):
+                if re.fullmatch(r"\..+\.\d+", file.name) or file.parent.parent.name == "rounds" and file.parent.name not in accepted:
+                    file.unlink()
+        self.screen.say("resume", None, f"{len(keep)} events read back, {sum(e['stage'] == 'gate' for e in keep)} rounds finished")
         return keep
 
     # ---- files
@@ -518,6 +504,16 @@ class Folder:
     def once(self, stage: str, rnd: int | None, work, **key) -> dict:
         """The event of a finished stage, or what work() gives, written down."""
         return next(iter(self.recall(stage, rnd, **key)), None) or self.event(stage, rnd, **key, **work())
+
+
+def to_continue(events: list[dict], n_make: int, gen_batch: int) -> list[dict]:
+    """The events that stay when a run goes on. A round without its gate loses what it healed, since an adapter is kept
+    only with the gate, and the piece of answers that was not written to its end."""
+    ended = {e["round"] for e in events if e["stage"] == "gate"} | {None}
+    answers = [e for e in events if e["stage"] == "completion" and e["round"] not in ended]
+    n_whole = len(answers) if len(answers) >= n_make else len(answers) // gen_batch * gen_batch
+    lost = {id(e) for e in answers[n_whole:]}
+    return [e for e in events if id(e) not in lost and (e["round"] in ended or e["stage"] != "heal" and e.get("kind") != "healed")]
 
 
 # ---- what comes in ---------------------------------------------------------------------------------------------------

@@ -195,6 +195,9 @@ def trial(rng: random.Random, kind, work: Path, limit: float, real: bool) -> tup
     """One input: (outcome, what is wrong with how it was met, the printed text, argv)."""
     shutil.rmtree(work, ignore_errors=True)
     (work / "out").mkdir(parents=True)
+    (work / "far" / "down").mkdir(parents=True)
+    cwd = os.getcwd()
+    os.chdir(work / "far" / "down")                             # where paths such as ../.. end up
     loop.DATA = shutil.copytree(loop.HERE / "data", work / "data")
     argv = kind(rng, work)
     small = work.parent / "vignettes.jsonl"
@@ -213,6 +216,7 @@ def trial(rng: random.Random, kind, work: Path, limit: float, real: bool) -> tup
             code, text = call(front + argv, limit)
     finally:
         loop.load_model, loop.DATA = load, loop.HERE / "data"
+        os.chdir(cwd)
     wrong = damage(runs if kind is resume else work / "out", before, code)
     if code not in (0, 1, 2, 3, 130, "reached"):
         wrong.append(str(code))
