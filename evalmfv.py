@@ -54,12 +54,13 @@ def load_vignettes(path) -> list[dict]:
     Raises ValueError with file and line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")         # splitlines would cut inside texts, at U+2028
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")          # splitlines cuts texts at U+2028
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         n = error.object[:error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {n}: not UTF-8 (byte {error.object[error.start]:#04x}); save it as UTF-8") from error
+        byte = f"{error.object[error.start]:#04x}"
+        raise ValueError(f"{path}, line {n}: not UTF-8 (byte {byte}); save it as UTF-8") from error
     vignettes = []
     for n, line in enumerate(lines, 1):
         if not line.strip():

@@ -20,7 +20,8 @@ Writes runs/<time>_<slug>/: run.json, events.jsonl, rounds/NN/{vectors,adapter}.
 runs/results.tsv. What is measured goes through events.jsonl and is read back from there, so that a run which was killed
 at any point continues with the same numbers: python loop.py --resume RUN
 
-Exit codes: 0 a round was accepted, 1 the run died (run.json says why), 2 bad usage, 3 no round was accepted, 130 interrupted.
+Exit codes: 0 a round was accepted, 1 the run died (run.json says why), 2 bad usage, 3 no round was accepted,
+130 interrupted.
 """
 import argparse
 import contextlib
@@ -126,8 +127,9 @@ GROUPS = (LoopConfig, steer.SteerConfig, lora.LoraConfig, heal.HealConfig)
 
 def parse(argv=None) -> list:
     """The dataclasses of all rooms as one command line; --help shows one group per file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     prog="loop.py", usage="python loop.py [MODEL] [--option value ...]    (--help lists them)")
+    parser = argparse.ArgumentParser(prog="loop.py", usage="python loop.py [MODEL] [--option value ...]    (--help lists them)",
+                                     description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
     for cls in GROUPS:
         group, hints = parser.add_argument_group(cls.__doc__), typing.get_type_hints(cls)
@@ -151,7 +153,7 @@ def parse(argv=None) -> list:
         if args["resume"]:
             refuse_other_options(then, args)
         for name, value in args.items():
-            if isinstance(value, list) or isinstance(value, str) and "\0" in value:    # argparse makes a list of --name=--
+            if isinstance(value, list) or isinstance(value, str) and "\0" in value:     # argparse makes [] of --name=--
                 raise ValueError(f"--{name.replace('_', '-')} {value!r:.60}: not a value it can have")
         configs = [cls(**{f.name: args[f.name] for f in dataclasses.fields(cls)}) for cls in GROUPS]
         refuse_contradictions(*configs)
@@ -165,7 +167,8 @@ def refuse_contradictions(cfg, scfg, lcfg, hcfg) -> None:
     if hcfg.reg == "nll" and hcfg.tau:
         raise ValueError(f"--reg nll and --tau {hcfg.tau}: without a barrier there is no tau; leave one of them out")
     if hcfg.tau and cfg.tau_scale != LoopConfig.tau_scale:
-        raise ValueError(f"--tau {hcfg.tau} and --tau-scale {cfg.tau_scale}: the scale is for a calibrated tau; leave one out")
+        raise ValueError(f"--tau {hcfg.tau} and --tau-scale {cfg.tau_scale}: the scale is for a calibrated tau, "
+                         "leave one out")
     if scfg.min_words > scfg.max_new_tokens:
         raise ValueError(f"--min-words {scfg.min_words} and --max-new-tokens {scfg.max_new_tokens}: no answer is that long")
 
@@ -279,7 +282,8 @@ class Screen:
             if self.is_live and now - shown > 0.2:
                 shown, left = now, max(total - done, 0) * (now - begin) / done
                 pace = f"  {done / (now - begin):.1f}/s  {left:.0f} s left" if now - begin + left > 5 else ""
-                print("\r" + self.line(stage, rnd, f"{what}  {done}/{total}{pace}")[:width].ljust(width), end="", flush=True)
+                line = self.line(stage, rnd, f"{what}  {done}/{total}{pace}")
+                print("\r" + line[:width].ljust(width), end="", flush=True)
         handle = model.register_forward_hook(tick) if model is not None and self.is_live else None
         try:
             yield tick
@@ -363,12 +367,13 @@ class Folder:
                 lock.close()
                 raise ValueError(f"{self.path} is in use by {owner}: wait for it, or end it and try again") from None
             except OSError as error:
-                self.screen.say("lock", None, f"none on this file system ({error.strerror}): see that no other process uses the folder")
+                self.screen.say("lock", None, f"this file system keeps none ({error.strerror}): one process at a time, please")
             if owner:
                 self.screen.say("lock", None, f"left behind by {owner}, which is gone: taken over")
             self.lock = lock
             lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {platform.node()}, started {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}")
+            now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+            lock.write(f"process {os.getpid()} on {platform.node()}, started {now}")
             lock.flush()
 
     def _leave(self) -> None:
@@ -388,14 +393,15 @@ class Folder:
             is_signal, why = kind is KeyboardInterrupt, one_line(error)
             with contextlib.suppress(OSError):                  # the reason itself may be a full disk
                 if not isinstance(error, (ValueError, RuntimeError, OSError, KeyboardInterrupt)):
-                    hint = "its events.jsonl does not fit this code, or is damaged" if self.cfg.resume else f"unexpected {kind.__name__}"
-                    why = f"{hint}: {why}; the traceback is in {self.path}/error.txt"
+                    what = "its events.jsonl does not fit this code, or is damaged" if self.cfg.resume else "unexpected"
+                    why = f"{what}: {kind.__name__} {why}; the traceback is in {self.path}/error.txt"
                     lines = traceback.format_exception(kind, error, trace)
                     lora.write_whole(self.path / "error.txt", "".join(lines).encode(errors="backslashreplace"))
                 self.save(status="interrupted" if is_signal else "failed", reason="" if is_signal else why)
                 self.report()
             if self.path.exists():
-                print(f"\nwhat is finished is kept; continue with\npython loop.py --resume {shlex.quote(str(self.path))}", flush=True)
+                again = f"python loop.py --resume {shlex.quote(str(self.path))}"
+                print(f"\nwhat is finished is kept; continue with\n{again}", flush=True)
             if not is_signal:
                 raise RunDied(why) from error
         finally:
@@ -407,7 +413,8 @@ class Folder:
         """Make a new folder, or read back the one to continue. facts: what must be the same, around: what should be."""
         facts = plain(facts)
         if not self.path:
-            slug = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{Path(self.cfg.model).name}-{'custom' if self.cfg.pos else self.cfg.persona}")
+            slug = f"{Path(self.cfg.model).name}-{'custom' if self.cfg.pos else self.cfg.persona}"
+            slug = re.sub(r"[^A-Za-z0-9._-]+", "-", slug)
             stem = time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + "_" + slug.strip("-.")[:80]
             for name in (stem, *(f"{stem}-{n}" for n in range(1, 1000))):
                 path = Path(self.cfg.out) / name
@@ -428,15 +435,17 @@ class Folder:
             raise ValueError(f"{self.path}/run.json: {', '.join(bad)} missing or of another type; the file is damaged")
         differ = [name for name in facts if before.get(name) != facts[name]]
         if differ:
-            raise ValueError(f"--resume {self.path}: that run was made with other {' and other '.join(differ)}; start a new run")
+            raise ValueError(f"--resume {self.path}: that run was made with other {' and other '.join(differ)}; "
+                             "start a new run")
         events = self._repaired(**{name: before["options"][name] for name in ("n_make", "gen_batch")})
         then, now = ({**x["versions"], "code": x.get("code")} for x in (before, around))
         for name in [name for name in now if now[name] != then.get(name)]:
-            self.screen.say("warning", None, f"{name} was {then.get(name)} and is {now[name]}: numbers may differ from an unbroken run's",
-                            "yellow")
+            self.screen.say("warning", None, f"{name} was {then.get(name)} and is {now[name]}: "
+                            "numbers may differ from an unbroken run's", "yellow")
         if options["rounds"] != before["options"]["rounds"]:
-            before["argv"] = [*before["argv"], "--rounds", str(options["rounds"])]
-            before |= dict(command="python loop.py " + shlex.join(before["argv"]), options=before["options"] | {"rounds": options["rounds"]})
+            before["options"]["rounds"] = options["rounds"]
+            before["argv"] += ["--rounds", str(options["rounds"])]
+            before["command"] = "python loop.py " + shlex.join(before["argv"])
         self.run, self.events = before, events
         self.screen.start = time.time() - max((e["t"] for e in events), default=0)
         self.save(status="running", resumed=[*before.get("resumed", []), time.time()], reason="")
@@ -448,19 +457,22 @@ class Folder:
         with self.writing(path):
             lora.write_whole(path, whole + b"\n" if whole else b"")
         if torn:
-            self.screen.say("resume", None, f"events.jsonl: its last line was cut off after {len(torn)} bytes and is left out", "yellow")
+            self.screen.say("resume", None, f"events.jsonl: its last line was cut off after {len(torn)} bytes and is left out",
+                            "yellow")
         events = report.load(self.path)[1]
         for n, e in enumerate(events, 1):
-            if not isinstance(e, dict) or not {"t", "round", "stage"} <= e.keys() or not isinstance(e["round"], (int, type(None))):
+            if not (isinstance(e, dict) and {"t", "stage"} <= e.keys() and isinstance(e.get("round", ""), (int, type(None)))):
                 raise ValueError(f"{path}, line {n}: no event of a run; the file is damaged")
         keep = to_continue(events, n_make, gen_batch)
         accepted = {f"{e['round']:02d}" for e in keep if e["stage"] == "gate" and e["accepted"]}
         with self.writing(path):
             lora.write_whole(path, "".join(json.dumps(e) + "\n" for e in keep).encode())
             for file in self.path.rglob("*"):
-                if re.fullmatch(r"\..+\.\d+", file.name) or file.parent.parent.name == "rounds" and file.parent.name not in accepted:
+                is_undone = file.parent.parent.name == "rounds" and file.parent.name not in accepted
+                if is_undone or re.fullmatch(r"\..+\.\d+", file.name):
                     file.unlink()
-        self.screen.say("resume", None, f"{len(keep)} events read back, {sum(e['stage'] == 'gate' for e in keep)} rounds finished")
+        n_done = sum(e["stage"] == "gate" for e in keep)
+        self.screen.say("resume", None, f"{len(keep)} events read back, {n_done} rounds finished")
         return keep
 
     # ---- files
@@ -471,7 +483,8 @@ class Folder:
             try:
                 report.write(self.path)
             except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-                self.screen.say("report", None, f"warning: not written, {type(error).__name__}: {one_line(error)}", "yellow")
+                why = f"{type(error).__name__}: {one_line(error)}"
+                self.screen.say("report", None, f"warning: not written, {why}", "yellow")
 
     def save(self, **more) -> None:
         self.run |= plain(more)
@@ -501,9 +514,10 @@ class Folder:
     def recall(self, stage: str, rnd: int | None = None, **match) -> list[dict]:
         return [e for e in self.events if (e["stage"], e["round"]) == (stage, rnd) and match.items() <= e.items()]
 
-    def once(self, stage: str, rnd: int | None, work, **key) -> dict:
+    def once(self, stage: str, rnd: int | None, work) -> dict:
         """The event of a finished stage, or what work() gives, written down."""
-        return next(iter(self.recall(stage, rnd, **key)), None) or self.event(stage, rnd, **key, **work())
+        past = self.recall(stage, rnd)
+        return past[0] if past else self.event(stage, rnd, **work())
 
 
 def to_continue(events: list[dict], n_make: int, gen_batch: int) -> list[dict]:
@@ -513,7 +527,8 @@ def to_continue(events: list[dict], n_make: int, gen_batch: int) -> list[dict]:
     answers = [e for e in events if e["stage"] == "completion" and e["round"] not in ended]
     n_whole = len(answers) if len(answers) >= n_make else len(answers) // gen_batch * gen_batch
     lost = {id(e) for e in answers[n_whole:]}
-    return [e for e in events if id(e) not in lost and (e["round"] in ended or e["stage"] != "heal" and e.get("kind") != "healed")]
+    lost |= {id(e) for e in events if e["round"] not in ended and "heal" in (e["stage"], e.get("kind", "")[:4])}
+    return [e for e in events if id(e) not in lost]
 
 
 # ---- what comes in ---------------------------------------------------------------------------------------------------
@@ -545,7 +560,8 @@ def check_text(where: str, text) -> str:
 def check_texts(where: str, texts, least: int = 1) -> list[str]:
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or len(texts) < least:
-        raise ValueError(f"{where}: expected {least} or more texts, got {len(texts) if isinstance(texts, list) else type(texts).__name__}")
+        got = len(texts) if isinstance(texts, list) else type(texts).__name__
+        raise ValueError(f"{where}: expected {least} or more texts, got {got}")
     return [check_text(f"{where}, entry {i}", text) for i, text in enumerate(texts, 1)]
 
 
@@ -558,8 +574,8 @@ def load_persona(cfg: LoopConfig) -> dict:
     if cfg.persona not in personas:
         raise ValueError(f"--persona {cfg.persona!r}: {path.name} has {', '.join(personas)}; or give --pos and --neg")
     persona, where = personas[cfg.persona], f"{path}, {cfg.persona!r}"
-    missing = [key for key in ("pos", "neg", "target", "direction") if not isinstance(persona, dict) or key not in persona]
-    if missing:
+    keys = ("pos", "neg", "target", "direction")
+    if missing := [key for key in keys if not isinstance(persona, dict) or key not in persona]:
         raise ValueError(f"{where}: lacks {', '.join(missing)}")
     persona = dict(pos=check_texts(f"{where}, pos", persona["pos"]), neg=check_texts(f"{where}, neg", persona["neg"]),
                    target=cfg.target or persona["target"], direction=cfg.direction or persona["direction"],
@@ -588,7 +604,8 @@ def load_prompts(cfg: LoopConfig) -> tuple[list[str], list[str]]:
             raise ValueError(f"--prompts {path}: cannot be read ({error.strerror})") from None
         except UnicodeDecodeError as error:
             n = path.read_bytes()[:error.start].count(b"\n") + 1
-            raise ValueError(f"--prompts {path}, line {n}: not UTF-8 (byte {error.object[error.start]:#04x}); save it as UTF-8") from None
+            byte = f"{error.object[error.start]:#04x}"
+            raise ValueError(f"--prompts {path}, line {n}: not UTF-8 (byte {byte}); save it as UTF-8") from None
         for n, line in enumerate(lines, 1):
             if "\0" in line:
                 raise ValueError(f"--prompts {path}, line {n}: holds a NUL; it is not a plain text file, or UTF-16")
@@ -621,7 +638,8 @@ def check_out(out: Path) -> None:
     """The run folder can be made: asked before hours of work, not after."""
     there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"--out {out}: {there} is {'read-only' if there.is_dir() else 'a file, not a folder'}; choose another folder")
+        what = "read-only" if there.is_dir() else "a file, not a folder"
+        raise ValueError(f"--out {out}: {there} is {what}; choose another folder")
 
 
 def load_model(cfg: LoopConfig):
@@ -643,8 +661,8 @@ def load_model(cfg: LoopConfig):
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-OPTION_OF = {"words": "--min-words", "unfinished": "--max-new-tokens or --keep-unfinished", "pattern": "the persona's patterns",
-             "worst_window": "--max-window-nll or --slack", "ppl_tail": "--max-tail-ppl or --slack",
+OPTION_OF = {"words": "--min-words", "unfinished": "--max-new-tokens or --keep-unfinished",
+             "pattern": "the persona's patterns", "worst_window": "--max-window-nll or --slack", "ppl_tail": "--max-tail-ppl or --slack",
              "ngram": "--max-ngram or --slack", "loop": "--max-loop or --slack"}
 
 
@@ -654,8 +672,9 @@ def why_dropped(judged: list[dict]) -> str:
     for rule in dict.fromkeys(e["verdict"]["rule"] for e in judged if not e["verdict"]["kept"]):
         hits = [e for e in judged if e["verdict"]["rule"] == rule]
         verdict, sample = hits[0]["verdict"], steer.printable(hits[0]["text"])[:80]
-        parts.append(f"{rule} dropped {len(hits)}, such as \"{sample}\" with {verdict['value']:.3g} over a limit of "
-                     f"{verdict['limit']:.3g} ({OPTION_OF[rule]})".replace("over", "under" if rule == "words" else "over"))
+        side = "under" if rule == "words" else "over"
+        parts.append(f"{rule} dropped {len(hits)}, such as \"{sample}\" with {verdict['value']:.3g} {side} a limit of "
+                     f"{verdict['limit']:.3g} ({OPTION_OF[rule]})")
     return "; ".join(parts)
 
 
@@ -698,9 +717,11 @@ def persona_distance(model, tok, kept, prompts: list[str], system: str, how: str
 class Run:
     """The student and what is done to it: answers, measured rows, rounds. Results go to the folder's journal."""
 
-    def __init__(self, cfg, scfg, lcfg, hcfg, model, tok, folder, screen, *, persona, train, held_out, vignettes, contexts):
+    def __init__(self, cfg, scfg, lcfg, hcfg, model, tok, folder, screen, *, persona, train, held_out, vignettes,
+                 contexts):
         self.cfg, self.scfg, self.model, self.tok, self.folder, self.screen = cfg, scfg, model, tok, folder, screen
-        self.persona, self.train, self.held_out, self.vignettes, self.contexts = persona, train, held_out, vignettes, contexts
+        self.persona, self.train, self.held_out = persona, train, held_out
+        self.vignettes, self.contexts = vignettes, contexts
         self.fronts = steer.encode(tok, train, [""] * len(train))
         self.check_model()
         n_blocks, width = len(steer.blocks(model)), model.config.get_text_config().hidden_size
@@ -718,14 +739,16 @@ class Run:
         """Finite logits, and room for the longest text that will be asked for."""
         ids = torch.tensor([self.fronts[0]], device=self.model.device)                              # [1, T]
         if not self.model(input_ids=ids).logits.isfinite().all():
-            raise ValueError(f"model {self.cfg.model!r} answers with numbers that are not finite: try --dtype bfloat16 or float32")
+            raise ValueError(f"model {self.cfg.model!r} answers with numbers that are not finite: "
+                             "try --dtype bfloat16 or float32")
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        front = max(map(len, steer.encode(self.tok, self.train + self.held_out, [self.persona["pos"][0]] * len(self.train + self.held_out))))
-        longest = max((v["text"] for v in self.vignettes), key=len)
-        probe = len(steer.encode(self.tok, [evalmfv.question(longest, evalmfv.FOUNDATIONS)], [self.persona["pos"][0]])[0])
-        for option, n_asked, n_new in (("max-new-tokens", front, self.scfg.max_new_tokens), ("think-tokens", probe, self.cfg.think_tokens)):
+        probe = evalmfv.question(max((v["text"] for v in self.vignettes), key=len), evalmfv.FOUNDATIONS)
+        for option, asked, n_new in (("max-new-tokens", self.train + self.held_out, self.scfg.max_new_tokens),
+                                     ("think-tokens", [probe], self.cfg.think_tokens)):
+            n_asked = max(map(len, steer.encode(self.tok, asked, [self.persona["pos"][0]] * len(asked))))
             if n_asked + n_new > room:
-                raise ValueError(f"--{option} {n_new}: with the longest question of {n_asked} tokens it does not fit into the model's {room}")
+                raise ValueError(f"--{option} {n_new}: with the longest question of {n_asked} tokens it does not fit "
+                                 f"into the model's {room}")
 
     # ---- answers and their scores
 
@@ -763,13 +786,14 @@ class Run:
         """Each completion with its verdict, as it stands in the journal."""
         found = steer.judge(completions, self.base_nll(completions), self.limits, window=self.scfg.window,
                             patterns=self.persona["patterns"], keep_unfinished=self.scfg.keep_unfinished)
-        return [plain(dict(prompt=c.prompt % len(self.train), coeff=c.coeff, finished=c.finished, ids=c.ids, text=c.text, verdict=v))
-                for c, v in zip(completions, found)]
+        return [plain(dict(prompt=c.prompt % len(self.train), coeff=c.coeff, finished=c.finished, ids=c.ids, text=c.text,
+                           verdict=v)) for c, v in zip(completions, found)]
 
     # ---- what the base itself does: the filter's limits, then the rows of the table that need no round
 
     def measure_base(self) -> None:
-        self.folder.once("layers", None, lambda: dict(steer=self.steer_layers, lora=self.lora_layers, strength=self.strength))
+        layers = dict(steer=self.steer_layers, lora=self.lora_layers, strength=self.strength)
+        self.folder.once("layers", None, lambda: layers)
         own = self.answers(self.spread(self.scfg.n_make), "own", None)
         self.own = own, self.base_nll(own)
 
@@ -791,8 +815,8 @@ class Run:
         if past := self.folder.recall("row", rnd, kind=kind):
             return past[0]
         row = self.folder.event("row", rnd, kind=kind, **self.measured(kind, rnd, label, **how))
-        self.screen.say(kind, rnd, f"trait {row['trait']:+.3f} nats (se {row['trait_se']:.3f})  coherence {row['coherence']:.4f}  "
-                        f"text {row['text']:.3f} (se {row['text_se']:.3f})")
+        self.screen.say(kind, rnd, f"trait {row['trait']:+.3f} nats (se {row['trait_se']:.3f})  "
+                        f"coherence {row['coherence']:.4f}  text {row['text']:.3f} (se {row['text_se']:.3f})")
         return row
 
     def measured(self, kind, rnd, label, *, system="", vectors=None, coeff=0.0) -> dict:
@@ -820,7 +844,8 @@ class Run:
     def dream(self, rnd: int) -> tuple[dict, float, list[steer.Completion]]:
         """Vectors of the student as it is, its dose, and the completions that pass the filter."""
         scfg, folder = self.scfg, self.folder
-        vectors = steer.fit_vectors(self.model, self.tok, self.persona["pos"], self.persona["neg"], self.contexts, self.steer_layers)
+        vectors = steer.fit_vectors(self.model, self.tok, self.persona["pos"], self.persona["neg"], self.contexts,
+                                    self.steer_layers)
         rng = torch.Generator().manual_seed(stage_seed(self.cfg.seed, rnd, "probed prompts"))
         probed = [self.train[i] for i in torch.randperm(len(self.train), generator=rng).tolist()[:scfg.n_probe]]
         asked = []
@@ -843,12 +868,13 @@ class Run:
             made += folder.write([dict(round=rnd, stage="completion") | e for e in self.judged(piece)])
         kept = [e for e in made if e["verdict"]["kept"]]
         rules = Counter(e["verdict"]["rule"] for e in made if not e["verdict"]["kept"])
-        self.screen.say("filter", rnd, f"dose {coeff:.3f}  kept {len(kept)}/{len(made)}"
-                        + ("  dropped: " + "  ".join(f"{rule} {n}" for rule, n in sorted(rules.items())) if rules else ""))
+        dropped = "  ".join(f"{rule} {n}" for rule, n in sorted(rules.items()))
+        self.screen.say("filter", rnd, f"dose {coeff:.3f}  kept {len(kept)}/{len(made)}  {dropped and 'dropped: ' + dropped}")
         if len(kept) < scfg.n_min:
-            raise RuntimeError(f"{len(kept)} of {len(made)} completions passed the filter at dose {coeff:.3f}, need {scfg.n_min}; "
-                               f"raise --n-make, or move a rule. {why_dropped(made)}")
-        return vectors, coeff, [steer.Completion(e["prompt"], self.fronts[e["prompt"]], e["ids"], coeff, e["finished"], e["text"]) for e in kept]
+            raise RuntimeError(f"{len(kept)} of {len(made)} completions passed the filter at dose {coeff:.3f}, need "
+                               f"{scfg.n_min}; raise --n-make, or move a rule. {why_dropped(made)}")
+        return vectors, coeff, [steer.Completion(e["prompt"], self.fronts[e["prompt"]], e["ids"], coeff, e["finished"],
+                                                 e["text"]) for e in kept]
 
     def tau(self, rnd: int, kept: list[steer.Completion]) -> float:
         """The barrier's set point in nats, calibrated in the first round that gets here."""
@@ -856,9 +882,11 @@ class Run:
         if self.hcfg.tau or past or self.hcfg.reg == "nll":
             return self.hcfg.tau or (past[0]["tau"] if past else 0.0)
         with self.stack.gated(0, 0):
-            distance = persona_distance(self.model, self.tok, kept, self.train, self.persona["pos"][0], self.hcfg.kl_agg, self.hcfg.reg)
+            distance = persona_distance(self.model, self.tok, kept, self.train, self.persona["pos"][0], self.hcfg.kl_agg,
+                                        self.hcfg.reg)
         tau = self.cfg.tau_scale * distance
-        self.screen.say("tau", rnd, f"{tau:.4f} nats ({self.hcfg.kl_agg}): {self.cfg.tau_scale:g} of the persona prompt's distance {distance:.4f}")
+        self.screen.say("tau", rnd, f"{tau:.4f} nats ({self.hcfg.kl_agg}): {self.cfg.tau_scale:g} of the persona prompt's "
+                        f"distance {distance:.4f}")
         return self.folder.event("tau", rnd, tau=tau, distance=distance, kl_agg=self.hcfg.kl_agg)["tau"]
 
     def heal_round(self, rnd: int, kept: list[steer.Completion]) -> None:
@@ -893,8 +921,9 @@ class Run:
         if self.cfg.steered_rows == "all" or not any(row["kind"] == "steered" for row in self.rows()):
             night = self.row("steered", rnd, f"steered, night {rnd}", vectors=vectors, coeff=coeff)
             if not has_moved(night):
-                self.screen.say("steered", rnd, f"warning: dose {coeff:.3f} moves the trait by {night['trait']:+.3f} nats (se "
-                                f"{night['trait_se']:.3f}), which may be nothing; another persona, --target or --steer-from/--steer-to", "yellow")
+                self.screen.say("steered", rnd, f"warning: dose {coeff:.3f} moves the trait by {night['trait']:+.3f} nats "
+                                f"(se {night['trait_se']:.3f}), which may be nothing; another persona, --target or "
+                                "--steer-from with --steer-to may do more", "yellow")
         self.heal_round(rnd, kept)
         day = self.row("healed", rnd, f"day {rnd}")
         reasons = gate(day, self.last_day(), self.base, self.cfg)
@@ -919,7 +948,8 @@ class Run:
     def last_day(self) -> dict:
         """The row of the last accepted day; before there is one, the base's."""
         accepted = self.accepted()
-        return next((row for row in reversed(self.rows()) if row["kind"] == "healed" and row["round"] in accepted), self.base)
+        days = [row for row in self.rows() if row["kind"] == "healed" and row["round"] in accepted]
+        return days[-1] if days else self.base
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -936,17 +966,19 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         options = {f.name: getattr(c, f.name) for c in (cfg, scfg, lcfg, run.hcfg) for f in dataclasses.fields(c)}
         options |= dict(target=run.persona["target"], direction=run.persona["direction"], resume="")
         texts = json.dumps([run.persona, run.contexts, run.vignettes]).encode()
-        folder.begin(options, argv, surroundings(model), dict(weights=fingerprint(model), texts=f"{zlib.crc32(texts):08x}",
-                                                              items=dict(train=run.train, held_out=run.held_out)))
+        facts = dict(weights=fingerprint(model), texts=f"{zlib.crc32(texts):08x}",
+                     items=dict(train=run.train, held_out=run.held_out))
+        folder.begin(options, argv, surroundings(model), facts)
         print(folder.run["command"])
-        n_trained, dtype = sum(p.numel() for p in run.stack.parameters()), str(next(model.parameters()).dtype).removeprefix("torch.")
-        screen.say("model", None, f"{cfg.model}: {len(steer.blocks(model))} blocks of width {model.config.get_text_config().hidden_size}, "
-                   f"{dtype}, steer {run.steer_layers}, lora {run.lora_layers[0]}-{run.lora_layers[-1]} rank {lcfg.r}, {n_trained:,} trained parameters")
+        dtype, n_trained = str(model.dtype).removeprefix("torch."), sum(p.numel() for p in run.stack.parameters())
+        screen.say("model", None, f"{cfg.model}: {len(steer.blocks(model))} blocks of width "
+                   f"{model.config.get_text_config().hidden_size}, {dtype}, steer {run.steer_layers}, lora {run.lora_layers[0]}-"
+                   f"{run.lora_layers[-1]} rank {lcfg.r}, {n_trained:,} trained parameters")
         run.measure_base()
 
         in_a_row, stopped = 0, ""
         for rnd in range(cfg.rounds):
-            # ---- one round: accept and fold, or roll back --------------------------------------------------------------------
+            # ---- one round: accept and fold, or roll back ----------------------------------------------------------------
             if past := folder.recall("gate", rnd):              # it ended before this sitting
                 reasons = past[0]["reasons"]
                 if past[0]["accepted"]:
@@ -962,8 +994,11 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
                     run.stack.drop()
                 folder.event("gate", rnd, accepted=not reasons, reasons=reasons)
                 folder.report()
-            # ------------------------------------------------------------------------------------------------------------------
-            screen.say("gate", rnd, "rolled back: " + one_line("; ".join(reasons)) if reasons else "accepted", "red" if reasons else "green")
+            # --------------------------------------------------------------------------------------------------------------
+            if reasons:
+                screen.say("gate", rnd, "rolled back: " + one_line("; ".join(reasons)), "red")
+            else:
+                screen.say("gate", rnd, "accepted", "green")
             in_a_row = in_a_row + 1 if reasons else 0
             if in_a_row == cfg.patience:
                 stopped = f"{cfg.patience} rounds in a row were rolled back, the last because: {'; '.join(reasons)}"
@@ -980,8 +1015,9 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         if stopped:
             print(f"stopped: {one_line(stopped)}")
         where = shlex.quote(str(folder.path))
-        print(f"\nread     {where}/report.html"
-              + (f"\nchat     python loop.py chat {where}\nexport   python lora.py export {where} --to peft" if accepted else ""))
+        print(f"\nread     {where}/report.html")
+        if accepted:
+            print(f"chat     python loop.py chat {where}\nexport   python lora.py export {where} --to peft")
     return 0 if accepted else 3
 
 
@@ -990,20 +1026,24 @@ def tally(run: Run, seconds: float) -> None:
     rows, final, accepted = run.rows(), run.last_day(), run.accepted()
     print("\n| row | dose | trait, nats | target, nats | off-target | coherence | text | |\n|" + "---|" * 8)
     for row in rows:
-        move, verdict = row["shift"], ("accepted" if row["round"] in accepted else "rolled back") if row["kind"] == "healed" else ""
+        move, verdict = row["shift"], "accepted" if row["round"] in accepted else "rolled back"
+        verdict = verdict if row["kind"] == "healed" else ""
         print(f"| {row['label']} | {row['coeff']:.2f} | {row['trait']:+.3f} ± {row['trait_se']:.3f} | {row['nats'][move['target']]:.3f} | "
               f"{move['off_target']:.3f} | {row['coherence']:.4f} | {row['text']:.3f} | {verdict} |")
     nights = [row for row in rows if row["kind"] == "steered"]
     if final is not run.base:
-        share = f", {final['trait'] / nights[0]['trait']:.0%} of steering's in round {nights[0]['round']}" if nights and nights[0]["trait"] > 0 else ""
+        share = ""
+        if nights and nights[0]["trait"] > 0:
+            share = f", {final['trait'] / nights[0]['trait']:.0%} of steering's in round {nights[0]['round']}"
         print(f"\nfinal: {final['label']}: trait {final['trait']:+.3f} nats{share}, "
               f"text coherence {final['text'] / rows[0]['text']:.1%} of the base's, {seconds:.0f} s")
     else:
         print(f"\nfinal: no round was accepted, the model is the base still, {seconds:.0f} s")
     if nights and not any(map(has_moved, nights)):
         best = max(nights, key=lambda row: abs(row["trait"]))
-        print(f"The trait did not move at any dose: steering's largest move is {best['trait']:+.3f} nats (se {best['trait_se']:.3f}). "
-              "Either this model does not read the persona, or the probe does not see it: read the diary, try other --pos/--neg or --target.")
+        print(f"The trait did not move at any dose: steering's largest move is {best['trait']:+.3f} nats (se "
+              f"{best['trait_se']:.3f}). Either this model does not read the persona, or the probe does not see it: "
+              "read the diary, try other --pos and --neg, or another --target.")
 
 
 def to_results(folder: Folder, run: Run, seconds: float) -> None:
@@ -1011,17 +1051,18 @@ def to_results(folder: Folder, run: Run, seconds: float) -> None:
     options, final = folder.run["options"], run.last_day() if run.accepted() else {}
     keys = ("model", "persona", "pos", "reg", "kl_agg", "kl_ref", "seed", "rounds", "gate")
     night = next((row for row in run.rows() if row["kind"] == "steered"), {})
-    line = {"run": folder.path.name, **{k: options[k] for k in keys}, **{k: final.get(k) for k in ("label", "trait", "coherence", "text")},
+    line = {"run": folder.path.name, **{k: options[k] for k in keys},
+            **{k: final.get(k) for k in ("label", "trait", "coherence", "text")},
             "steered": night.get("trait"), "seconds": round(seconds)}
     path = folder.path.parent / "results.tsv"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ["\t".join(line)]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ["\t".join(line)]
     lines = [x for x in lines if x.split("\t")[0] != folder.path.name]
     cells = (" ".join(str(v).split()) if v is not None else "" for v in line.values())
     lora.write_whole(path, ("\n".join([*lines, "\t".join(cells)]) + "\n").encode(errors="backslashreplace"))
 
 
 def main(argv=None) -> int:
-    for stream in (sys.stdout, sys.stderr):                     # the answers of a model do not care about the terminal's alphabet
+    for stream in (sys.stdout, sys.stderr):                     # a model does not care about the terminal's alphabet
         if hasattr(stream, "reconfigure"):                      # a notebook's streams have no alphabet to set
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     argv = sys.argv[1:] if argv is None else argv
@@ -1038,7 +1079,8 @@ def main(argv=None) -> int:
         return 2
     except Exception as error:                                  # not foreseen, and no run folder yet to keep its traceback
         at = traceback.extract_tb(error.__traceback__)[-1]
-        print(f"loop.py: unexpected {type(error).__name__} in {at.filename}, line {at.lineno}: {one_line(error)}", file=sys.stderr)
+        where = f"{at.filename}, line {at.lineno}"
+        print(f"loop.py: unexpected {type(error).__name__} in {where}: {one_line(error)}", file=sys.stderr)
         return 1
 
 

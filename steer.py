@@ -195,7 +195,7 @@ def calibrate_limits(base: list[dict], cfg: SteerConfig) -> Limits:
     def share(name):
         return quantile(name) + min(cfg.slack, 1.0) * (1 - quantile(name))
     return Limits(worst_window=cfg.max_window_nll or (1 + cfg.slack) * quantile("worst_window"),
-                  ppl_tail=cfg.max_tail_ppl or math.exp(min((1 + cfg.slack) * math.log(max(quantile("ppl_tail"), 1.0)), 700.0)),
+                  ppl_tail=cfg.max_tail_ppl or math.exp(min((1 + cfg.slack) * math.log(max(quantile("ppl_tail"), 1.0)), 700)),
                   ngram=cfg.max_ngram or share("ngram"), loop=cfg.max_loop or share("loop"), min_words=cfg.min_words)
 
 

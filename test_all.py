@@ -2034,7 +2034,7 @@ def test_a_full_disk_or_a_removed_folder_ends_a_run_with_a_sentence_and_the_way_
         assert trust_run(quick, tmp_path / "bug", patch, "layers", lambda folder: {}["surprise"]) == 1
     path = kill.folder_of(tmp_path / "bug")
     run = json.loads((path / "run.json").read_text())
-    assert run["status"] == "failed" and "unexpected KeyError: 'surprise'" in run["reason"] and "Traceback" in (path / "error.txt").read_text()
+    assert run["status"] == "failed" and "unexpected: KeyError 'surprise'" in run["reason"] and "Traceback" in (path / "error.txt").read_text()
     assert "error.txt" in capsys.readouterr().err
 
 

@@ -1,11 +1,12 @@
-"""Kill -9 a small run at every boundary of its stages and at random moments, continue it, compare it with an unbroken one.
+"""Kill -9 a small run at every boundary of its stages and at random moments, continue it, compare it with a whole one.
 
     python bench/kill.py --kinds after torn rename moment --moments 20 --seed 0
 
 Boundaries: after each event of the journal, in the middle of each event's line, and before each rename of a file. A case
-of the random moments is killed once or twice. `longer` continues a finished run of one round to two. Equal means: every event but its time, run.json but for times and the
-command, the bytes of every adapter and vector, the exit code, and one line of results.tsv. Runs are forked from one
-process that has imported everything and made no tensor yet, so this needs a system with fork.
+of the random moments is killed once or twice. `longer` continues a finished run of one round to two. Equal means: every
+event but its time, run.json but for times and the command, the bytes of every adapter and vector, the exit code, and one
+line of results.tsv. Runs are forked from one process that has imported everything and made no tensor yet, so this needs
+a system with fork.
 """
 import argparse
 import contextlib
@@ -38,7 +39,8 @@ def without_times(x):
 def differences(a: Path, b: Path) -> list[str]:
     """Where two run folders differ in anything but times and names."""
     found = []
-    events = [[without_times(json.loads(line)) for line in (path / "events.jsonl").read_text().splitlines()] for path in (a, b)]
+    events = [[without_times(json.loads(line)) for line in (path / "events.jsonl").read_text().splitlines()]
+              for path in (a, b)]
     if len(events[0]) != len(events[1]):
         found.append(f"{len(events[0])} and {len(events[1])} events")
     found += [f"event {i}, {x['stage']} of round {x['round']}" for i, (x, y) in enumerate(zip(*events)) if x != y]
@@ -46,7 +48,8 @@ def differences(a: Path, b: Path) -> list[str]:
     found += [f"run.json, {key}" for key in sorted(set(runs[0]) | set(runs[1])) if runs[0].get(key) != runs[1].get(key)]
     files = [{p.relative_to(path): p.read_bytes() for p in path.rglob("*.safetensors")} for path in (a, b)]
     found += [str(p) for p in sorted(set(files[0]) | set(files[1])) if files[0].get(p) != files[1].get(p)]
-    lines = [[line.split("\t")[1:-1] for line in (path.parent / "results.tsv").read_text().splitlines()[1:]] for path in (a, b)]
+    lines = [[line.split("\t")[1:-1] for line in (path.parent / "results.tsv").read_text().splitlines()[1:]]
+             for path in (a, b)]
     if lines[0] != lines[1]:
         found.append(f"results.tsv, {len(lines[0])} and {len(lines[1])} lines")
     return found + [f"left behind: {p.name}" for p in b.rglob(".*") if p.name != ".lock"]
@@ -130,7 +133,8 @@ def main() -> None:
     parser.add_argument("--moments", type=int, default=20, help="cases that are killed at random moments")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=1, help="take every n-th boundary only")
-    parser.add_argument("--kinds", nargs="+", default=["after", "torn", "rename", "moment", "longer"], choices=["after", "torn", "rename", "moment", "longer"])
+    kinds = ["after", "torn", "rename", "moment", "longer"]
+    parser.add_argument("--kinds", nargs="+", default=kinds, choices=kinds)
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="kill-"))
     vignettes = small_data(work)
@@ -145,7 +149,7 @@ def main() -> None:
     print(f"unbroken: exit code {code}, {len(events)} events, gates {gates}, {seconds:.1f} s, in {work}", flush=True)
 
     cases, failed, rng = [], 0, random.Random(args.seed)
-    for kind in args.kinds:                                     # boundaries: as many as the run passes, found by going on until none is hit
+    for kind in args.kinds:                                     # boundaries: as many as the run passes, until none is hit
         cases += [(kind, n) for n in 
                   {"moment": range(args.moments), "longer": (1,)}.get(kind, range(1, 200, args.every))]
     passed, ended = {}, set()
@@ -176,7 +180,8 @@ def main() -> None:
             print(f"{kind} {n}: {'; '.join(found[:4])}; see {log}", flush=True)
         else:
             shutil.rmtree(out)
-    print(f"equal to the unbroken run: {', '.join(f'{n} {kind}' for kind, n in passed.items())}; different: {failed}; {time.time() - begin:.0f} s")
+    equal = ", ".join(f"{n} {kind}" for kind, n in passed.items())
+    print(f"equal to the unbroken run: {equal}; different: {failed}; {time.time() - begin:.0f} s")
     sys.exit(bool(failed))
 
 

@@ -31,8 +31,10 @@ import report                                                   # noqa: E402
 SMALL = ("--rounds 1 --n-make 4 --n-probe 2 --dose-steps 1 --n-min 1 --n-text 2 --n-diary 1 --max-new-tokens 8 --think-tokens 1 "
          "--epochs 1 --no-gate").split()
 DEEP = "[" * 100_000
-HOSTILE = ["", " ", "\0", "\ud800", "\u202e", "\x1b[31m", "null", "nan", "-1", "../..", "/dev/null", "/proc/self/mem", "a" * 5000, "%s%n", "{}", "~"]
-NUMBERS = ["nan", "inf", "-inf", "-1", "0", "1e308", "-1e308", "1e-320", "999999999999", "1.5", "", "abc", "0x10", "1_0", "--", "٣"]
+HOSTILE = ["", " ", "\0", "\ud800", "\u202e", "\x1b[31m", "null", "nan", "-1", "../..", "/dev/null", "/proc/self/mem",
+           "a" * 5000, "%s%n", "{}", "~"]
+NUMBERS = ["nan", "inf", "-inf", "-1", "0", "1e308", "-1e308", "1e-320", "999999999999", "1.5", "", "abc", "0x10", "1_0",
+           "--", "٣"]
 VALUES = [None, True, -1, 0, 1e400, 10 ** 400, "", " ", "x", "\ud800", [], {}, [[]], [None], {"a": 1}, ["\0"], "nan"]
 
 
@@ -83,8 +85,8 @@ def contradictions(rng, work):
 def prompts(rng, work):
     path = work / "prompts.txt"
     good = "".join(f"Question number {i}?\n" for i in range(12)).encode()
-    path.write_bytes(rng.choice([b"", b"\n" * 50, b"   \n\t\n", b"one\n" * 7, b"\0" * 100, b"x" * 200_000 + b"\n" + good, b"\xef\xbb\xbf" + good,
-                                 good.decode().encode("utf-16"), good.replace(b"?", b"\xe4"), good.replace(b"4", b"\0"), b"?\r" * 20,
+    path.write_bytes(rng.choice([b"", b"\n" * 50, b"   \n\t\n", b"one\n" * 7, b"\0" * 100, b"x" * 200_000 + b"\n" + good,
+                                 b"\xef\xbb\xbf" + good, good.decode().encode("utf-16"), good.replace(b"?", b"\xe4"), good.replace(b"4", b"\0"), b"?\r" * 20,
                                  "\u2028".join("abcdefghij").encode(), broken(rng, good), broken(rng, good)]))
     return ["--prompts", rng.choice([str(path)] * 8 + [str(work), str(work / "nowhere"), str(path / "below"), "\0"])]
 
@@ -94,7 +96,7 @@ def vignettes(rng, work):
     rows = [json.loads(line) for line in (loop.HERE / "data" / "vignettes.jsonl").read_text().splitlines()[::24]]
     lines = [json.dumps(row) for row in rows]
     at = rng.randrange(len(lines))
-    lines[at] = rng.choice([json.dumps(mutated(rng, rows[at])), json.dumps(mutated(rng, rows[at])), json.dumps(mutated(rng, rows[at])), DEEP, "{", "[]", "7",
+    lines[at] = rng.choice([*(json.dumps(mutated(rng, rows[at])) for _ in range(3)), DEEP, "{", "[]", "7",
                             '{"text": "a", "foundation": "care", "label": {"care": 1e999}}', '{"text": "a", "foundation": ["care"]}'])
     content = "\n".join(lines).encode(errors="surrogatepass")
     path.write_bytes(rng.choice([content] * 6 + [broken(rng, content), b"", b"\n\n", lines[0].encode(errors="surrogatepass")]))
@@ -106,7 +108,9 @@ def data(rng, work):
     name = rng.choice(["personas", "prompts", "contexts"])
     path = loop.DATA / f"{name}.json"
     content = json.loads((loop.HERE / "data" / f"{name}.json").read_text())
-    text = json.dumps(mutated(rng, content if rng.random() < 0.3 or name == "contexts" else {"authority": mutated(rng, content["authority"])}))
+    if name != "contexts" and rng.random() < 0.7:               # most mutations inside the persona that is used
+        content = {"authority": mutated(rng, content["authority"])}
+    text = json.dumps(mutated(rng, content))
     path.write_bytes(rng.choice([text.encode()] * 5 + [broken(rng, text.encode()), DEEP.encode(), b"", b"null"]))
     return []
 
@@ -114,7 +118,8 @@ def data(rng, work):
 def model(rng, work):
     """A checkpoint folder with a file missing, broken or changed."""
     path = shutil.copytree(loop.HERE / "pocket", work / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    file = path / rng.choice(["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "model.safetensors"])
+    file = path / rng.choice(["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+                              "chat_template.jinja", "model.safetensors"])
     what = rng.choice(["missing", "broken", "empty", "changed"])
     if what == "missing":
         file.unlink()
@@ -134,18 +139,21 @@ def resume(rng, work):
     more = []
     if what == "run.json":
         record = json.loads((path / what).read_text())
-        content = json.dumps(rng.choice((mutated(rng, record), record | {"options": mutated(rng, record["options"])}))).encode()
+        other = rng.choice((mutated(rng, record), record | {"options": mutated(rng, record["options"])}))
+        content = json.dumps(other).encode()
         (path / what).write_bytes(rng.choice([content, content, broken(rng, content), b""]))
     elif what == "events.jsonl":
         lines = (path / what).read_bytes().splitlines(True)
         at = rng.randrange(len(lines))
         event = json.dumps(mutated(rng, json.loads(lines[at]))).encode() + b"\n"
-        (path / what).write_bytes(b"".join(lines[:at] + [rng.choice([event, event, b"{\n", bytes(50) + b"\n", lines[at][:20]])] + lines[at + 1:]))
+        lines[at] = rng.choice([event, event, b"{\n", bytes(50) + b"\n", lines[at][:20]])
+        (path / what).write_bytes(b"".join(lines))
     elif what == "adapter":
         file = path / "rounds" / "00" / "adapter.safetensors"
         file.write_bytes(file.read_bytes()[:rng.randrange(5000)]) if rng.random() < 0.7 else file.unlink()
     elif what == "options":
-        more = rng.choice(["--seed 7", "--kl-agg mean", "--rounds 0", "--model nowhere", "--lr 0.5 --r 4", "--no-baselines", "--rounds x"]).split()
+        more = rng.choice(["--seed 7", "--kl-agg mean", "--rounds 0", "--model nowhere", "--lr 0.5 --r 4", "--no-baselines",
+                           "--rounds x"]).split()
     return ["--resume", rng.choice([str(path)] * 9 + [str(path / "run.json"), str(path / "rounds"), "nowhere", "\0"]), *more]
 
 
@@ -180,7 +188,8 @@ def damage(folder: Path, before: dict | None, code) -> list[str]:
     """What is wrong with a folder of run folders. before: the files of a folder that a refusal must leave alone."""
     found = [f"left behind {p.name}" for p in folder.rglob(".*") if p.name != ".lock"]
     if before is not None and code == 2:
-        found += [f"{p.name} was changed by a refusal" for p, content in before.items() if p.name != ".lock" and (not p.exists() or p.read_bytes() != content)]
+        now = {p: p.read_bytes() for p in before if p.exists()}
+        found += [f"{p.name} was changed by a refusal" for p in before if p.name != ".lock" and now.get(p) != before[p]]
     elif before is None:
         for path in folder.iterdir():
             if path.is_dir():
@@ -202,13 +211,13 @@ def trial(rng: random.Random, kind, work: Path, limit: float, real: bool) -> tup
     argv = kind(rng, work)
     small = work.parent / "vignettes.jsonl"
     front = [] if kind is resume else [*SMALL, *([] if kind is vignettes else ["--vignettes", str(small)]), "--out", str(work / "out")]
-    load, needs_model = loop.load_model, kind in (model, resume) or argv[:1] in (["--r"], ["--max-new-tokens"], ["--think-tokens"])
+    load, meets_model = loop.load_model, argv[:1] in (["--r"], ["--max-new-tokens"], ["--think-tokens"])
 
     def reached(cfg):
         raise Reached
     runs = work / "finished"
     before = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()} if kind is resume else None
-    loop.load_model = load if needs_model else reached
+    loop.load_model = load if meets_model or kind in (model, resume) else reached
     try:
         code, text = call(front + argv, limit)
         if code == "reached" and real:
@@ -220,7 +229,7 @@ def trial(rng: random.Random, kind, work: Path, limit: float, real: bool) -> tup
     wrong = damage(runs if kind is resume else work / "out", before, code)
     if code not in (0, 1, 2, 3, 130, "reached"):
         wrong.append(str(code))
-    if "Traceback" in text or "unexpected" in text and kind is not model:       # a library's error about a checkpoint is its own
+    if "Traceback" in text or "unexpected" in text and kind is not model:       # transformers' errors are its own
         wrong.append("a traceback")
     last = text.strip().splitlines()[-1] if text.strip() else ""
     if code in (1, 2) and not ("loop.py: " in last and len(last) > 30):
@@ -258,7 +267,8 @@ def main() -> None:
         failed += bool(wrong)
         if wrong or args.verbose:
             last = text.strip().splitlines()[-1] if text.strip() else ""
-            print(f"{i} {kind.__name__} {[a[:80] for a in argv]!a}: {'; '.join(wrong) or 'ok'}: exit {outcome}: {last[:400]!a}", flush=True)
+            print(f"{i} {kind.__name__} {[a[:80] for a in argv]!a}: {'; '.join(wrong) or 'ok'}: exit {outcome}: {last[:400]!a}",
+                  flush=True)
     for kind, counts in outcomes.items():
         print(f"{kind:15s} " + "  ".join(f"exit {code}: {n}" for code, n in sorted(counts.items())))
     print(f"{args.n} inputs, seed {args.seed}: {failed} with a traceback, a damaged folder or no sentence; {time.time() - begin:.0f} s")
