@@ -55,17 +55,27 @@ def load_vignettes(path) -> list[dict]:
     Reads our rows {"text", "foundation", "label": {"care": 1, ...}} and the original's (human_Care, ..., 83 or "83 %").
     Raises ValueError with file and line.
     """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")          # splitlines cuts texts at U+2028
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        n = error.object[:error.start].count(b"\n") + 1
+        byte = f"{error.object[error.start]:#04x}"
+        raise ValueError(f"{path}, line {n}: not UTF-8 (byte {byte}); save it as UTF-8") from error
     vignettes = []
-    for n, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for n, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             foundation = canonical(row.get("foundation_coarse") or row["foundation"])
+            if not isinstance(row["text"], str) or not row["text"].strip():
+                raise ValueError(f"text is {row['text']!r:.60}, expected the words of a vignette")
             vignettes.append({"text": row["text"], "foundation": foundation, "label": label(row)})
         except KeyError as error:
             raise ValueError(f"{path}, line {n}: has no {error}; a row needs text, foundation and label") from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}, line {n}: {error}") from error
     if not vignettes:
         raise ValueError(f"{path}: no vignettes in this file, expected one JSON object per line")
@@ -74,7 +84,7 @@ def load_vignettes(path) -> list[dict]:
 
 def canonical(name: str) -> str:
     """'Care (e)', 'human_Care' -> 'care'; 'Social Norms', 'Not Wrong' -> 'social'; ValueError for another name."""
-    word = name.removeprefix("human_").split("(")[0].replace(" ", "").lower()
+    word = str(name).removeprefix("human_").split("(")[0].replace(" ", "").lower()
     word = {"socialnorms": "social", "notwrong": "social"}.get(word, word)
     if word not in FOUNDATIONS:
         raise ValueError(f"foundation {name!r}: expected one of {', '.join(FOUNDATIONS)}")
@@ -92,6 +102,8 @@ def label(row: dict) -> list[float] | None:
     if any(not 0 <= x < math.inf for x in shares.values()):
         raise ValueError(f"label {shares}: shares must be finite and not negative")
     total = sum(shares.values())
+    if total == math.inf:
+        raise ValueError(f"label {shares}: the shares add up to more than a number can hold")
     return None if missing or total == 0 else [shares[f] / total for f in FOUNDATIONS]
 
 

@@ -83,8 +83,8 @@ class HealConfig:
         for name in ("warmup", "val_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a share, 0 <= {name} < 1")
-        if not math.isfinite(self.lam_round_pow):
-            raise ValueError(f"lam_round_pow={self.lam_round_pow}: expected a finite number")
+        if not abs(self.lam_round_pow) <= 10:
+            raise ValueError(f"lam_round_pow={self.lam_round_pow}: expected a number from -10 to 10")
 
 
 class Sample(NamedTuple):

@@ -76,7 +76,7 @@ class SteerConfig:
                   "n_min": (1, self.n_make), "temperature": (1e-6, 1e6), "top_p": (1e-6, 1), "top_k": (0, 1e9),
                   "quantile": (0, 1), "slack": (0, 1e6), "max_window_nll": (0, 1e6), "max_tail_ppl": (0, 1e300),
                   "max_ngram": (0, 1), "max_loop": (0, 1), "min_words": (0, 1e9),
-                  **{name: (1, 1e9) for name in ("n_probe", "n_make", "max_new_tokens", "gen_batch", "window")}}
+                  **{name: (1, 1e6) for name in ("n_probe", "n_make", "max_new_tokens", "gen_batch", "window")}}
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:                      # false for nan too
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number from {low:g} to {high:g}")
@@ -200,7 +200,7 @@ def calibrate_limits(base: list[dict], cfg: SteerConfig) -> Limits:
     def share(name):
         return quantile(name) + min(cfg.slack, 1.0) * (1 - quantile(name))
     return Limits(worst_window=cfg.max_window_nll or (1 + cfg.slack) * quantile("worst_window"),
-                  ppl_tail=cfg.max_tail_ppl or max(quantile("ppl_tail"), 1.0) ** (1 + cfg.slack),
+                  ppl_tail=cfg.max_tail_ppl or math.exp(min((1 + cfg.slack) * math.log(max(quantile("ppl_tail"), 1.0)), 700)),
                   ngram=cfg.max_ngram or share("ngram"), loop=cfg.max_loop or share("loop"), min_words=cfg.min_words)
 
 
@@ -690,8 +690,8 @@ def describe(model: str, revision: str, pos, neg, vectors) -> dict[str, str]:
 
 
 def printable(text: str) -> str:
-    """Model text without control characters, so that it cannot move the cursor or colour the terminal."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)
+    """Model text without control and direction marks: it cannot move the cursor, colour the terminal or turn a line."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]+", " ", text)
 
 
 def run(args, parser, here: Path) -> None:

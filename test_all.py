@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,10 +34,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "pocket"), str(ROOT / "bench")]
 import arms                                                     # noqa: E402
 import evalmfv                                                  # noqa: E402
 import heal as heal_py                                          # noqa: E402
+import kill                                                     # noqa: E402
 import loop                                                     # noqa: E402
 import lora as lora_py                                          # noqa: E402
 import generate as bench_generate                               # noqa: E402
 import make_pocket                                              # noqa: E402
+import malformed                                                # noqa: E402
 import measure                                                  # noqa: E402
 import report                                                   # noqa: E402
 import roofline                                                 # noqa: E402
@@ -2452,13 +2455,31 @@ def test_requirements_name_the_five_packages_and_no_others():
 def test_no_file_loads_pickles_or_remote_code(path):
     if path.name == "test_all.py":
         return
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
-            assert isinstance(node.value, ast.Constant) and node.value.value is False, path     # left out, it is a question to the user
-        assert not (isinstance(node, ast.keyword) and node.arg == "weights_only"), path
-        assert not (isinstance(node, ast.Attribute) and node.attr == "load" and getattr(node.value, "id", "") in ("torch", "pickle", "np")), path
-    assert not imported(path) & {"pickle", "dill", "joblib", "marshal"}
+    assert unsafe(path.read_text()) == [], path
+    assert not imported(path) & {"pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
     assert path.parent.name == "bench" or "peft" not in imported(path)      # there it is measured
+
+
+def unsafe(source):
+    """What in a file could run code that came with a checkpoint, a run folder or a text."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.keyword) and (node.arg in ("weights_only", "allow_pickle")
+                                              or node.arg == "trust_remote_code" and getattr(node.value, "value", True)   # left out, it asks the user
+                                              or node.arg == "shell" and getattr(node.value, "value", True)):
+            found.append(node.arg)
+        elif isinstance(node, ast.Call):
+            name, owner = getattr(node.func, "attr", getattr(node.func, "id", "")), getattr(getattr(node.func, "value", None), "id", "")
+            if name in ("exec", "__import__") or (owner, name) in (("os", "system"), ("os", "popen"), ("torch", "load"), ("np", "load"), ("numpy", "load")) \
+                    or name in ("eval", "compile") and not isinstance(node.func, ast.Attribute):        # not model.eval(), re.compile()
+                found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("source", ["eval(x)", "exec('a')", "torch.load(p)", "f(trust_remote_code=True)", "run(c, shell=True)", "run(c, shell=x)", "os.system(c)",
+                                    "np.load(p)", "np.load(p, allow_pickle=True)", "__import__(m)", "compile(a, b, c)"])
+def test_the_check_for_unsafe_calls_sees_each_of_them(source):
+    assert unsafe(source) and not unsafe("model.eval(); re.compile(p); run(c, shell=False); stack.load(p)")
 
 
 def test_lines_copied_between_files_are_identical():
@@ -2760,7 +2781,6 @@ def export_model(name, ranks=(4, 2)):
     torch.manual_seed(0)
     model = cls(cls.config_class(**(args | {"text_config": args["text_config"] | ids} if "text_config" in args else args | ids))).eval()
     base = copy.deepcopy(model)
-    files = []
     stack = attach(model, r=ranks[0], alpha=6, layers=[1, 2])
     for rnd, r in enumerate(ranks):                             # a rank of its own: through a file, as lora.restack does
         pairs = {name: tuple(0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(rnd)) for shape in
@@ -3121,3 +3141,323 @@ def test_chat_refuses_what_it_cannot_do(argv, message, finished, capsys):
     except SystemExit as stop:
         code = stop.code
     assert code == 2 and message in capsys.readouterr().err
+
+
+# ---- a run that survives, and explains what was wrong ------------------------------------------------------------------
+
+
+class PowerCut(BaseException):
+    """As a kill -9: nothing of the run is told about it."""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder that has begun, of a run without a model."""
+    with loop.Folder(loop.LoopConfig(out=str(tmp_path)), loop.Screen()) as made:
+        made.begin(trust_options(), ["--seed", "0"], dict(versions={}, git="", code=""), dict(weights="w"))
+        yield made
+
+
+def trust_options(**more):
+    return {f.name: f.default for cls in loop.GROUPS for f in dataclasses.fields(cls)} | more
+
+
+def trust_again(path, facts=None, **options):
+    """The folder as the next sitting finds it."""
+    cfg = loop.LoopConfig(resume=str(path))
+    again = loop.Folder(cfg, loop.Screen())
+    with again:
+        again.begin(trust_options(**options), [], dict(versions={}, git="", code=""), facts or dict(weights="w"))
+    return again
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """The options of a run of seconds."""
+    monkeypatch.setattr(loop, "DATA", loop.DATA)                # small_data sets it
+    return [*kill.SMALL, "--vignettes", str(kill.small_data(tmp_path)), "--no-baselines", "--rounds", "1", "--coeff", "0.3", "--no-gate"]
+
+
+def trust_cut(monkeypatch, n, torn):
+    """The n-th event from now on is the last that is written, or is written by half."""
+    count, write = [0], loop.Folder.write
+
+    def dying(self, events):
+        count[0] += 1
+        if count[0] == n and torn:
+            with open(self.path / "events.jsonl", "a") as file:
+                file.write(json.dumps(loop.plain(events[0]))[:40])
+            raise PowerCut
+        out = write(self, events)
+        if count[0] == n:
+            raise PowerCut
+        return out
+    monkeypatch.setattr(loop.Folder, "write", dying)
+    monkeypatch.setattr(loop.Folder, "__exit__", lambda self, *error: self._leave())
+
+
+def test_a_run_cut_off_again_and_again_ends_as_one_that_was_not_and_a_finished_one_goes_on(quick, tmp_path, monkeypatch, capsys):
+    assert loop.main([*quick, "--rounds", "2", "--out", str(tmp_path / "whole")]) == 0
+    whole = kill.folder_of(tmp_path / "whole")
+    first = [*quick, "--out", str(tmp_path / "cut")]
+    # after the base's row; within the second piece of completions; within the gate, its adapter written; then the end, and further
+    for n, torn, more in ((3, False, None), (3, True, []), (6, True, []), (None, False, []), (None, False, ["--rounds", "2"])):
+        with monkeypatch.context() as patch:
+            if n:
+                trust_cut(patch, n, torn)
+            with pytest.raises(PowerCut) if n else contextlib.nullcontext():
+                assert loop.main(first if more is None else ["--resume", str(kill.folder_of(tmp_path / "cut")), *more]) == 0
+    again = kill.folder_of(tmp_path / "cut")
+    assert kill.differences(whole, again) == []
+    assert [len((p.parent / "results.tsv").read_text().splitlines()) for p in (whole, again)] == [2, 2]
+    record = json.loads((again / "run.json").read_text())
+    assert len(record["resumed"]) == 4 and record["argv"][-2:] == ["--rounds", "2"] and record["options"]["resume"] == ""
+    assert "cut off after 40 bytes" in capsys.readouterr().out
+    assert [e["accepted"] for e in report.load(again)[1] if e["stage"] == "gate"] == [True, True]       # the second on a loaded adapter
+
+
+def test_what_a_round_without_its_gate_has_healed_is_redone_and_whole_pieces_of_answers_are_kept(folder, capsys):
+    for rnd, n, gate in ((0, 8, True), (1, 6, None)):
+        folder.event("dose", rnd, coeff=0.5)
+        folder.write([dict(round=rnd, stage="completion", text=str(i)) for i in range(n)])
+        folder.event("row", rnd, kind="steered")
+        folder.event("heal", rnd)
+        folder.event("row", rnd, kind="healed")
+        (folder.path / "rounds" / f"{rnd:02d}").mkdir()
+        (folder.path / "rounds" / f"{rnd:02d}" / "adapter.safetensors").write_text("")
+        if gate:
+            folder.event("gate", rnd, accepted=True, reasons=[])
+    (folder.path / ".run.json.123").write_text("half")
+    with open(folder.path / "events.jsonl", "ab") as file:
+        file.write(b'{"t": 1\x00\xff')
+    folder._leave()
+    kept = folder._repaired(n_make=8, gen_batch=4)
+    assert [e["stage"] for e in kept if e["round"] == 0] == ["dose"] + ["completion"] * 8 + ["row", "heal", "row", "gate"]
+    assert [e["stage"] for e in kept if e["round"] == 1] == ["dose"] + ["completion"] * 4 + ["row"]
+    assert report.load(folder.path)[1] == kept and not (folder.path / ".run.json.123").exists()
+    assert [p.parent.name for p in folder.path.rglob("*.safetensors")] == ["00"]
+    out = capsys.readouterr().out
+    assert "cut off after 9 bytes" in out and f"{len(kept)} events read back, 1 rounds finished" in out
+
+
+def test_a_run_of_another_configuration_is_refused_with_the_differing_fields(folder, capsys):
+    folder._leave()
+    with pytest.raises(SystemExit) as stop:
+        loop.parse(["--resume", str(folder.path), "--kl-agg", "mean", "--seed", "3", "--n-make", "64", "--out", "elsewhere"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "another configuration: seed is 0 there and 3 here, kl_agg is 'rmse' there and 'mean' here; leave" in err
+    assert [cfg.rounds for cfg in loop.parse(["--resume", str(folder.path), "--rounds", "9"])[:1]] == [9]
+    with pytest.raises(ValueError, match="other weights"):
+        trust_again(folder.path, facts=dict(weights="x"))
+    with pytest.raises(SystemExit):
+        loop.parse(["--resume", str(folder.path), "--rounds", "2"])
+    assert "only grow" in capsys.readouterr().err
+    assert trust_again(folder.path, rounds=9).run["options"]["rounds"] == 9
+    with loop.Folder(loop.LoopConfig(resume=str(folder.path)), loop.Screen()) as again:
+        again.begin(trust_options(rounds=9), [], dict(versions=dict(torch="0"), git="", code="c"), dict(weights="w"))
+    out = capsys.readouterr().out
+    assert "torch was None and is 0" in out and "code was  and is c" in out
+
+
+def test_a_folder_takes_one_process_at_a_time_and_a_lock_left_behind_is_taken_over(folder, capsys):
+    for _ in range(2):                                          # a refusal leaves the lock as it is
+        with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on .*, started 2"):
+            trust_again(folder.path)
+    folder._leave()
+    (folder.path / ".lock").write_text("process 1 on moon")     # its owner died: the system has let go of the lock
+    trust_again(folder.path)
+    assert "left behind by process 1 on moon, which is gone: taken over" in capsys.readouterr().out
+    assert (folder.path / ".lock").read_text() == ""
+
+
+def test_a_full_disk_leaves_whole_lines_and_one_sentence(folder):
+    import resource
+    folder.event("layers", steer=[1])
+    path, old = folder.path / "events.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = path.read_bytes()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, old[1]))
+        with pytest.raises(OSError, match="events.jsonl could not be written: File too large"):
+            folder.event("limits", own=["x" * 500])
+        with pytest.raises(OSError, match="run.json could not be written"):
+            folder.save(more="x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert path.read_bytes() == before and "more" not in json.loads((folder.path / "run.json").read_text())
+    assert [p.name for p in folder.path.iterdir() if p.name.startswith(".")] == [".lock"]
+    folder.event("limits", own=[])
+    assert [e["stage"] for e in report.load(folder.path)[1]] == ["layers", "limits"]
+
+
+def trust_run(argv, out, monkeypatch, at, what):
+    """A run to which `what` happens while it writes the event of stage `at`."""
+    write = loop.Folder.write
+
+    def happening(self, events):
+        if events[0]["stage"] == at:
+            what(self)
+        return write(self, events)
+    monkeypatch.setattr(loop.Folder, "write", happening)
+    return loop.main([*argv, "--out", str(out)])
+
+
+def test_a_full_disk_or_a_removed_folder_ends_a_run_with_a_sentence_and_the_way_on(quick, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        assert trust_run(quick, tmp_path / "full", patch, "limits", lambda folder: patch.setattr(os, "fsync", full)) == 1
+    out, path = capsys.readouterr(), kill.folder_of(tmp_path / "full")
+    assert "events.jsonl could not be written: the disk is full" in out.err and f"--resume {path}" in out.out and "Traceback" not in out.err
+    assert [e["stage"] for e in report.load(path)[1]] == ["layers"]
+    with monkeypatch.context() as patch:
+        assert trust_run(quick, tmp_path / "gone", patch, "layers", lambda folder: shutil.rmtree(folder.path)) == 1
+    assert "was removed" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        assert trust_run(quick, tmp_path / "bug", patch, "layers", lambda folder: {}["surprise"]) == 1
+    path = kill.folder_of(tmp_path / "bug")
+    run = json.loads((path / "run.json").read_text())
+    assert run["status"] == "failed" and "unexpected: KeyError 'surprise'" in run["reason"] and "Traceback" in (path / "error.txt").read_text()
+    assert "error.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_waits_for_the_current_write_and_marks_the_run_interrupted(name, quick, tmp_path, monkeypatch, capsys):
+    before = signal.getsignal(getattr(signal, name))
+    open_, sent = open, []
+
+    def opened(path, mode="r", *more, **how):
+        if str(path).endswith("events.jsonl") and mode == "r+b" and not sent:
+            sent.append(os.kill(os.getpid(), getattr(signal, name)))
+        return open_(path, mode, *more, **how)
+    monkeypatch.setattr("builtins.open", opened)
+    code = loop.main([*quick, "--out", str(tmp_path)])
+    monkeypatch.setattr("builtins.open", open_)
+    path = kill.folder_of(tmp_path)
+    run, events = report.load(path)
+    assert code == 130 and run["status"] == "interrupted" and [e["stage"] for e in events] == ["layers"]
+    out = capsys.readouterr()
+    assert f"python loop.py --resume {path}" in out.out and "interrupted" in out.err and signal.getsignal(getattr(signal, name)) == before
+
+
+def test_a_second_signal_ends_the_process_at_once(folder, monkeypatch):
+    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(PowerCut(code)))
+    with pytest.raises(KeyboardInterrupt):
+        folder._on_signal()
+    with pytest.raises(PowerCut, match="130"):
+        folder._on_signal()
+
+
+def test_a_round_whose_numbers_break_is_rolled_back_with_its_cause(quick, tmp_path, monkeypatch, capsys):
+    def broken_probe(*args, **how):                             # as logits that are nan would have it
+        raise RuntimeError("3 of 6 frames have answers that are not finite")
+    argv = [*quick, "--coeff", "0.1", "--epochs", "4", "--rounds", "2", "--lr", "1e12", "--out", str(tmp_path)]
+    trust_run(argv, tmp_path, monkeypatch, "gate", lambda folder: monkeypatch.setattr(evalmfv, "evaluate", broken_probe))
+    path = kill.folder_of(tmp_path)
+    run, events = report.load(path)
+    gates = [e["reasons"][0] for e in events if e["stage"] == "gate"]
+    assert "3 steps in a row without a finite loss" in gates[0] and "not finite" in gates[1]
+    assert run["status"] == "no round accepted" and not list((path / "rounds").iterdir()) and "no round was accepted" in capsys.readouterr().out
+
+
+def test_malformed_inputs_end_with_a_sentence_and_no_damage(tmp_path):
+    (tmp_path / "vignettes.jsonl").write_text("")
+    for i in range(80):
+        kind = malformed.KINDS[i % len(malformed.KINDS)]
+        if kind not in (malformed.model, malformed.resume):     # those load a model: in the campaign
+            outcome, wrong, text, argv = malformed.trial(random.Random(f"test/{i}"), kind, tmp_path / "case", 30, real=False)
+            assert not wrong, (i, argv, outcome, wrong, text[-500:])
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "0 prompts"), ("Wie geht es dir, K\xf6nig?\n".encode("latin-1") * 9, "line 1: not UTF-8 (byte 0xf6)"), (b"one\ntwo\0\n" * 9, "line 2: holds a NUL")])
+def test_a_prompts_file_that_cannot_be_used_is_named_with_its_line(content, message, tmp_path, capsys):
+    (tmp_path / "p.txt").write_bytes(content)
+    assert loop.main(["--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "o")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"foundation": "care"}', "line 2: has no 'text'"), ('{"text": "", "foundation": "care"}', "line 2: text is ''"), ("{", "line 2"), ("[" * 9999, "line 2"),
+    ('{"text": "a", "foundation": ["care"]}', "line 2: foundation"), ('{"text": "a", "foundation": "care", "label": {"care": 1}}', "line 2: label lacks")])
+def test_a_vignette_that_cannot_be_used_is_named_with_its_line(line, message, tmp_path):
+    (tmp_path / "v.jsonl").write_text(f'{{"text": "a\u2028b", "foundation": "care"}}\n{line}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        evalmfv.load_vignettes(tmp_path / "v.jsonl")
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("contexts", [], "contexts.json: expected 1 or more texts, got 0"), ("contexts", ["a", ""], "contexts.json, entry 2"), ("contexts", {}, "expected a JSON list"),
+    ("personas", {"authority": {"pos": ["a"]}}, "lacks neg, target, direction"), ("prompts", {"authority": {"train": ["a", "b"], "held_out": [1, 2]}}, "held_out, entry 1"),
+    ("personas", {"authority": dict(pos=["a"], neg=["b"], target="care", direction=1, patterns=["("])}, "'(' of its patterns")])
+def test_an_entry_of_the_data_that_cannot_be_used_is_named(name, content, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "DATA", shutil.copytree(ROOT / "data", tmp_path / "data"))
+    (loop.DATA / f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        loop.load_inputs(loop.LoopConfig())
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--reg", "nll", "--tau", "1"], "without a barrier"), (["--min-words", "99"], "--max-new-tokens 64"), (["--tau-scale", "nan"], "--tau-scale nan"), (["--model", ""], "--model is empty"),
+    (["--steer-from", "0.5"], "from 0.5 to 0.0"), (["--tau", "1", "--tau-scale", "2"], "leave one out"), (["--pos", "a", "--neg", "a", "--target", "care", "--direction", "1"], "the same text"),
+    (["--r", "999"], "more than the model's width 192"), (["--max-new-tokens", "2000"], "the model's 1024"), (["--think-tokens", "2000"], "the model's 1024"), (["--out", __file__], "a file, not a folder")])
+def test_options_that_cannot_be_meant_are_refused_before_any_work(argv, message, tmp_path, capsys):
+    try:
+        code = loop.main(["--out", str(tmp_path), *argv])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_model_whose_logits_are_not_finite_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
+    model, tok = loop.load_model(loop.LoopConfig())
+    next(model.parameters()).data[:] = math.nan
+    monkeypatch.setattr(loop, "load_model", lambda cfg: (model, tok))
+    assert loop.main(["--out", str(tmp_path)]) == 2 and not list(tmp_path.iterdir())
+    assert "not finite: try --dtype" in capsys.readouterr().err
+
+
+def test_dropped_completions_are_told_by_rule_with_a_sample_and_an_option():
+    def entry(rule, value, limit, text="ok"):
+        return dict(text=text, verdict=dict(kept=not rule, rule=rule, value=value, limit=limit))
+    told = loop.why_dropped([entry("", 0, 0), entry("loop", 0.7, 0.5, "no \x1b[31mno\u202e no"), entry("words", 0, 1, ""), entry("loop", 0.9, 0.5)])
+    assert told == ('loop dropped 2, such as "no  [31mno  no" with 0.7 over a limit of 0.5 (--max-loop or --slack); '
+                    'words dropped 1, such as "" with 0 under a limit of 1 (--min-words)')
+    assert loop.why_dropped([entry("", 0, 0)]) == "" and set(loop.OPTION_OF) == {"words", "unfinished", "worst_window", "ppl_tail", "ngram", "loop", "pattern"}
+
+
+def test_a_search_that_fails_tells_what_was_dropped_and_a_trait_that_does_not_move_is_said(finished, quick, tmp_path, capsys):
+    assert loop.main([*quick, "--coeff", "0", "--max-window-nll", "1e-6", "--out", str(tmp_path)]) == 3
+    reason = next(e for e in report.load(kill.folder_of(tmp_path))[1] if e["stage"] == "gate")["reasons"][0]
+    assert "the lowest dose fails" in reason and "worst_window dropped 4, such as" in reason and "--max-window-nll or --slack" in reason
+    run = loop.Run.__new__(loop.Run)                            # only what the closing table asks for
+    rows = [e | dict(trait=0.01, trait_se=0.02) for e in finished[3] if e["stage"] == "row"]
+    run.folder, run.base = type("Journal", (), dict(events=rows))(), rows[0]
+    capsys.readouterr()
+    loop.tally(run, 1.0)
+    out = capsys.readouterr().out
+    assert "did not move at any dose" in out and "no round was accepted" in out
+    assert loop.has_moved(dict(trait=-0.5, trait_se=0.1)) and not loop.has_moved(dict(trait=0.01, trait_se=0.02))
+
+
+def test_the_live_line_is_for_terminals_and_colour_for_those_who_want_it(monkeypatch, capsys):
+    def lines(is_live, **environment):
+        for name in ("NO_COLOR", "TERM"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: is_live, raising=False)
+        screen, now = loop.Screen(), [0.0]
+        monkeypatch.setattr(time, "time", lambda: screen.start + now[0])
+        with screen.watch("heal", 3, "training, steps", 40) as tick:
+            for _ in range(10):
+                now[0] += 1.0
+                tick()
+        screen.say("gate", 3, "accepted", "green")
+        monkeypatch.setattr(time, "time", clock)
+        return capsys.readouterr().out
+    clock = time.time
+    live = lines(True)
+    assert "\r    10 s  r3     heal       training, steps  10/40  1.0/s  30 s left" in live and "\x1b[32maccepted\x1b[0m" in live
+    assert "\x1b" not in lines(True, NO_COLOR="1") and "\r" in lines(True, NO_COLOR="1")
+    for plain in (lines(False), lines(True, TERM="dumb")):
+        assert plain == "    10 s  r3     gate       accepted\n"

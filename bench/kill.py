@@ -1,0 +1,189 @@
+"""Kill -9 a small run at every boundary of its stages and at random moments, continue it, compare it with a whole one.
+
+    python bench/kill.py --kinds after torn rename moment --moments 20 --seed 0
+
+Boundaries: after each event of the journal, in the middle of each event's line, and before each rename of a file. A case
+of the random moments is killed once or twice. `longer` continues a finished run of one round to two. Equal means: every
+event but its time, run.json but for times and the command, the bytes of every adapter and vector, the exit code, and one
+line of results.tsv. Runs are forked from one process that has imported everything and made no tensor yet, so this needs
+a system with fork.
+"""
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent)]
+import loop                                                     # noqa: E402
+import transformers.models.llama.modeling_llama                 # noqa: E402, F401   slow to import: once, before the forks
+
+SMALL = ("--rounds 2 --seed 2 --lr 0.01 --n-make 8 --gen-batch 4 --n-probe 4 --dose-steps 1 --n-min 2 --n-text 4 --n-diary 1 "
+         "--max-new-tokens 16 --think-tokens 1 --epochs 2 --val-share 0").split()         # accepted, rolled back
+TIMES = {"t", "started", "seconds", "resumed", "reason", "argv", "command", "out"}      # fields that may differ
+
+
+def without_times(x):
+    if isinstance(x, dict):
+        return {k: without_times(v) for k, v in x.items() if k not in TIMES}
+    return [without_times(v) for v in x] if isinstance(x, list) else x
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """Where two run folders differ in anything but times and names."""
+    found = []
+    events = [[without_times(json.loads(line)) for line in (path / "events.jsonl").read_text().splitlines()]
+              for path in (a, b)]
+    if len(events[0]) != len(events[1]):
+        found.append(f"{len(events[0])} and {len(events[1])} events")
+    found += [f"event {i}, {x['stage']} of round {x['round']}" for i, (x, y) in enumerate(zip(*events)) if x != y]
+    runs = [without_times(json.loads((path / "run.json").read_text())) for path in (a, b)]
+    found += [f"run.json, {key}" for key in sorted(set(runs[0]) | set(runs[1])) if runs[0].get(key) != runs[1].get(key)]
+    files = [{p.relative_to(path): p.read_bytes() for p in path.rglob("*.safetensors")} for path in (a, b)]
+    found += [str(p) for p in sorted(set(files[0]) | set(files[1])) if files[0].get(p) != files[1].get(p)]
+    lines = [[line.split("\t")[1:-1] for line in (path.parent / "results.tsv").read_text().splitlines()[1:]]
+             for path in (a, b)]
+    if lines[0] != lines[1]:
+        found.append(f"results.tsv, {len(lines[0])} and {len(lines[1])} lines")
+    return found + [f"left behind: {p.name}" for p in b.rglob(".*") if p.name != ".lock"]
+
+
+def die_at(case: tuple[str, int]) -> None:
+    """In a child: be killed at the n-th passage of a boundary."""
+    kind, n = case
+    count = 0
+    write, replace = loop.Folder.write, os.replace
+
+    def now() -> bool:
+        nonlocal count
+        count += 1
+        return count == n
+
+    def kill():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def dying_write(folder, events):
+        is_last = kind != "rename" and now()
+        if is_last and kind == "torn":
+            text = "".join(json.dumps(loop.plain(dict(t=0) | e)) + "\n" for e in events)
+            with open(folder.path / "events.jsonl", "a") as file:
+                file.write(text[:len(text) * 2 // 3])
+            kill()
+        out = write(folder, events)
+        if is_last:
+            kill()
+        return out
+
+    def dying_replace(*paths):
+        if kind == "rename" and now():
+            kill()
+        replace(*paths)
+    loop.Folder.write, os.replace = dying_write, dying_replace
+
+
+def start(argv: list[str], log: Path, case=None) -> int:
+    """loop.main(argv) in a child process; returns its pid."""
+    if pid := os.fork():
+        return pid
+    with contextlib.suppress(BaseException):
+        sys.stdout = sys.stderr = open(log, "a", encoding="utf-8")
+        if case:
+            die_at(case)
+        code = loop.main(argv)
+        sys.stdout.flush()
+        os._exit(code)
+    os._exit(99)
+
+
+def wait(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def folder_of(out: Path) -> Path | None:
+    return next((p.parent for p in out.glob("*/run.json")), None)
+
+
+def resume(out: Path, argv: list[str], log: Path) -> int:
+    """Continue what is there; where nothing had been begun, begin."""
+    folder = folder_of(out)
+    if folder is None:
+        shutil.rmtree(out, ignore_errors=True)
+    return start(["--resume", str(folder), "--rounds", "2"] if folder else argv, log)
+
+
+def small_data(work: Path) -> Path:
+    """Few contexts and vignettes: a run of seconds."""
+    loop.DATA = shutil.copytree(HERE.parent / "data", work / "data")
+    contexts = json.loads((loop.DATA / "contexts.json").read_text())
+    (loop.DATA / "contexts.json").write_text(json.dumps(contexts[:6]))
+    vignettes = loop.DATA / "vignettes.jsonl"
+    vignettes.write_text("".join(vignettes.read_text().splitlines(True)[::24]))
+    return vignettes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--moments", type=int, default=20, help="cases that are killed at random moments")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=1, help="take every n-th boundary only")
+    kinds = ["after", "torn", "rename", "moment", "longer"]
+    parser.add_argument("--kinds", nargs="+", default=kinds, choices=kinds)
+    args = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="kill-"))
+    vignettes = small_data(work)
+
+    def argv(out):
+        return [*SMALL, "--vignettes", str(vignettes), "--out", str(out)]
+    begin = time.time()
+    code = wait(start(argv(work / "unbroken"), work / "unbroken.log"))
+    seconds, whole = time.time() - begin, folder_of(work / "unbroken")
+    events = [json.loads(line) for line in (whole / "events.jsonl").read_text().splitlines()]
+    gates = [e["accepted"] for e in events if e["stage"] == "gate"]
+    print(f"unbroken: exit code {code}, {len(events)} events, gates {gates}, {seconds:.1f} s, in {work}", flush=True)
+
+    cases, failed, rng = [], 0, random.Random(args.seed)
+    for kind in args.kinds:                                     # boundaries: as many as the run passes, until none is hit
+        cases += [(kind, n) for n in 
+                  {"moment": range(args.moments), "longer": (1,)}.get(kind, range(1, 200, args.every))]
+    passed, ended = {}, set()
+    for kind, n in cases:
+        if kind in ended:
+            continue
+        out, log = work / f"{kind}-{n}", work / f"{kind}-{n}.log"
+        if kind == "longer":                                    # a finished run of n rounds goes on to three
+            wait(start([*argv(out), "--rounds", str(n)], log))
+        elif kind == "moment":
+            for _ in range(rng.choice((1, 2))):
+                pid = resume(out, argv(out), log)
+                time.sleep(rng.uniform(0, seconds))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                if wait(pid) >= 0:                              # it was done before its moment came
+                    break
+        elif wait(start(argv(out), log, (kind, n))) != -signal.SIGKILL:
+            ended.add(kind)                                     # past its last boundary
+            continue
+        again = wait(resume(out, argv(out), log))
+        found = differences(whole, folder_of(out)) if folder_of(out) else ["no run folder"]
+        if again != code:
+            found.append(f"exit code {again}")
+        passed[kind] = passed.get(kind, 0) + (not found)
+        failed += bool(found)
+        if found:
+            print(f"{kind} {n}: {'; '.join(found[:4])}; see {log}", flush=True)
+        else:
+            shutil.rmtree(out)
+    equal = ", ".join(f"{n} {kind}" for kind, n in passed.items())
+    print(f"equal to the unbroken run: {equal}; different: {failed}; {time.time() - begin:.0f} s")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
