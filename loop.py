@@ -277,12 +277,15 @@ class Bench:
                                   seed=stage_seed(cfg.seed, 0, "text"), **self.sampling)
         texts = answers([self.held_out[i % len(self.held_out)] for i in range(cfg.n_text)])
         diary = answers(self.held_out[:cfg.n_diary], greedy=True)
-        if system:
-            texts = self.bare(texts, self.held_out)
-        free = evalmfv.free_text([c.ids for c in texts], self.base_nll(texts), [c.ids for c in self.own[0]], self.own[1])
+
+        def coherent(said):
+            read = self.bare(said, self.held_out) if system else said
+            return evalmfv.free_text([c.ids for c in read], self.base_nll(read), [c.ids for c in self.own[0]], self.own[1])
+        free, told = coherent(texts), coherent(diary)
         row = dict(label=label, probe=probe, nats=probe["nats"], coherence=probe["coherence"], coeff=coeff,
                    text=free["score"], text_se=free["se"], texts=[c.text for c in texts],
-                   diary=[dict(prompt=self.held_out[c.prompt], text=c.text) for c in diary])
+                   diary=[dict(prompt=self.held_out[c.prompt], text=c.text, coherence=share)
+                          for c, share in zip(diary, told["per_item"])])
         move = evalmfv.shift(probe, (self.base or row)["probe"], self.persona["target"], self.persona["direction"])
         return row | dict(trait=move["trait"] + 0.0, trait_se=move["se"], shift=move)      # -0.0 + 0.0 is 0.0
 
@@ -319,6 +322,36 @@ def persona_distance(model, tok, kept, prompts: list[str], system: str, how: str
     return sum(distances) / len(distances)
 
 
+def tail_ppl(verdicts) -> float:
+    """Perplexity of the answers' tails under the base, the geometric mean over answers."""
+    return math.exp(sum(math.log(max(v.readings["ppl_tail"], 1.0)) for v in verdicts) / len(verdicts))
+
+
+@torch.no_grad()
+def worst_kept(model, tok, samples, reference, before, vectors, coeff, hcfg) -> dict:
+    """The kept completion that the healed model leaves furthest from the reference (rmse), with its KL at every token.
+
+    before: a context manager under which the model is the student as the round began; `night` is that student steered.
+    Returns {prompt, tokens, day, before, night}, the last three [n] in nats.
+    """
+    pad_id = steer.pad_of(tok)
+    kls = heal.divergences(model, samples, reference, reg=hcfg.reg, batch_size=hcfg.micro_batch, pad_id=pad_id)
+    worst = max(range(len(kls)), key=lambda i: heal.aggregate(kls[i], "rmse").item())
+
+    def logits():
+        return heal.completion_rows(model, samples[worst:worst + 1], pad_id)[0]                 # [n, V]
+    with reference():
+        ref = logits()
+    with before():
+        start = heal.DIVERGENCES[hcfg.reg](logits(), ref)                                       # [n]
+        with steer.steered(model, vectors, coeff):
+            night = heal.DIVERGENCES[hcfg.reg](logits(), ref)                                   # [n]
+    ids = samples[worst].ids[samples[worst].n_prompt:]
+    texts = [tok.decode(ids[:n]) for n in range(len(ids) + 1)]              # a token decoded alone may lose its space
+    return dict(prompt=samples[worst].group, tokens=[b[len(a):] for a, b in zip(texts, texts[1:])], day=kls[worst],
+                before=start, night=night)
+
+
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
@@ -341,7 +374,9 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
     options = {f.name: getattr(c, f.name) for c in (cfg, scfg, lcfg, hcfg) for f in dataclasses.fields(c)}
     options |= dict(target=persona["target"], direction=persona["direction"])
     folder = Folder(cfg, options, argv)
-    folder.save(weights=fingerprint(model), items=dict(train=train, held_out=held_out))
+    machine = dict(system=platform.platform(), device=str(model.device), dtype=str(model.dtype), threads=torch.get_num_threads(),
+                   gpu=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "")
+    folder.save(weights=fingerprint(model), items=dict(train=train, held_out=held_out), machine=machine)
     print(folder.run["command"])
     n_trained, dtype = sum(p.numel() for p in stack.parameters()), str(next(model.parameters()).dtype).removeprefix("torch.")
     folder.say("model", None, f"{cfg.model}: {n_blocks} blocks of width {width}, {dtype}, steer {steer_layers}, "
@@ -387,19 +422,26 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
     def reference():
         return stack.gated(history=0 if cfg.kl_ref == "base" else 1, current=0)
     tau = hcfg.tau
+    with stack.gated(0, 0):                                     # what every round's vector is compared with
+        origin = steer.fit_vectors(model, tok, persona["pos"], persona["neg"], contexts, steer_layers)
 
     def one_round(rnd) -> tuple[dict, dict, float]:
         """(the day's row, vectors, dose). RuntimeError: no dose survives, too little is kept, a number is not finite."""
         nonlocal tau
         vectors = steer.fit_vectors(model, tok, persona["pos"], persona["neg"], contexts, steer_layers)
+        folder.event("vector", rnd, norm={k: v.norm() for k, v in vectors.items()},
+                     cosine={k: torch.cosine_similarity(v, origin[k], dim=0) for k, v in vectors.items()})
         rng = torch.Generator().manual_seed(stage_seed(cfg.seed, rnd, "probed prompts"))
         probed = [train[i] for i in torch.randperm(len(train), generator=rng).tolist()[:scfg.n_probe]]
 
         def survival(coeff):
-            return sum(v.kept for v in verdicts(make(probed, "probe", rnd, vectors, coeff))) / len(probed)
+            found = verdicts(make(probed, "probe", rnd, vectors, coeff))
+            share = sum(v.kept for v in found) / len(found)
+            folder.event("probe", rnd, coeff=coeff, survive=share, ppl=tail_ppl(found))
+            return share
         coeff, trials = (scfg.coeff, []) if scfg.coeff else steer.find_dose(
             survival, coeff_min=scfg.coeff_min, steps=scfg.dose_steps, min_survive=scfg.min_survive)
-        folder.event("dose", rnd, coeff=coeff, trials=trials, norm={k: v.norm().item() for k, v in vectors.items()})
+        folder.event("dose", rnd, coeff=coeff, trials=trials)
 
         made = make(spread(scfg.n_make), "make", rnd, vectors, coeff)
         found = verdicts(made)
@@ -427,7 +469,8 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
             warnings.filterwarnings("ignore", "the barrier")                # said below, in a line of its own
             record = heal.heal(model, stack.parameters(), samples, reference, hcfg, tau=tau, rnd=rnd, pad_id=steer.pad_of(tok),
                                seed=stage_seed(cfg.seed, rnd, "heal"), spectral=stack.spectral if hcfg.spectral else None)
-        folder.event("heal", rnd, norm=stack.norm(), **record)
+        folder.event("heal", rnd, norm=stack.norm(), singular=stack.singular_values(), **record)
+        folder.event("worst", rnd, **worst_kept(model, tok, samples, reference, lambda: stack.gated(1, 0), vectors, coeff, hcfg))
         val = f"  val {record['val_nll_before']:.3f} -> {record['val_nll_after']:.3f}" if record["n_val"] else ""
         fired = f"fired in {record['fired_share']:.0%} of {len(record['steps'])} steps" if record["lam_eff"] else "no barrier"
         folder.say("heal", rnd, f"nll {record['nll_first']:.3f} -> {record['nll_last']:.3f}{val}  "
