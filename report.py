@@ -22,6 +22,7 @@ import shlex
 import statistics
 import sys
 import time
+import urllib.parse
 from pathlib import Path
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def esc(text, limit: int = TAGGED) -> str:
     def show(match):
         code = ord(match.group())
         return {9: " ", 10: " ↵ "}.get(code) or (chr(0x2400 + code) if code < 32 else f"⟨U+{code:04X}⟩")
-    text, rest = cut(str(text), limit)
+    text, rest = cut(re.sub(r"\n{4,}", lambda match: f" ↵×{len(match.group())} ", str(text)), limit)
     return html.escape(UNSEEN.sub(show, text), quote=True) + rest
 
 
@@ -90,7 +91,7 @@ def said(text, limit: int = TAGGED) -> str:
 def inert(text, limit: int = 2000) -> str:
     """Any text for Markdown: one line, no control or direction marks, what could mean something escaped."""
     text, rest = cut(str(text), limit)
-    text = UNSEEN.sub(" ", text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = " ".join(UNSEEN.sub(" ", text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*_{}\[\]()#+!|~:@-])", r"\\\1", text)
     return re.sub(r"(?i)\bwww\.", r"www\\.", text) + rest
 
@@ -166,6 +167,7 @@ class Run:
         self.gates = {n: e for e in self.of("gate") if (n := self.round(e)) is not None}
         self.doses = {n: num(e.get("coeff")) for e in self.of("dose") if (n := self.round(e)) is not None}
         self.heals = {n: e for e in self.of("heal") if (n := self.round(e)) is not None}
+        self.night = next(iter(self.nights.values()), None)     # steering of a student that is still the base
         self.rounds = sorted({n for e in self.events if (n := self.round(e)) is not None})
         accepted = [n for n in self.days if self.gates.get(n, {}).get("accepted") is True]
         self.final = self.days[max(accepted)] if accepted else None
@@ -347,9 +349,7 @@ RULES = {"worst_window": "a stretch of tokens that the base finds too surprising
 
 def verdict(run: Run) -> tuple[str, str, list[str]]:
     """(good, bad or open; the headline; sentences) in plain words, from the numbers alone."""
-    status, final, base = str(run.record.get("status", "unknown")), run.final, run.base
-    night = run.nights.get(final["round"]) if final else None
-    night = night or next(iter(run.nights.values()), None)
+    status, final, base, night = str(run.record.get("status", "unknown")), run.final, run.base, run.night
     done, floor = num(run.record.get("seconds")) is not None, num(run.options.get("coh_floor")) or 0.95
     said_yes = [n for n, g in run.gates.items() if g.get("accepted") is True]
     lines = []
@@ -362,9 +362,9 @@ def verdict(run: Run) -> tuple[str, str, list[str]]:
         why = "; ".join(map(str, run.gates[no[-1]].get("reasons") or [])) if no else ""
         gate = "" if run.options.get("gate", True) else " The gate was off (--no-gate): every finite round counts as accepted."
         lines.append(f"{len(said_yes)} of {len(run.gates)} rounds accepted.{gate}"
-                     + (f" Rolled back: round {', '.join(map(str, no))}; the last because: {esc(why or 'no reason recorded')}." if no else ""))
+                     + (f" Rolled back: round {', '.join(map(str, no))}; the last because: {said(why or 'no reason recorded')}." if no else ""))
     if run.record.get("stopped"):
-        lines.append(f"Stopped early: {esc(run.record['stopped'])}.")
+        lines.append(f"Stopped early: {said(run.record['stopped'])}.")
     if not final or not base:
         head = "Nothing is healed yet" if not done or not run.gates else "No round was accepted: the model is the base"
         return "open" if not done else "bad", head, lines
@@ -372,11 +372,12 @@ def verdict(run: Run) -> tuple[str, str, list[str]]:
     share, keep = percent(final["trait"], night["trait"]) if night and (night["trait"] or 0) > 0 else "", percent(final["text"], base["text"])
     broken = [name for name in ("text", "coherence") if final[name] is None or base[name] is None or final[name] < floor * base[name]]
     trait, error = final["trait"], final["trait_se"] or 0.0
-    nothing = trait is None or trait <= 2 * error
+    nothing = trait is None or trait <= 2 * error or bool(night and trait < 0.1 * (night["trait"] or 0))
     if broken:
-        head = f"{final['name'].capitalize()} is incoherent: {keep} of the base’s text coherence is left"
+        left = f"{keep} of the base’s text coherence" if "text" in broken else f"a probe coherence of {fmt(final['coherence'], '.3f')}"
+        head = f"{final['name'].capitalize()} falls under the coherence floor: {left} is left"
     elif nothing:
-        head = f"{final['name'].capitalize()} is coherent, but has no measurable trait"
+        head = f"{final['name'].capitalize()} is coherent, but has hardly any trait{': ' + share + ' of the steering’s' if share else ''}"
     else:
         head = f"{final['name'].capitalize()} keeps {share + ' of the steering’s' if share else 'a'} trait at {keep} of the base’s text coherence"
     word = {1: "up", -1: "down"}.get(num(run.options.get("direction")), "")
@@ -412,15 +413,15 @@ def opening(run: Run) -> str:
     mood, head, lines = verdict(run)
     tiles = []
     if run.final and run.base:
-        final, base, first = run.final, run.base, next(iter(run.nights.values()), None)
+        final, base, first = run.final, run.base, run.night
         tiles = [("trait kept", fmt(final["trait"], "+.2f"), f"nats ± {fmt(final['trait_se'])}; base 0" + (f", {first['name']} {fmt(first['trait'], '+.2f')}" if first else "")),
                  ("text coherence", fmt(final["text"], ".3f"), f"share of coherent windows; base {fmt(base['text'], '.3f')}" + (f", {first['name']} {fmt(first['text'], '.3f')}" if first else "")),
                  ("probe coherence", fmt(final["coherence"], ".4f"), f"probability of allowed answers; base {fmt(base['coherence'], '.4f')}"),
                  ("off-target", fmt(final["off_target"], ".2f"), "nats, largest move of another foundation")]
     tiles = "".join(f'<div><dt>{name}</dt><dd><b>{value}</b> <span>{note}</span></dd></div>' for name, value, note in tiles)
     notes = "".join(f'<p class="note">{esc(note)}</p>' for note in run.notes)
-    persona = "a custom persona" if run.options.get("pos") else f"persona <b>{esc(run.options.get('persona', '?'), 80)}</b>"
-    return (f'<header><p class="eyebrow">steer-heal-love · {persona} on <b>{esc(run.options.get("model", "?"), 120)}</b> · seed {esc(run.options.get("seed", "?"), 20)}</p>'
+    persona = "a custom persona" if run.options.get("pos") else f"persona <b>{said(run.options.get('persona', '?'), 80)}</b>"
+    return (f'<header><p class="eyebrow">steer-heal-love · {persona} on <b>{said(run.options.get("model", "?"), 120)}</b> · seed {esc(run.options.get("seed", "?"), 20)}</p>'
             f'<div class="verdict {mood}"><h1>{head}</h1>' + "".join(f"<p>{line}</p>" for line in lines) + f"</div>{notes}"
             + (f'<dl class="tiles">{tiles}</dl>' if tiles else "") + "</header>")
 
@@ -434,9 +435,7 @@ def answers(run: Run) -> str:
     if not run.base or not run.base["diary"]:
         return missing("No held-out prompt has been answered yet.")
     days = chosen(list(run.days))
-    near = [n for n in run.nights if not run.final or n <= run.final["round"]]
-    night = [run.nights[near[-1]]] if near else []
-    shown = [r for r in (run.base, run.prompted) if r] + night + [run.days[n] for n in days]
+    shown = [r for r in (run.base, run.prompted, run.night) if r] + [run.days[n] for n in days]
     own = all(num(d.get("coherence")) is not None for r in shown for d in r["diary"])
 
     def grid(columns, prompts, start=0):
@@ -617,7 +616,7 @@ def heat(run: Run) -> str:
             found[n] = dict(prompt=e.get("prompt"), tokens=tokens + [""] * (len(day) - len(tokens)), **strips)
     if not found:
         return missing("This run has no KL per token: no round has healed yet, or an older version wrote it.")
-    tau = {n: num(h.get("tau")) for n, h in run.heals.items()}
+    tau = {n: num(h.get("tau")) for n, h in run.heals.items() if num(h.get("lam_eff"))}
     worst = max(found, key=lambda n: rms(found[n]["day"]))
     top = max(max(f["day"]) for f in found.values()) or 1.0
     # ---- all rounds: a row each
@@ -650,7 +649,7 @@ def heat(run: Run) -> str:
         x, y = plot.x(i + 0.1), plot.y(value)
         plot.back.append(f'<path class="bar" d="M{x},{plot.y(0)}V{y}H{plot.x(i + 0.9)}V{plot.y(0)}Z"><title>{esc(f["tokens"][i], 40)} {value:.3f} nats</title></path>')
     for value, kind in ((mean, "mean"), (square, "rmse"), (limit, "tau")):
-        plot.level(value, f"{kind} {value:.3f}" if value is not None else "", kind)
+        plot.level(value, f"{kind} {fmt(value, '.3f')}", kind)
     def tokens(kind):
         words = [f'<span style="--k:{min(v / top, 1):.2f}" title="{v:.3f} nats">{esc(t, 60)}</span>' for t, v in zip(f["tokens"][:256], f[kind])]
         rest = f" … ({len(f[kind]) - 256} more tokens)" if len(f[kind]) > 256 else ""
@@ -660,17 +659,17 @@ def heat(run: Run) -> str:
                     for k in ("night", "before", "day") if f[k])
     sees = (f" Here the mean stays under tau and lets the answer pass; the rmse is over it and pushes back." if limit and mean < limit < square else
             f" Here even the rmse is under tau: nothing in this answer was worth a push." if limit and square <= limit else
-            f" Here both are over tau." if limit else "")
+            f" Here both are over tau." if limit else " No barrier was used in this run.")
     return ("<p>Of the kept answers of a round, the one that the healed model leaves furthest from the reference. "
             "A mean spreads a few loud tokens over the whole answer; a root mean square hears them.</p>"
-            + figure([strip], f"KL(day ‖ reference) at each token, from clear at 0 to full colour at {top:.2f} nats. Bold: over the barrier’s tau." + (" A selection of the rounds." if len(shown) < len(found) else ""), "wide")
+            + figure([strip], f"KL(day ‖ reference) at each token, from clear at 0 to full colour at {top:.2f} nats." + (" Bold: over the barrier’s tau." if tau else "") + (" A selection of the rounds." if len(shown) < len(found) else ""), "wide")
             + figure([plot.svg()], f"The loudest of these answers, day {worst}: rmse is {square / mean if mean else 1:.1f} times the mean.{sees}", "wide")
             + f'<dl class="strips">{texts}</dl>')
 
 
 def foundations(run: Run) -> str:
     last = run.final or (run.days[max(run.days)] if run.days else None)
-    rows = [r for r in (run.prompted, next(iter(run.nights.values()), None), last) if r and r["moved"]]
+    rows = [r for r in (run.prompted, run.night, last) if r and r["moved"]]
     names = [f for f in FOUNDATIONS if any(f in r["moved"] for r in rows)] + sorted({f for r in rows for f in r["moved"]} - set(FOUNDATIONS))[:8]
     if not names:
         return missing("No row beside the base has been measured yet.")
@@ -727,7 +726,7 @@ def healing(run: Run) -> str:
         plot = Plot(f"{name} at each of {len(steps)} optimiser steps of {len(starts)} rounds", [0, len(steps)], [*values, 0.0 if name == "D" else None], "optimiser step, all rounds", label, w=900, h=236, right=80, top=24, room=0.005, whole_x=True)
         if name == "D":
             for j in range(0, len(steps), per):
-                if any(s[4] for s in steps[j:j + per]):
+                if any(s[4] and s[5] in taus for s in steps[j:j + per]):
                     plot.back.append(f'<path class="fired" d="M{plot.x(j - per / 2)},{plot.top}H{max(plot.x(j + per / 2), plot.x(j - per / 2) + 0.6)}V{plot.bottom}H{plot.x(j - per / 2)}Z"/>')
         ends = [*list(starts.values())[1:], len(steps)]
         for (n, begin), end in zip(starts.items(), ends):
@@ -748,7 +747,7 @@ def healing(run: Run) -> str:
     skipped = sum(len(h.get("skipped") or []) for h in run.heals.values())
     warned = {n: h["warning"] for n, h in run.heals.items() if h.get("warning")}
     return (figure(panels, "Above: nll of the training answers; dashed, from before to after a round: nll of prompts held out from it. Below: D, the mean of a step’s answers (line) and its largest (thin); "
-                   "shaded where the barrier fired, because an answer was over tau." + (f" Points are groups of {per} steps." if per > 1 else ""), "wide")
+                   "" + ("shaded where the barrier fired, because an answer was over tau." if taus else "no barrier was used.") + (f" Points are groups of {per} steps." if per > 1 else ""), "wide")
             + (f'<p class="note">{skipped} steps were skipped: their loss or gradient was not finite.</p>' if skipped else "")
             + "".join(f'<p class="note">Round {n}: {esc(text)}.</p>' for n, text in list(warned.items())[:12]))
 
@@ -896,71 +895,86 @@ def render(run: Run) -> str:
 
 
 def arms(runs: list[Run]) -> list[tuple[str, str]]:
-    """(arm, name) of each run: the options in which the runs differ, the seed apart; the folder's name if none does."""
+    """(arm, name) of each run. An arm is the options in which runs differ, seed and folder apart; a name adds the seed."""
     keys = [k for k in dict.fromkeys(k for r in runs for k in r.options) if k not in ("out", "seed")]
-    differing = [k for k in keys if len({json.dumps(r.options.get(k), sort_keys=True) for r in runs}) > 1]
-    seeds = len({json.dumps(r.options.get("seed")) for r in runs}) > 1
+    differing = [k for k in keys if len({json.dumps(r.options.get(k)) for r in runs}) > 1]
+    several = len({json.dumps(r.options.get("seed")) for r in runs}) > 1
     named = []
     for r in runs:
         arm = " ".join(f"{k}={short(r.options.get(k, 'n/a'))}" for k in differing)
-        name = " ".join(x for x in (arm, f"seed={r.options.get('seed', '?')}" if seeds else "") if x)
-        named.append((arm or "all runs", name))
+        seed = f"seed={short(r.options.get('seed', '?'))}" if several else ""
+        named.append((arm or "all runs", f"{arm} {seed}".strip() or r.folder.name))
     if len({name for _, name in named}) < len(runs):
-        named = [(arm, f"{name} {r.folder.name}".strip()) for (arm, name), r in zip(named, runs)]
+        named = [(arm, f"{name} {r.folder.name}") for (arm, name), r in zip(named, runs)]
     return named
 
 
 def compare(runs: list[Run], out: Path) -> str:
-    """compare.html of several runs, as text: trajectories, trait and text per round, and a table."""
-    named, colours = arms(runs), {}
-    for arm, _ in named:
-        colours.setdefault(arm, f"arm{len(colours) % 6}")
-    days = [{-1: r.base, **r.days} if r.base else dict(r.days) for r in runs]
-    body, panels = [], []
-    aside = [f"{what}: " + "; ".join(f"{esc(name, 80)} {esc(str(r.record.get(key)), 24)}" for (_, name), r in zip(named, runs))
-             for key, what in (("weights", "the base’s weights"), ("code", "the code"), ("versions", "the versions"), ("items", "the prompts"))
-             if len({json.dumps(r.record.get(key), sort_keys=True) for r in runs}) > 1]
-    body += [f'<p class="note">These runs differ also in {text}.</p>' for text in aside]
-    known = [(i, n, row) for i, d in enumerate(days) for n, row in d.items() if row["trait"] is not None and row["text"] is not None]
+    """compare.html of several runs, as text: trajectories, trait and text per round, and a table.
+
+    Marks and lines are arms, means over their runs; the runs themselves are dots. out: the folder that links start from.
+    """
+    named, known, groups = arms(runs), [], {}
+    for (arm, name), run in zip(named, runs):
+        for n, row in [(-1, run.base)] * bool(run.base) + list(run.days.items()):
+            if row["trait"] is not None and row["text"] is not None:
+                known.append((arm, n, row, name, run.undone(row)))
+                groups.setdefault(arm, {}).setdefault(n, []).append(row)
+    order = list(dict.fromkeys(arm for arm, _ in named))
+    colours = {arm: f"arm{i % 6}" for i, arm in enumerate(order)}
+    label = {arm: arm if len(arm) <= 20 else chr(65 + i % 26) for i, arm in enumerate(order)}      # long ones get a letter
+    body = []
+    for key, what in (("weights", "weights of the base"), ("items", "prompts"), ("versions", "versions"), ("code", "code")):
+        if len({json.dumps(r.record.get(key), sort_keys=True) for r in runs}) > 1:
+            body.append(f'<p class="note">The runs differ in their {what} too, so in more than their options.</p>')
+
+    panels = []
     if known:
-        floor = min([gap(r, "text") for _, _, r in known if gap(r, "text") > 1e-9], default=0.002) / 2
-        plot = Plot("Trait against 1 − text coherence of every day of every run", [r["trait"] for _, _, r in known], [max(gap(r, "text"), floor) for _, _, r in known],
-                    "trait (nats from the base)", "1 − text coherence (log; up is better)", log_y=True, flip=True, w=560, h=380)
-        plot.corner("more trait, more coherent ↗")
-        for i, n, row in known:
-            last = n == max(m for j, m, _ in known if j == i)
-            plot.mark("base" if n < 0 else "healed", row["trait"], max(gap(row, "text"), floor), f"{named[i][1]}, {row['name']}: trait {fmt(row['trait'], '+.3f')}, text {fmt(row['text'], '.3f')}",
-                      named[i][1] if last and len(runs) <= 6 else "", more=f"{colours[named[i][0]]} {'undone' if runs[i].undone(row) else ''}")
-        panels.append(plot.svg())
-        for key, what in (("trait", "trait (nats from the base)"), ("text", "text coherence")):
-            plot = Plot(f"{what} of each day by round", [n for _, n, _ in known if n >= 0] or [0], [r[key] for _, _, r in known], "round", what, w=560, h=380, whole_x=True)
-            for i in range(len(runs)):
-                points = sorted((n, row[key]) for j, n, row in known if j == i and n >= 0)
-                plot.line(points, colours[named[i][0]], named[i][1] if len(runs) <= 6 else "", "thin")
-                for n, y in points:
-                    plot.mark("dot", n, y, f"{named[i][1]}, day {n}: {key} {fmt(y, '.3f')}", more=colours[named[i][0]])
-            for arm, colour in colours.items():
-                groups = {}
-                for j, n, row in known:
-                    if named[j][0] == arm and n >= 0:
-                        groups.setdefault(n, []).append(row[key])
-                if max(map(len, groups.values()), default=0) > 1:
-                    plot.line(sorted((n, statistics.fmean(v)) for n, v in groups.items()), colour, arm if len(runs) > 6 else "")
+        floor = min([gap(row, "text") for _, _, row, _, _ in known if gap(row, "text") > 1e-9], default=0.002) / 2
+
+        def lost(row):
+            return max(gap(row, "text"), floor)
+        first = Plot("Trait against 1 − text coherence, every day of every run", [row["trait"] for _, _, row, _, _ in known],
+                     [lost(row) for _, _, row, _, _ in known], "trait (nats from the base)", "1 − text coherence (log)",
+                     log_y=True, flip=True, w=360, h=300)
+        first.corner("more trait, more coherent ↗")
+        views = [(first, lambda n, row: (row["trait"], lost(row)))]
+        days = [(arm, n, row, name, undone) for arm, n, row, name, undone in known if n >= 0]
+        for key, what in (("trait", "trait (nats from the base)"), ("text", "text coherence")) if days else ():
+            plot = Plot(f"{what}, by round", [n for _, n, _, _, _ in days], [row[key] for _, _, row, _, _ in days], "round", what,
+                        whole_x=True, w=360, h=300)
+            views.append((plot, lambda n, row, key=key: (n if n >= 0 else None, row[key])))
+        for plot, at in views:
+            for arm, n, row, name, undone in known:
+                if len(groups[arm][n]) > 1 or undone:
+                    says = f"{name}, {row['name']}: trait {fmt(row['trait'], '+.3f')} nats, text {fmt(row['text'], '.3f')}"
+                    plot.mark("dot", *at(n, row), says, more=f"{colours[arm]} {'undone' if undone else 'faint'}")
+            for arm in groups:
+                means = [(n, {k: statistics.fmean(r[k] for r in rows) for k in ("trait", "text")}) for n, rows in sorted(groups[arm].items())]
+                for n, row in means:
+                    count = len(groups[arm][n])
+                    says = f"{arm}, {'base' if n < 0 else f'day {n}'}, mean of {count}: trait {row['trait']:.3f}, text {row['text']:.3f}"
+                    plot.mark("base" if n < 0 else "healed", *at(n, row), says, more=colours[arm])
+                if plot is not first:
+                    plot.line([at(n, row) for n, row in means if n >= 0], colours[arm])
+                x, y = at(*means[-1])
+                if x is not None:
+                    plot.labels.append((plot.x(x), plot.y(y), label[arm], colours[arm]))
             panels.append(plot.svg())
-        keys = " ".join(f'<span class="key"><svg viewBox="-9 -9 18 18" aria-hidden="true"><path class="mark {c}" d="{MARKS["healed"]}"/></svg>{esc(arm, 120)}</span>' for arm, c in colours.items())
-        body.append(figure(panels, keys + " Marks are days (hollow: rolled back), the star is the base. Thick lines are means over the runs of an arm that have that round."))
-    else:
-        body.append(missing("None of these runs has measured a row yet."))
+    keys = "".join(f'<li><svg viewBox="-9 -9 18 18" aria-hidden="true"><path class="mark {colours[arm]}" d="{MARKS["healed"]}"/></svg>'
+                   f'{said(f"{label[arm]}: {arm}" if label[arm] != arm else arm)}</li>' for arm in order)
+    note = "Marks are days, the star the base, each the mean over an arm’s runs; small dots are single runs, hollow if rolled back."
+    body.append(figure(panels, f'<ul class="arms">{keys}</ul>{note}', "three") if panels else missing("None of these runs has measured a row yet."))
     rows = []
-    for (_, name), r in zip(named, runs):
-        mood, head, _ = verdict(r)
-        last = r.final or dict(name="none", trait=None, trait_se=None, text=None, text_se=None, coherence=None, off_target=None)
-        link = html.escape(os.path.relpath(r.folder / "report.html", out).replace(os.sep, "/"), quote=True).replace("javascript:", "")
-        rows.append([f'<a href="./{link}">{esc(name, 120)}</a>', f'<span class="{mood}">{head}</span>', last["name"], fmt(last["trait"], "+.3f", last["trait_se"]),
-                     fmt(last["text"], ".3f", last["text_se"]), fmt(last["coherence"], ".4f"), fmt(last["off_target"], ".3f"), str(len(r.gates))])
-    body.append(table(["run", "verdict", "last accepted", "trait, nats", "text", "coherence", "off-target", "rounds"], rows, "numbers"))
-    return page("Runs compared", f'<header><p class="eyebrow">steer-heal-love</p><h1>{len(runs)} runs over each other</h1></header><section>{"".join(body)}</section>'
-                "<footer>Written by report.py. No script, nothing fetched.</footer>")
+    for (_, name), run in zip(named, runs):
+        mood, head, _ = verdict(run)
+        end = run.final or dict.fromkeys(("trait", "trait_se", "text", "text_se", "coherence", "off_target")) | {"name": "none"}
+        link = urllib.parse.quote(os.path.relpath(run.folder / "report.html", out).replace(os.sep, "/"))
+        rows.append([f'<a href="./{link}">{said(name)}</a>', f'<span class="{mood}">{head}</span>', end["name"], fmt(end["trait"], "+.3f", end["trait_se"]),
+                     fmt(end["text"], ".3f", end["text_se"]), fmt(end["coherence"], ".4f"), fmt(end["off_target"], ".3f"), str(len(run.gates))])
+    body.append(table(["run", "verdict", "last accepted", "trait, nats", "text", "coherence", "off-target", "rounds"], rows, "runs"))
+    return page("Runs compared", f'<header><p class="eyebrow">steer-heal-love</p><h1>{len(runs)} runs over each other</h1></header>'
+                f'<section>{"".join(body)}</section><footer>Written by report.py. No script, nothing fetched.</footer>')
 
 
 # ---- the diary -------------------------------------------------------------------------------------------------------
@@ -969,7 +983,7 @@ def compare(runs: list[Run], out: Path) -> str:
 def diary(run: Run, n_prompts: int = 3) -> str:
     """Markdown: per held-out prompt the base's answer, then night and day of every round, with trait and coherence."""
     lines = [f"# Diary of {inert(run.options.get('model', '?'))}, persona {inert(run.options.get('persona', '?'))}\n",
-             f"\n`{UNSEEN.sub(' ', str(run.record.get('command', ''))).replace('`', '')}`  \nstatus: {inert(run.record.get('status', 'unknown'))}\n",
+             f"\n`{UNSEEN.sub(' ', str(run.record.get('command', ''))[:2000]).replace('`', '')}`  \nstatus: {inert(run.record.get('status', 'unknown'))}\n",
              *(f"\n{inert(note)}\n" for note in run.notes)]
     if not run.rows:
         return "".join(lines) + "\nThe run has not measured anything yet.\n"
@@ -1091,10 +1105,11 @@ svg .name.steered { fill: var(--red) } svg .name.healed { fill: var(--green) } s
 .level.tau { stroke: var(--ink) } .level.rmse { stroke: var(--red); stroke-dasharray: none; stroke-width: 1.6 } .level.mean { stroke: var(--blue); stroke-dasharray: none; stroke-width: 1.6 }
 svg .name.rmse { fill: var(--red) } svg .name.mean { fill: var(--blue) }
 .key { white-space: nowrap; margin-right: .6em; color: var(--ink) } .key svg { width: 1em; height: 1em; vertical-align: -.12em; margin-right: .25em }
+.arms { list-style: none; margin: 0 0 .5rem; padding: 0; color: var(--ink) } .arms svg { width: 1em; height: 1em; vertical-align: -.12em; margin-right: .4em } .runs td { white-space: nowrap } .runs tbody th, .runs td:nth-child(2) { white-space: normal; min-width: 13rem }
 .scroll { overflow-x: auto; margin: .8rem 0 } .scroll:focus-visible { outline: 2px solid var(--blue) }
 table { border-collapse: collapse; font-size: .92rem } th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; font-weight: 400 }
 thead th { color: var(--soft); font-size: .85rem; border-bottom: 1px solid var(--soft); white-space: nowrap; vertical-align: bottom }
-.numbers td { font-variant-numeric: tabular-nums; white-space: nowrap } .numbers td:last-child { white-space: normal; min-width: 7rem } .numbers small { display: block; max-width: 22rem }
+.numbers td { font-variant-numeric: tabular-nums; white-space: nowrap } .numbers td:last-child { white-space: normal; min-width: 7rem } .numbers th { white-space: nowrap } .numbers small { display: block; white-space: normal; width: 20rem; max-width: 60vw }
 .answers { width: 100%; min-width: 52rem; table-layout: fixed; border-collapse: separate; border-spacing: 3px 0 } .answers th, .answers td { border: 0; padding: .5rem .6rem }
 .answers thead th { border-top: 4px solid var(--soft); white-space: normal; color: var(--ink); line-height: 1.3; vertical-align: top } .answers thead small { display: block; color: var(--soft) }
 .answers th.steered { border-color: var(--red) } .answers th.healed { border-color: var(--green) } .answers th.prompted { border-color: var(--blue) }
@@ -1115,7 +1130,7 @@ bdi { unicode-bidi: isolate }
   .answers td { margin: 0 0 4px; border-left: 4px solid var(--soft) } .answers td.steered { border-color: var(--red) } .answers td.healed { border-color: var(--green) } .answers td.prompted { border-color: var(--blue) }
   .answers td::before { content: attr(data-who); display: block; font: 600 .78rem system-ui, sans-serif; color: var(--soft) } }
 @media print { :root { --paper: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb; --grid: #ddd; --red: #b8431a; --green: #00735a; --blue: #3a5fa8; --warn: 214 122 22; --heat: 196 62 20; color-scheme: light }
-  @page { margin: 14mm } body { font-size: 9.5pt } main { max-width: none; padding: 0 } nav, summary { display: none } details::details-content { content-visibility: visible; block-size: auto }
+  @page { margin: 13mm } html { font-size: 9.5pt } .tiles { grid-template-columns: repeat(4, 1fr) } section { margin-top: 1.2rem; padding-top: 1.2rem } main { max-width: none; padding: 0 } nav, summary { display: none } details::details-content { content-visibility: visible; block-size: auto }
   * { -webkit-print-color-adjust: exact; print-color-adjust: exact } .scroll, .panel { overflow: visible } .answers, .wide .panel > svg { min-width: 0 } .answers td { font-size: 8.5pt }
   figure, tr, .tiles, .verdict, .sample, dd { break-inside: avoid } h2, h3, dt { break-after: avoid } }
 """
