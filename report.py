@@ -7,8 +7,8 @@ Reads run.json and events.jsonl only and needs the standard library only; copy t
 with its style and its figures inside: no script, nothing fetched. It shows what there is: a stage that is missing, a
 number that is null, or an event that an older version did not write leaves a sentence where its figure would be.
 
-Everything a model or a user wrote is untrusted. It passes `esc` on its way to HTML and `inert` on its way to Markdown,
-and a content security policy in the page forbids what an escape might have missed.
+Everything that a model or a user wrote is untrusted. It passes `esc` on its way to HTML and `inert` on its way to
+Markdown, and a content security policy in the page forbids what an escape might have missed.
 
 Known gaps: of a run with very many rounds the figures show a selection, and say so.
 """
@@ -24,6 +24,14 @@ import sys
 import time
 import urllib.parse
 from pathlib import Path
+
+FOUNDATIONS = ("care", "fairness", "loyalty", "authority", "sanctity", "liberty", "social")
+RULES = {"worst_window": "a stretch of tokens that the base finds too surprising (nats per token)",
+         "ppl_tail": "an ending that the base finds too surprising (perplexity of the last quarter)",
+         "ngram": "phrases repeated (share of n-grams seen shortly before)",
+         "loop": "tokens that go round in circles (share seen shortly before)",
+         "words": "too few words", "unfinished": "cut off at the longest length allowed",
+         "pattern": "refusal, or narration of the trait"}
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
@@ -66,7 +74,6 @@ def load(folder: Path) -> tuple[dict, list[dict]]:
 # control characters, marks that reorder or hide text, tag characters, lone surrogates; joiners stay: scripts need them
 UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
                     "\ud800-\udfff\U000e0000-\U000e007f]")
-TAGGED = 600                                                    # characters of one answer that a report shows
 
 
 def cut(text: str, limit: int) -> tuple[str, str]:
@@ -74,7 +81,7 @@ def cut(text: str, limit: int) -> tuple[str, str]:
     return (text, "") if len(text) <= limit else (text[:limit], f"… ({len(text) - limit:,} more characters)")
 
 
-def esc(text, limit: int = TAGGED) -> str:
+def esc(text, limit: int = 600) -> str:
     """Any text for HTML, as content or as an attribute's value: nothing in it is markup, and what is unseen is shown."""
     def show(match):
         code = ord(match.group())
@@ -83,7 +90,7 @@ def esc(text, limit: int = TAGGED) -> str:
     return html.escape(UNSEEN.sub(show, text), quote=True) + rest
 
 
-def said(text, limit: int = TAGGED) -> str:
+def said(text, limit: int = 600) -> str:
     """A model's or a user's words as an HTML element of their own direction."""
     return f"<bdi>{esc(text, limit)}</bdi>" if str(text).strip() else "<em>(nothing)</em>"
 
@@ -96,7 +103,7 @@ def inert(text, limit: int = 2000) -> str:
     return re.sub(r"(?i)\bwww\.", r"www\\.", text) + rest
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
+# ---- what is in a run ------------------------------------------------------------------------------------------------
 
 
 def num(x) -> float | None:
@@ -123,10 +130,10 @@ def fmt(x, spec: str = ".2f", error=None) -> str:
     if (x := num(x)) is None:
         return "n/a"
     text = format(x, spec) if abs(x) < 1e6 else f"{x:.2g}"
-    return text.replace("-", "−") + (f" ± {format(error, spec.lstrip('+'))}" if num(error) is not None else "")
+    return text.replace("-", "−") + (f" ± {fmt(error, spec.lstrip('+'))}" if num(error) is not None else "")
 
 
-def percent(part, whole) -> str:
+def percent(part, whole=1.0) -> str:
     return f"{100 * part / whole:.0f}%" if num(part) is not None and num(whole) else "n/a"
 
 
@@ -134,73 +141,81 @@ def rms(xs) -> float:
     return math.sqrt(statistics.fmean(x * x for x in xs))
 
 
+def chosen(items, n: int = 3) -> list:
+    """First, last, and evenly spaced ones between them."""
+    items = list(items)
+    return items if len(items) <= n else [items[round(k * (len(items) - 1) / (n - 1))] for k in range(n)]
+
+
 def moved(row: dict, base: dict) -> dict[str, tuple[float, float | None]]:
     """{foundation: (nats from base to row, standard error)}, paired over vignettes counted in both (delta method).
 
-    The probe's p is [M][K] in the order of its nats; without it the move is that of the row's record, without error."""
+    The probe's p is [M][K] in the order of its nats; without it the move is that of the row's record, without error.
+    """
     now, then = row["probe"], base["probe"]
-    names, counted = list(obj(now.get("nats"))), set(seq(now.get("counted"))) & set(seq(then.get("counted")))
-    p, q = seq(now.get("p")), seq(then.get("p"))
-    pairs = [(p[i], q[i]) for i in sorted(counted) if i < min(len(p), len(q))]
+    names, both = list(obj(now.get("nats"))), [set(map(num, seq(x.get("counted")))) for x in (now, then)]
+    pairs = [(p, q) for i, (p, q) in enumerate(zip(seq(now.get("p")), seq(then.get("p")))) if i in both[0] & both[1]]
     if len(pairs) < 2 or any(len(nums(x)) != len(names) for pair in pairs for x in pair):
-        return {f: (x, None) for f, v in obj(row["shift"].get("moved")).items() if (x := num(v)) is not None}
+        recorded = obj(row["shift"].get("moved"))
+        return {f: (x, None) for f in FOUNDATIONS if (x := num(recorded.get(f))) is not None}
     out = {}
     for k, name in enumerate(names):
-        a, b = statistics.fmean(x[k] for x, _ in pairs), statistics.fmean(y[k] for _, y in pairs)
-        if a > 0 and b > 0:
-            spread = statistics.stdev(x[k] / a - y[k] / b for x, y in pairs)
+        a, b = (statistics.fmean(pair[side][k] for pair in pairs) for side in (0, 1))
+        if a > 0 and b > 0 and name in FOUNDATIONS:
+            spread = statistics.stdev(p[k] / a - q[k] / b for p, q in pairs)
             out[name] = math.log(a / b), spread / math.sqrt(len(pairs))
     return out
 
 
 class Run:
-    """What a report shows of a run, sorted by kind and round; numbers that are none are None, never text."""
+    """What a report shows of a run, by kind and round. Numbers are floats or None; texts are still to be escaped."""
 
     def __init__(self, folder: Path):
         self.folder, (self.record, self.events, self.notes) = folder, read(folder)
         self.options, self.defaults, self.items = (obj(self.record.get(k)) for k in ("options", "defaults", "items"))
-        self.rows = [self.row(e) for e in self.of("row") if e.get("kind") in ("base", "prompted", "steered", "healed")]
-        self.base = next((r for r in self.rows if r["kind"] == "base"), None)
-        self.prompted = next((r for r in self.rows if r["kind"] == "prompted"), None)
-        self.nights = {r["round"]: r for r in self.rows if r["kind"] == "steered" and r["round"] is not None}
-        self.days = {r["round"]: r for r in self.rows if r["kind"] == "healed" and r["round"] is not None}
-        self.gates = {n: e for e in self.of("gate") if (n := self.round(e)) is not None}
-        self.doses = {n: num(e.get("coeff")) for e in self.of("dose") if (n := self.round(e)) is not None}
-        self.heals = {n: e for e in self.of("heal") if (n := self.round(e)) is not None}
-        self.night = next(iter(self.nights.values()), None)     # steering of a student that is still the base
-        self.rounds = sorted({n for e in self.events if (n := self.round(e)) is not None})
-        accepted = [n for n in self.days if self.gates.get(n, {}).get("accepted") is True]
-        self.final = self.days[max(accepted)] if accepted else None
-        if self.base:
-            for row in self.rows:
-                row["moved"] = moved(row, self.base)
+        self.rows = [row for e in self.of("row") if (row := self.row(e))]
+        self.base, self.prompted, self.night = (next((r for r in self.rows if r["kind"] == kind), None)
+                                                for kind in ("base", "prompted", "steered"))     # the first night
+        self.nights, self.days = ({r["round"]: r for r in self.rows if r["kind"] == kind}
+                                  for kind in ("steered", "healed"))
+        self.gates, self.heals, self.worst, self.vectors = map(self.last, ("gate", "heal", "worst", "vector"))
+        self.doses = {n: num(e.get("coeff")) for n, e in self.last("dose").items()}
+        self.rounds = sorted({n for e in self.events if (n := self.number(e)) is not None})
+        self.done = num(self.record.get("seconds")) is not None
+        self.accepted = sorted(n for n, gate in self.gates.items() if gate.get("accepted") is True)
+        self.final = next((self.days[n] for n in reversed(self.accepted) if n in self.days), None)
+        self.target = self.options.get("target") if self.options.get("target") in FOUNDATIONS else "authority"
+        for row in self.rows:
+            row["undone"] = row["kind"] == "healed" and self.gates.get(row["round"], {}).get("accepted") is False
+            row["moved"] = moved(row, self.base) if self.base else {}
+
+    @staticmethod
+    def number(event: dict) -> int | None:
+        n = event.get("round")
+        return n if isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 10 ** 6 else None
 
     def of(self, stage: str) -> list[dict]:
         return [e for e in self.events if e["stage"] == stage]
 
-    @staticmethod
-    def round(event: dict) -> int | None:
-        n = event.get("round")
-        return n if isinstance(n, int) and not isinstance(n, bool) and n >= 0 else None
+    def last(self, stage: str) -> dict[int, dict]:
+        """{round: the event}; of a stage that was done again, the last."""
+        return {n: e for e in self.of(stage) if (n := self.number(e)) is not None}
 
-    def row(self, event: dict) -> dict:
-        probe, shift, diary = obj(event.get("probe")), obj(event.get("shift")), [obj(d) for d in seq(event.get("diary"))]
-        name = {"base": "base", "prompted": "prompted", "steered": f"night {event.get('round')}", "healed": f"day {event.get('round')}"}
-        return dict(kind=event["kind"], round=self.round(event), name=name[event["kind"]], probe=probe, shift=shift, diary=diary, moved={},
-                    coherence_se=num(probe.get("coherence_se")), off_target=num(shift.get("off_target")),
-                    **{k: num(event.get(k)) for k in ("trait", "trait_se", "text", "text_se", "coherence", "coeff")})
-
-    def undone(self, row: dict) -> bool:
-        return row["kind"] == "healed" and self.gates.get(row["round"], {}).get("accepted") is False
-
-    def target(self) -> str:
-        return str(self.options.get("target") or "authority")
+    def row(self, event: dict) -> dict | None:
+        n, kind, probe, shift = self.number(event), event.get("kind"), obj(event.get("probe")), obj(event.get("shift"))
+        name = {"base": "base", "prompted": "prompted"}.get(kind) if isinstance(kind, str) else None
+        if kind in ("steered", "healed") and n is not None:
+            name = f"{'night' if kind == 'steered' else 'day'} {n}"
+        numbers = {k: num(event.get(k)) for k in ("trait", "trait_se", "text", "text_se", "coherence")}
+        more = dict(coherence_se=num(probe.get("coherence_se")), off_target=num(shift.get("off_target")))
+        diary = [obj(d) for d in seq(event.get("diary"))]
+        return name and dict(kind=kind, round=n, name=name, probe=probe, shift=shift, diary=diary, **numbers, **more)
 
 
 # ---- figures: one small panel of SVG ---------------------------------------------------------------------------------
 
-MARKS = {"base": "M0,-8 2.1,-2.6 7.6,-2.5 3.2,1 4.7,6.5 0,3.3 -4.7,6.5 -3.2,1 -7.6,-2.5 -2.1,-2.6Z",            # star
-         "prompted": "M0,-6 5.5,4 -5.5,4Z", "steered": "M0,-6 6,0 0,6 -6,0Z",                                   # triangle, diamond
+MARKS = {"base": "M0,-8 2.1,-2.6 7.6,-2.5 3.2,1 4.7,6.5 0,3.3 -4.7,6.5 -3.2,1 -7.6,-2.5 -2.1,-2.6Z",    # star
+         "prompted": "M0,-6 5.5,4 -5.5,4Z", "steered": "M0,-6 6,0 0,6 -6,0Z",                           # triangle, diamond
          "healed": "M-5,0A5,5 0 1 1 5,0A5,5 0 1 1 -5,0Z", "dot": "M-3,0A3,3 0 1 1 3,0A3,3 0 1 1 -3,0Z"}
 
 
@@ -214,7 +229,8 @@ class Scale:
         self.f = math.log10 if log else float
         low, high = self.f(min(known)), self.f(max(known))
         if high - low < 1e-9 * max(1, abs(high)):
-            low, high = low - (0.3 if log else 0.5 * abs(low) or 0.5), high + (0.3 if log else 0.5 * abs(high) or 0.5)
+            room_around = 0.3 if log else 0.5 * abs(low) or 0.5
+            low, high = low - room_around, high + room_around
         self.low, self.high = low - room * (high - low), high + room * (high - low)
         self.start, self.end, self.log = start, end, log
 
@@ -229,7 +245,7 @@ class Scale:
                 found = [d * 10.0 ** k for k in span for d in digits if self.low <= math.log10(d) + k <= self.high]
                 if len(found) >= 3:
                     break
-            return found[::math.ceil(len(found) / 7)]
+            return found[::math.ceil(len(found) / 7) or 1]
         raw = (self.high - self.low) / n
         power = 10.0 ** math.floor(math.log10(raw))
         step = next(d * power for d in (1, 2, 2.5, 5, 10) if d * power >= raw * 0.999)
@@ -246,40 +262,46 @@ class Plot:
         self.x = Scale(xs, self.left, self.right, log_x, room)
         self.y = Scale(ys, self.top if flip else self.bottom, self.bottom if flip else self.top, log_y)
         self.back, self.front, self.labels, self.levels, self.taken = [], [], [], [], []
-        x_ticks = sorted({round(t) for t in self.x.ticks()}) if whole_x else self.x.ticks()
-        for t in x_ticks:
+        for t in sorted({round(t) for t in self.x.ticks()}) if whole_x else self.x.ticks():
             if self.left <= self.x(t) <= self.right:
-                self.back.append(f'<path class="grid" d="M{self.x(t)},{self.top}V{self.bottom}"/><text class="tick" x="{self.x(t)}" '
-                                 f'y="{self.bottom + 16}" text-anchor="middle">{tick(t)}</text>')
-        for t in self.y.ticks():
-            self.back.append(f'<path class="grid" d="M{self.left},{self.y(t)}H{self.right}"/><text class="tick" x="{self.left - 6}" '
-                             f'y="{self.y(t) + 4}" text-anchor="end">{tick(t)}</text>')
-        middle = (self.top + self.bottom) / 2
-        self.back.append(f'<text class="axis" x="{(self.left + self.right) / 2}" y="{h - 8}" text-anchor="middle">{esc(x_label)}</text>'
-                         f'<text class="axis" transform="translate(13,{middle}) rotate(-90)" text-anchor="middle">{esc(y_label)}</text>')
+                self.back.append(f'<path class="grid" d="M{self.x(t)},{self.top}V{self.bottom}"/>')
+                self.write(self.x(t), self.bottom + 16, tick(t), "tick", "middle")
+        for t in self.y.ticks() if y_label else ():
+            self.back.append(f'<path class="grid" d="M{self.left},{self.y(t)}H{self.right}"/>')
+            self.write(self.left - 6, self.y(t) + 4, tick(t), "tick", "end")
+        self.write((self.left + self.right) / 2, h - 8, x_label, "axis", "middle")
+        self.back.append(f'<text class="axis" transform="translate(13,{(self.top + self.bottom) / 2}) rotate(-90)" '
+                         f'text-anchor="middle">{esc(y_label)}</text>')
+
+    def write(self, x: float, y: float, text: str, kind: str, anchor: str = "start") -> None:
+        self.back.append(f'<text class="{kind}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{esc(text)}</text>')
+
+    def shows(self, x, y) -> bool:
+        return x is not None and y is not None and (x > 0 or not self.x.log) and (y > 0 or not self.y.log)
 
     def mark(self, kind: str, x, y, says: str, label: str = "", *, ex=None, ey=None, more: str = "") -> None:
         """A mark with its whiskers of one standard error; `says` is read out and shown by a pointer that rests on it."""
-        if x is None or y is None or (self.x.log and x <= 0) or (self.y.log and y <= 0):
+        if not self.shows(x, y):
             return
         px, py = self.x(x), self.y(y)
         for axis, v, e in ((self.x, x, ex), (self.y, y, ey)):
-            if e:
-                low = max(v - e, 10 ** axis.low) if axis.log else v - e
-                a, b = (min(max(axis(u), min(axis.start, axis.end)), max(axis.start, axis.end)) for u in (low, v + e))
-                self.front.append(f'<path class="whisker {kind} {more}" d="' + (f"M{a},{py}H{b}" if axis is self.x else f"M{px},{a}V{b}") + '"/>')
-        self.front.append(f'<path class="mark {kind} {more}" transform="translate({px},{py})" d="{MARKS.get(kind, MARKS["dot"])}">'
-                          f"<title>{esc(says)}</title></path>")
+            if e and e > 0:
+                low, high = (v - e if v > e or not axis.log else 10 ** axis.low), v + e
+                a, b = (min(max(axis(u), min(axis.start, axis.end)), max(axis.start, axis.end)) for u in (low, high))
+                d = f"M{a},{py}H{b}" if axis is self.x else f"M{px},{a}V{b}"
+                self.front.append(f'<path class="whisker {kind} {more}" d="{d}"/>')
+        self.front.append(f'<path class="mark {kind} {more}" transform="translate({px},{py})" '
+                          f'd="{MARKS.get(kind, MARKS["dot"])}"><title>{esc(says)}</title></path>')
         self.taken.append((px - 6, py - 6, px + 6, py + 6))
         if label:
             self.labels.append((px, py, label, kind))
 
     def line(self, points, kind: str, label: str = "", more: str = "") -> None:
         """A line through the points that are known; its label stands at the last of them."""
-        at = [(self.x(x), self.y(y)) for x, y in points if x is not None and y is not None
-              and (x > 0 or not self.x.log) and (y > 0 or not self.y.log)]
+        at = [(self.x(x), self.y(y)) for x, y in points if self.shows(x, y)]
         if len(at) > 1:
-            self.back.append(f'<path class="line {kind} {more}" d="M' + " ".join(f"{x:g},{y:g}" for x, y in at) + '"/>')
+            d = " ".join(f"{x:g},{y:g}" for x, y in at)
+            self.back.append(f'<path class="line {kind} {more}" d="M{d}"/>')
         if at and label:
             self.labels.append((*at[-1], label, kind))
 
@@ -288,10 +310,6 @@ class Plot:
         if y is not None and (y > 0 or not self.y.log):
             self.back.append(f'<path class="level {kind}" d="M{self.left},{self.y(y)}H{self.right}"/>')
             self.levels.append((self.y(y), label, kind))
-
-    def corner(self, text: str, right: bool = True, top: bool = True) -> None:
-        x, anchor = (self.right - 4, "end") if right else (self.left + 6, "start")
-        self.back.append(f'<text class="corner" x="{x}" y="{self.top + 14 if top else self.bottom - 8}" text-anchor="{anchor}">{esc(text)}</text>')
 
     def svg(self) -> str:
         """The panel. Names of levels are pushed apart; a label that finds no free place beside its mark is left out."""
@@ -308,17 +326,22 @@ class Plot:
                 x0 = px + dx - width * ("start", "middle", "end").index(anchor) / 2
                 box = (x0, py + dy - 10, x0 + width, py + dy + 2)
                 inside = self.left < box[0] and box[2] < self.w and self.top - 8 < box[1] and box[3] < self.bottom + 2
-                if inside and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in self.taken):
+                if inside and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3]
+                                      for t in self.taken):
                     self.taken.append(box)
                     self.front.append(f'<text class="name {kind}" x="{px + dx:.1f}" y="{py + dy:.1f}" '
                                       f'text-anchor="{anchor}">{esc(label)}</text>')
                     break
-        return (f'<svg viewBox="0 0 {self.w} {self.h}" role="img" aria-label="{esc(self.alt, 2000)}"><title>{esc(self.alt, 2000)}'
-                "</title>" + "".join(self.back + self.front) + "</svg>")
+        return drawing(self.w, self.h, self.alt, "".join(self.back + self.front))
 
 
 def tick(v: float) -> str:
     return f"{v:.4g}".replace("-", "−").replace("e+0", "e").replace("e−0", "e−")
+
+
+def drawing(w: float, h: float, alt: str, marks: str) -> str:
+    alt = esc(alt, 2000)
+    return f'<svg viewBox="0 0 {w:g} {h:g}" role="img" aria-label="{alt}"><title>{alt}</title>{marks}</svg>'
 
 
 def figure(panels, caption: str, kind: str = "") -> str:
@@ -334,139 +357,151 @@ def missing(what: str) -> str:
 def table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
     """Cells are HTML already. The first column names its row; the table scrolls in its own box."""
     top = "".join(f'<th scope="col">{h}</th>' for h in head)
-    body = "".join('<tr><th scope="row">' + cells[0] + "</th>" + "".join(f"<td>{c}</td>" for c in cells[1:]) + "</tr>" for cells in rows)
-    return f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    body = "".join(f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
+                   for first, *rest in rows)
+    return (f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{top}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>")
+
+
+def key_line(*kinds) -> str:
+    names = {"base": "base", "prompted": "persona prompt", "steered": "night: steered", "healed": "day: healed"}
+    return " ".join(f'<span class="key">{swatch(kind)}{names[kind]}</span>' for kind in kinds)
+
+
+def swatch(kind: str, more: str = "") -> str:
+    return f'<svg viewBox="-9 -9 18 18" aria-hidden="true"><path class="mark {kind} {more}" d="{MARKS[kind]}"/></svg>'
 
 
 # ---- the report, section by section ----------------------------------------------------------------------------------
 
-FOUNDATIONS = ("care", "fairness", "loyalty", "authority", "sanctity", "liberty", "social")
-RULES = {"worst_window": "a stretch of tokens that the base finds too surprising (nats per token)",
-         "ppl_tail": "an ending that the base finds too surprising (perplexity of the last quarter)",
-         "ngram": "phrases repeated (share of n-grams seen shortly before)", "loop": "tokens that go round in circles (share seen shortly before)",
-         "words": "too few words", "unfinished": "cut off at the longest length allowed", "pattern": "refusal, or narration of the trait"}
-
 
 def verdict(run: Run) -> tuple[str, str, list[str]]:
-    """(good, bad or open; the headline; sentences) in plain words, from the numbers alone."""
-    status, final, base, night = str(run.record.get("status", "unknown")), run.final, run.base, run.night
-    done, floor = num(run.record.get("seconds")) is not None, num(run.options.get("coh_floor")) or 0.95
-    said_yes = [n for n, g in run.gates.items() if g.get("accepted") is True]
-    lines = []
-    if not done:
-        lines.append(f"<strong>This run is not finished</strong> (status: {esc(status, 60)}). Below is what it had measured when this page was written.")
-    if not run.gates:
-        lines.append("No round has ended yet." if not done else "The run ended before its first round did.")
+    """(good, bad or open; the headline; sentences as HTML) in plain words, from the numbers alone."""
+    final, base, night, lines = run.final, run.base, run.night, []
+    if not run.done:
+        lines.append(f"<strong>This run is not finished</strong> (status: {said(run.record.get('status', 'unknown'), 60)}). "
+                     "Below is what it had measured when this page was written.")
+    if run.gates:
+        no = sorted(set(run.gates) - set(run.accepted))
+        why = "; ".join(map(str, seq(run.gates[no[-1]].get("reasons")))) if no else ""
+        lines.append(f"{len(run.accepted)} of {len(run.gates)} rounds accepted."
+                     + (" The gate was off: every finite round counts as accepted." if run.options.get("gate") is False else "")
+                     + (f" Rolled back: {', '.join(map(str, no[-20:]))}; the last because: {said(why or 'n/a')}." if no else ""))
     else:
-        no = sorted(set(run.gates) - set(said_yes))
-        why = "; ".join(map(str, run.gates[no[-1]].get("reasons") or [])) if no else ""
-        gate = "" if run.options.get("gate", True) else " The gate was off (--no-gate): every finite round counts as accepted."
-        lines.append(f"{len(said_yes)} of {len(run.gates)} rounds accepted.{gate}"
-                     + (f" Rolled back: round {', '.join(map(str, no))}; the last because: {said(why or 'no reason recorded')}." if no else ""))
+        lines.append("The run ended before its first round did." if run.done else "No round has ended yet.")
     if run.record.get("stopped"):
         lines.append(f"Stopped early: {said(run.record['stopped'])}.")
     if not final or not base:
-        head = "Nothing is healed yet" if not done or not run.gates else "No round was accepted: the model is the base"
-        return "open" if not done else "bad", head, lines
+        if not run.done or not run.gates:
+            return "bad" if run.done else "open", "Nothing is healed yet", lines
+        return "bad", "No round was accepted: the model is the base", lines
 
-    share, keep = percent(final["trait"], night["trait"]) if night and (night["trait"] or 0) > 0 else "", percent(final["text"], base["text"])
-    broken = [name for name in ("text", "coherence") if final[name] is None or base[name] is None or final[name] < floor * base[name]]
-    trait, error = final["trait"], final["trait_se"] or 0.0
-    nothing = trait is None or trait <= 2 * error or bool(night and trait < 0.1 * (night["trait"] or 0))
+    name, floor = final["name"].capitalize(), num(run.options.get("coh_floor")) or 0.95
+    share = percent(final["trait"], night["trait"]) if night and (night["trait"] or 0) > 0 else ""
+    keep = percent(final["text"], base["text"])
+    broken = [k for k in ("text", "coherence") if None in (final[k], base[k]) or final[k] < floor * base[k]]
+    little = max(2 * (final["trait_se"] or 0), 0.1 * (night["trait"] or 0) if night else 0)
     if broken:
         left = f"{keep} of the base’s text coherence" if "text" in broken else f"a probe coherence of {fmt(final['coherence'], '.3f')}"
-        head = f"{final['name'].capitalize()} falls under the coherence floor: {left} is left"
-    elif nothing:
-        head = f"{final['name'].capitalize()} is coherent, but has hardly any trait{': ' + share + ' of the steering’s' if share else ''}"
+        mood, head = "bad", f"{name} falls under the coherence floor: {left} is left"
+    elif final["trait"] is None or final["trait"] <= little:
+        mood, head = "open", f"{name} is coherent, but has hardly any trait" + (f": {share} of the steering’s" if share else "")
     else:
-        head = f"{final['name'].capitalize()} keeps {share + ' of the steering’s' if share else 'a'} trait at {keep} of the base’s text coherence"
-    word = {1: "up", -1: "down"}.get(num(run.options.get("direction")), "")
-    lines.append(f"Trait (the probe’s {esc(run.target())}{', wanted ' + word if word else ''}): {fmt(trait, '+.2f', final['trait_se'])} nats without any hook"
-                 + (f"; steering reached {fmt(night['trait'], '+.2f', night['trait_se'])} in {night['name']}" if night else "; steering alone was not measured")
-                 + (f"; the persona prompt alone gives {fmt(run.prompted['trait'], '+.2f', run.prompted['trait_se'])}." if run.prompted else "."))
-    lines.append(f"Coherence: sampled text {fmt(final['text'], '.3f', final['text_se'])} against the base’s {fmt(base['text'], '.3f', base['text_se'])}"
-                 f"{' and ' + fmt(night['text'], '.3f') + ' in ' + night['name'] if night else ''}; probability on the probe’s allowed answers "
-                 f"{fmt(final['coherence'], '.4f')} against {fmt(base['coherence'], '.4f')}.")
-    others = {f: m for f, (m, _) in final["moved"].items() if f != run.target()}
-    if others and trait:
-        worst = max(others, key=lambda f: abs(others[f]))
-        lines.append(f"Off target: {worst} moved most, by {fmt(others[worst], '+.2f')} nats, {percent(abs(others[worst]), abs(trait))} of the trait"
-                     + (": not surgical." if abs(others[worst]) >= abs(trait) else "."))
-    heal = run.heals.get(final["round"])
-    if heal:
-        fired = num(heal.get("fired_share"))
-        lines.append("No barrier was used (nll)." if not num(heal.get("lam_eff")) else f"The barrier (D = {esc(run.options.get('kl_agg', '?'), 20)} of KL, "
-                     f"tau = {fmt(heal.get('tau'), '.3f')} nats) pushed in {percent(fired, 1)} of this round’s steps." )
-        if heal.get("warning"):
-            lines.append(f"Warning: {esc(heal['warning'])}.")
-    if done:
+        kept = f"{share} of the steering’s" if share else "a"
+        mood, head = "good" if run.done else "open", f"{name} keeps {kept} trait at {keep} of the base’s text coherence"
+
+    wanted = {1: ", wanted up", -1: ", wanted down"}.get(num(run.options.get("direction")), "")
+    steered = f"steering reached {fmt(night['trait'], '+.2f', night['trait_se'])} in {night['name']}" if night else \
+        "steering alone was not measured"
+    asked = f"; the persona prompt alone gives {fmt(run.prompted['trait'], '+.2f', run.prompted['trait_se'])}" if run.prompted else ""
+    lines.append(f"Trait (the probe’s {run.target}{wanted}): {fmt(final['trait'], '+.2f', final['trait_se'])} nats without any hook; "
+                 f"{steered}{asked}.")
+    lines.append(f"Coherence: sampled text {fmt(final['text'], '.3f', final['text_se'])} against the base’s "
+                 f"{fmt(base['text'], '.3f', base['text_se'])}{' and ' + fmt(night['text'], '.3f') + ' in ' + night['name'] if night else ''}; "
+                 f"probability on the probe’s allowed answers {fmt(final['coherence'], '.4f')} against {fmt(base['coherence'], '.4f')}.")
+    others = {f: move for f, (move, _) in final["moved"].items() if f != run.target}
+    if others and final["trait"]:
+        most = max(others, key=lambda f: abs(others[f]))
+        part = percent(abs(others[most]), abs(final["trait"]))
+        lines.append(f"Off target: {most} moved most, by {fmt(others[most], '+.2f')} nats, {part} of the trait"
+                     + (": not surgical." if abs(others[most]) >= abs(final["trait"]) else "."))
+    heal = run.heals.get(final["round"], {})
+    if num(heal.get("lam_eff")):
+        lines.append(f"The barrier (D = {said(run.options.get('kl_agg', '?'), 20)} of KL, tau = {fmt(heal.get('tau'), '.3f')} nats) "
+                     f"pushed in {percent(heal.get('fired_share'))} of this round’s steps.")
+    elif heal:
+        lines.append("No barrier was used (nll).")
+    if heal.get("warning"):
+        lines.append(f"Warning: {said(heal['warning'])}.")
+    if run.done:
         lines.append(f"It took {duration(num(run.record['seconds']))}.")
-    return "bad" if broken else "open" if nothing or not done else "good", head, lines
+    return mood, head, lines
 
 
 def duration(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes:.0f} minutes" if minutes < 120 else f"{hours:.1f} hours"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def opening(run: Run) -> str:
     mood, head, lines = verdict(run)
-    tiles = []
-    if run.final and run.base:
-        final, base, first = run.final, run.base, run.night
-        tiles = [("trait kept", fmt(final["trait"], "+.2f"), f"nats ± {fmt(final['trait_se'])}; base 0" + (f", {first['name']} {fmt(first['trait'], '+.2f')}" if first else "")),
-                 ("text coherence", fmt(final["text"], ".3f"), f"share of coherent windows; base {fmt(base['text'], '.3f')}" + (f", {first['name']} {fmt(first['text'], '.3f')}" if first else "")),
-                 ("probe coherence", fmt(final["coherence"], ".4f"), f"probability of allowed answers; base {fmt(base['coherence'], '.4f')}"),
-                 ("off-target", fmt(final["off_target"], ".2f"), "nats, largest move of another foundation")]
-    tiles = "".join(f'<div><dt>{name}</dt><dd><b>{value}</b> <span>{note}</span></dd></div>' for name, value, note in tiles)
-    notes = "".join(f'<p class="note">{esc(note)}</p>' for note in run.notes)
     persona = "a custom persona" if run.options.get("pos") else f"persona <b>{said(run.options.get('persona', '?'), 80)}</b>"
-    return (f'<header><p class="eyebrow">steer-heal-love · {persona} on <b>{said(run.options.get("model", "?"), 120)}</b> · seed {esc(run.options.get("seed", "?"), 20)}</p>'
-            f'<div class="verdict {mood}"><h1>{head}</h1>' + "".join(f"<p>{line}</p>" for line in lines) + f"</div>{notes}"
-            + (f'<dl class="tiles">{tiles}</dl>' if tiles else "") + "</header>")
-
-
-def chosen(rounds: list[int], n: int = 3) -> list[int]:
-    """First, last, and evenly spaced ones between them."""
-    return rounds if len(rounds) <= n else sorted({rounds[round(i * (len(rounds) - 1) / (n - 1))] for i in range(n)})
+    out = [f'<p class="eyebrow">steer-heal-love · {persona} on <b>{said(run.options.get("model", "?"), 120)}</b> · '
+           f'seed {said(run.options.get("seed", "?"), 20)}</p>', f'<div class="verdict {mood}"><h1>{head}</h1>',
+           *(f"<p>{line}</p>" for line in lines), "</div>", *(f'<p class="note">{esc(note)}</p>' for note in run.notes)]
+    if run.final and run.base:
+        def beside(key, spec):
+            return ", ".join(f"{r['name']} {fmt(r[key], spec)}" for r in (run.base, run.night) if r)
+        tiles = [("trait kept", "trait", "+.2f", f"nats ± {fmt(run.final['trait_se'])}; {beside('trait', '+.2f')}"),
+                 ("text coherence", "text", ".3f", f"share of coherent windows; {beside('text', '.3f')}"),
+                 ("probe coherence", "coherence", ".4f", f"probability of allowed answers; {beside('coherence', '.4f')}"),
+                 ("off-target", "off_target", ".2f", "nats, largest move of another foundation")]
+        out += ['<dl class="tiles">', *(f"<div><dt>{title}</dt><dd><b>{fmt(run.final[key], spec)}</b> <span>{note}</span></dd></div>"
+                                        for title, key, spec, note in tiles), "</dl>"]
+    return f"<header>{''.join(out)}</header>"
 
 
 def answers(run: Run) -> str:
     if not run.base or not run.base["diary"]:
         return missing("No held-out prompt has been answered yet.")
-    days = chosen(list(run.days))
+    days = chosen(run.days)
     shown = [r for r in (run.base, run.prompted, run.night) if r] + [run.days[n] for n in days]
-    own = all(num(d.get("coherence")) is not None for r in shown for d in r["diary"])
+    own = all(num(told.get("coherence")) is not None for r in shown for told in r["diary"])
 
-    def grid(columns, prompts, start=0):
-        head = "".join(f'<th scope="col" class="{r["kind"]}">{dream(r)}<small>trait {fmt(r["trait"], "+.2f")} · text {fmt(r["text"])}</small></th>' for r in columns)
-        body = []
-        for i, asked in list(enumerate(prompts))[start:40]:
-            body.append(f'<tr class="asked"><th colspan="{len(columns)}" scope="rowgroup">{said(asked.get("prompt", ""), 400)}</th></tr><tr>')
-            for r in columns:
-                told = r["diary"][i] if i < len(r["diary"]) else None
-                share = num(told.get("coherence")) if told and own else r["text"]
-                tint = 0 if share is None else min(max(1.25 * (1 - share), 0), 0.62)
-                words = said(told.get("text", "")) if told else "<em>n/a</em>"
-                body.append(f'<td class="{r["kind"]}" data-who="{dream(r, False)}" style="--k:{tint:.2f}">{words}'
-                            + (f"<small>{share:.2f}</small>" if share is not None and own else "") + "</td>")
-            body.append("</tr>")
-        return f'<div class="scroll" tabindex="0"><table class="answers"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    def title(row):
+        name = f"steered “dream”, {row['name']}" if row["kind"] == "steered" else row["name"]
+        return name.capitalize() + (" (rolled back)" if row["undone"] else "")
 
-    def dream(row, marks=True):
-        name = {"steered": f"steered “dream”, {row['name']}", "healed": row["name"] + (" (rolled back)" if run.undone(row) else "")}.get(row["kind"], row["name"])
-        return f"<b>{name.capitalize()}</b>" if marks else name.capitalize()
-    rest = [r for r in run.rows if r not in shown]
+    def cell(row, i):
+        told = row["diary"][i] if i < len(row["diary"]) else {}
+        share = num(told.get("coherence")) if own else row["text"]
+        shade = 0 if share is None else min(max(1.25 * (1 - share), 0), 0.62)
+        number = f"<small>{share:.2f}</small>" if own and share is not None else ""
+        return f'<td class="{row["kind"]}" data-who="{title(row)}" style="--k:{shade:.2f}">{said(told.get("text", ""))}{number}</td>'
+
+    def grid(rows, start, end):
+        head = "".join(f'<th scope="col" class="{r["kind"]}"><b>{title(r)}</b><small>trait {fmt(r["trait"], "+.2f")} · '
+                       f'text {fmt(r["text"])}</small></th>' for r in rows)
+        body = "".join(f'<tr class="asked"><th colspan="{len(rows)}" scope="rowgroup">{said(asked.get("prompt", ""), 400)}</th></tr>'
+                       f'<tr>{"".join(cell(r, i) for r in rows)}</tr>'
+                       for i, asked in list(enumerate(run.base["diary"]))[start:end])
+        return (f'<div class="scroll" tabindex="0"><table class="answers"><thead><tr>{head}</tr></thead>'
+                f"<tbody>{body}</tbody></table></div>")
     many = f" A selection: {len(run.days)} days were measured." if len(run.days) > len(days) else ""
-    text = (f"<p>Greedy answers to prompts that no stage has trained on. The shade is lost coherence: clear where the base could have written "
-            f"the answer, the darker the less it could; {'the small number is the answer’s own coherence' if own else 'this older run has no number for each answer, so a column has one shade'}. "
-            f"Dreams are dropped, days are what is left without steering.{many}</p>" + grid(shown, run.base["diary"][:6]))
-    if run.base["diary"][6:]:
-        text += f"<details><summary>More prompts ({len(run.base['diary']) - 6})</summary>{grid(shown, run.base['diary'], 6)}</details>"
+    what = "the small number is the answer’s own coherence" if own else "this run has no number per answer, so a column has one shade"
+    text = ("<p>Greedy answers to prompts that no stage has trained on. The shade is lost coherence: clear where the base could have "
+            f"written the answer, the darker the less it could; {what}. Dreams are dropped, days are what is left without "
+            f"steering.{many}</p>" + grid(shown, 0, 6))
+    more, rest = len(run.base["diary"]) - 6, [r for r in (*run.nights.values(), *run.days.values()) if r not in shown]
+    if more > 0:
+        text += f"<details><summary>More prompts ({more})</summary>{grid(shown, 6, 30)}</details>"
     if rest:
-        rest = [r for r in rest if r["kind"] == "steered" or r["kind"] == "healed"][:24]
-        text += f"<details><summary>The other nights and days ({len(rest)})</summary>{grid(rest, run.base['diary'][:3])}</details>"
+        rest = sorted(chosen(rest, 20), key=lambda r: (r["round"], r["kind"] == "healed"))
+        text += f"<details><summary>Other nights and days ({len(rest)})</summary>{grid(rest, 0, 3)}</details>"
     return text
+
+
+def gap(row: dict, key: str) -> float | None:
+    return None if row[key] is None else max(1 - row[key], 0.0)
 
 
 def nickname(run: Run, row: dict) -> str:
@@ -480,415 +515,411 @@ def in_order(rows: list[dict]) -> list[dict]:
     return sorted(rows, key=lambda r: (r["kind"] not in ("base", "prompted"), -(r["round"] or 0)))
 
 
-def gap(row: dict, key: str) -> float | None:
-    return None if row[key] is None else max(1 - row[key], 0.0)
+def spread(values) -> list[float]:
+    """Both ends of each (value, error or None)."""
+    return [v + sign * (e or 0) for v, e in values if v is not None for sign in (-1, 1)]
 
 
 def trajectory(run: Run) -> str:
-    if not run.base:
-        return missing("Neither the base nor any round has been measured yet.")
-    panels, floored = [], False
+    panels, at_edge = [], False
     for key, what in (("text", "1 − text coherence"), ("coherence", "1 − coherence on the probe")):
-        rows = [r for r in run.rows if r["trait"] is not None and gap(r, key) is not None]
+        rows = [r for r in run.rows if r["trait"] is not None and r[key] is not None]
         if not rows:
             continue
         floor = min([gap(r, key) for r in rows if gap(r, key) > 1e-9], default=0.002) / 2
-        floored |= any(gap(r, key) <= 1e-9 for r in rows)
-        ys = {id(r): max(gap(r, key), floor) for r in rows}
-        xs = [r["trait"] + s * (r["trait_se"] or 0) for r in rows for s in (-1, 1)]
-        plot = Plot(f"Trait in nats against {what}, logarithmic: " + "; ".join(f"{r['name']} {fmt(r['trait'], '+.2f')}, {fmt(gap(r, key), '.3f')}" for r in rows[:40]),
-                    xs, [y for r in rows for y in (ys[id(r)], ys[id(r)] + (r[key + "_se"] or 0))], "trait (nats from the base)", f"{what} (log)", log_y=True, flip=True, h=340)
-        plot.corner("more trait, more coherent ↗")
+        lost = {r["name"]: max(gap(r, key), floor) for r in rows}
+        at_edge |= any(gap(r, key) <= 1e-9 for r in rows)
+        alt = f"Trait in nats against {what}: " + "; ".join(f"{r['name']} {fmt(r['trait'], '+.2f')}, {fmt(gap(r, key), '.3f')}" for r in rows)
+        plot = Plot(alt, spread((r["trait"], r["trait_se"]) for r in rows), [y + e for r in rows for y in [lost[r["name"]]] for e in
+                    (0, r[key + "_se"] or 0)], "trait (nats from the base)", f"{what} (log)", log_y=True, flip=True, h=340)
+        plot.write(plot.right - 4, plot.top + 14, "more trait, more coherent ↗", "corner", "end")
         for r in in_order(rows):
-            plot.mark(r["kind"], r["trait"], ys[id(r)], f"{r['name']}: trait {fmt(r['trait'], '+.3f', r['trait_se'])} nats, {what} {fmt(gap(r, key), '.4f', r[key + '_se'])}",
-                      nickname(run, r), ex=r["trait_se"], ey=r[key + "_se"], more="undone" if run.undone(r) else "")
+            says = f"{r['name']}: trait {fmt(r['trait'], '+.3f', r['trait_se'])} nats, {what} {fmt(gap(r, key), '.4f', r[key + '_se'])}"
+            plot.mark(r["kind"], r["trait"], lost[r["name"]], says, nickname(run, r), ex=r["trait_se"], ey=r[key + "_se"],
+                      more="undone" if r["undone"] else "")
         panels.append(plot.svg())
     if not panels:
-        return missing("The measured rows have no numbers to draw.")
-    caption = (key_line("base", "prompted", "steered", "healed") + " Each mark is one row of the table below, the number its round, whiskers one standard error"
-               + (", hollow = rolled back" if any(run.undone(r) for r in run.rows) else "") + (". Nothing lost at all is drawn at the top edge, since a logarithm has no zero" if floored else "") + ".")
+        return missing("Neither the base nor any round has been measured yet.")
+    caption = (key_line("base", "prompted", "steered", "healed") + " Each mark is a row of the table below; a number is its round, "
+               "whiskers are one standard error" + (", hollow is rolled back." if any(r["undone"] for r in run.rows) else ".")
+               + (" Nothing lost at all is drawn at the top edge: a logarithm has no zero." if at_edge else ""))
     return figure(panels, caption) + f"<details><summary>Every round in numbers</summary>{numbers(run)}</details>"
 
 
-def key_line(*kinds) -> str:
-    names = {"base": "base", "prompted": "persona prompt", "steered": "night: steered", "healed": "day: healed"}
-    return " ".join(f'<span class="key"><svg viewBox="-9 -9 18 18" aria-hidden="true"><path class="mark {k}" d="{MARKS[k]}"/></svg>{names[k]}</span>' for k in kinds)
-
-
 def numbers(run: Run) -> str:
-    rows = []
-    for r in [r for r in (run.base, run.prompted) if r]:
-        rows.append([r["name"], "", "", fmt(r["trait"], "+.3f", r["trait_se"]), fmt(r["off_target"], ".3f"), fmt(r["coherence"], ".4f"), fmt(r["text"], ".3f", r["text_se"]), "", "", ""])
-    for n in run.rounds[:400]:
-        made = [e for e in run.of("completion") if run.round(e) == n]
-        kept = sum(1 for e in made if (e.get("verdict") or {}).get("kept"))
-        gate, heal = run.gates.get(n), run.heals.get(n, {})
-        last = (heal.get("steps") or [{}])[-1]
-        end = "in progress" if gate is None else "accepted" if gate.get("accepted") else "rolled back: " + esc("; ".join(map(str, gate.get("reasons") or [])))
-        for r, more in ((run.nights.get(n), False), (run.days.get(n), True)):
-            if r or more:
-                r = r or dict(name=f"day {n}", trait=None, trait_se=None, off_target=None, coherence=None, text=None, text_se=None)
-                rows.append([r["name"], fmt(run.doses.get(n)) if not more else "", f"{kept}/{len(made)}" if more else "", fmt(r["trait"], "+.3f", r["trait_se"]), fmt(r["off_target"], ".3f"),
-                             fmt(r["coherence"], ".4f"), fmt(r["text"], ".3f", r["text_se"]), *([fmt(last.get("div"), ".3f"), percent(num(heal.get("fired_share")), 1), end] if more else ["", "", ""])])
-    return table(["row", "dose", "kept", "trait, nats", "off-target", "coherence", "text", "D, nats", "steps fired", "gate"], rows, "numbers")
+    def cells(r):
+        return [fmt(r["trait"], "+.3f", r["trait_se"]), fmt(r["off_target"], ".3f"), fmt(r["coherence"], ".4f"), fmt(r["text"], ".3f", r["text_se"])]
+    rows = [[r["name"], "", "", *cells(r), "", "", ""] for r in (run.base, run.prompted) if r]
+    made = {}
+    for e in run.of("completion"):
+        made.setdefault(run.number(e), []).append(bool(obj(e.get("verdict")).get("kept")))
+    for n in run.rounds[-400:]:
+        gate, heal, kept = run.gates.get(n), run.heals.get(n, {}), made.get(n, [])
+        if n in run.nights:
+            rows.append([run.nights[n]["name"], fmt(run.doses.get(n)), "", *cells(run.nights[n]), "", "", ""])
+        reasons = "; ".join(map(str, seq(obj(gate).get("reasons"))))
+        end = "in progress" if gate is None else "accepted" if n in run.accepted else f"rolled back: {said(reasons)}"
+        day = cells(run.days[n]) if n in run.days else ["n/a"] * 4
+        D = next((obj(s).get("div") for s in reversed(seq(heal.get("steps")))), None)
+        rows.append([f"day {n}", fmt(run.doses.get(n)), f"{sum(kept)}/{len(kept)}", *day, fmt(D, ".3f"), percent(heal.get("fired_share")), end])
+    head = ["row", "dose", "kept", "trait, nats", "off-target", "coherence", "text", "D, nats", "steps fired", "gate"]
+    return table(head, rows, "numbers")
 
 
-def plane(run: Run) -> str:
-    """Where the rounds go on the plane of the target and its counterpart, and how far every foundation moves."""
-    rows, target = [r for r in run.rows if r["moved"]], run.target()
+def moves(run: Run) -> str:
+    """The map of target and counterpart, and every foundation, side by side: both are nats from the base."""
+    rows, target = [r for r in run.rows if r["moved"]], run.target
     other = "care" if target != "care" else "authority"
-    rows = [r for r in rows if target in r["moved"] and other in r["moved"]]
-    if len(rows) < 2:
+    both = [r for r in rows if target in r["moved"] and other in r["moved"]]
+    if len(both) < 2:
         return missing("No row beside the base has been measured yet.")
-    def ends(name):
-        return [v for r in rows for m, e in [r["moved"][name]] for v in (m - (e or 0), m + (e or 0))] + [0.0]
-    xs, ys = ends(other), ends(target)
-    reach = max(max(xs) - min(xs), max(ys) - min(ys))
-    xs, ys = ([min(v), min(v) + reach] if max(v) > -min(v) else [max(v) - reach, max(v)] for v in (xs, ys))     # one unit, both axes
-    plot = Plot(f"Nats of {target} against nats of {other}, both from the base: " + "; ".join(
-        f"{r['name']} {other} {fmt(r['moved'][other][0], '+.2f')} {target} {fmt(r['moved'][target][0], '+.2f')}" for r in rows[:40]),
-        xs, ys, f"{other} (nats from the base)", f"{target} (nats from the base)", h=400)
+    xs, ys = (spread(r["moved"][f] for r in both) + [0.0] for f in (other, target))
+    reach = max(max(xs) - min(xs), max(ys) - min(ys)) or 1.0
+    xs, ys = ([min(v), min(v) + reach] if max(v) > -min(v) else [max(v) - reach, max(v)] for v in (xs, ys))     # equal units
+    alt = f"Nats of {target} against nats of {other}, from the base: " + "; ".join(
+        f"{r['name']} {fmt(r['moved'][target][0], '+.2f')}, {fmt(r['moved'][other][0], '+.2f')}" for r in both)
+    plot = Plot(alt, xs, ys, f"{other} (nats from the base)", f"{target} (nats from the base)", h=400)
     for way in (1, -1):
-        plot.line(diagonal(way, reach, plot), "rule")
-    sign = num(run.options.get("direction")) or 0
-    if sign:
-        plot.corner(f"{'↑' if sign > 0 else '↓'} wanted", right=False, top=sign > 0)
-    for r in in_order(rows):
+        walk = [(t / 100 * reach, way * t / 100 * reach) for t in range(-150, 151)]
+        seen = [(x, y) for x, y in walk if plot.x.low <= x <= plot.x.high and plot.y.low <= y <= plot.y.high]
+        plot.line(seen[:1] + seen[-1:], "rule")
+    up = num(run.options.get("direction"))
+    if up:
+        plot.write(plot.left + 6, plot.top + 14 if up > 0 else plot.bottom - 8, "↑ wanted" if up > 0 else "↓ wanted", "corner")
+    for r in in_order(both):
         (x, ex), (y, ey) = r["moved"][other], r["moved"][target]
-        plot.mark(r["kind"], x, y, f"{r['name']}: {other} {fmt(x, '+.3f', ex)}, {target} {fmt(y, '+.3f', ey)} nats", nickname(run, r), ex=ex, ey=ey, more="undone" if run.undone(r) else "")
-    return plot.svg()
+        plot.mark(r["kind"], x, y, f"{r['name']}: {other} {fmt(x, '+.3f', ex)}, {target} {fmt(y, '+.3f', ey)} nats",
+                  nickname(run, r), ex=ex, ey=ey, more="undone" if r["undone"] else "")
 
-
-def diagonal(way: int, reach: float, plot: Plot) -> list[tuple[float, float]]:
-    """The ends of the line y = way * x inside a plot, found by walking along it."""
-    walk = [(t / 100 * reach, way * t / 100 * reach) for t in range(-150, 151)]
-    seen = [(x, y) for x, y in walk if plot.x.low <= x <= plot.x.high and plot.y.low <= y <= plot.y.high]
-    return seen[:1] + seen[-1:]
+    last = run.final or next(reversed(run.days.values()), None)
+    some = [r for r in (run.prompted, run.night, last) if r and r["moved"]]
+    names = [f for f in FOUNDATIONS if any(f in r["moved"] for r in some)]
+    alt = "Nats that each foundation moved from the base: " + "; ".join(
+        f"{r['name']}: " + ", ".join(f"{f} {fmt(move, '+.2f', e)}" for f, (move, e) in r["moved"].items()) for r in some)
+    each = Plot(alt, spread(m for r in some for m in r["moved"].values()) + [0.0], [0, len(names)], "nats from the base", "", h=400, left=82)
+    each.line([(0, 0), (0, len(names))], "rule")
+    for i, f in enumerate(names):
+        y = len(names) - i - 0.5
+        each.write(each.left - 8, each.y(y) + 4, f, "tick target" if f == target else "tick", "end")
+        each.back.append(f'<path class="grid" d="M{each.left},{each.y(y - .5)}H{each.right}"/>')
+        for j, r in enumerate(some):
+            move, e = r["moved"].get(f, (None, None))
+            each.mark(r["kind"], move, y + 0.26 * (1 - j), f"{r['name']}: {f} {fmt(move, '+.3f', e)} nats", ex=e)
+    more = table(["row", *FOUNDATIONS], [[r["name"], *(fmt(*r["moved"].get(f, (None,))[:1], "+.2f", r["moved"].get(f, (0, None))[1])
+                                                       for f in FOUNDATIONS)] for r in chosen(rows, 200)], "numbers")
+    caption = ("Left: on the dashed lines both move alike; the closer to the target’s own axis, the more surgical. Right: every "
+               f"foundation; {key_line(*(r['kind'] for r in some))} ({', '.join(r['name'] for r in some)}). Whiskers are one standard "
+               "error, paired over vignettes.")
+    return figure([plot.svg(), each.svg()], caption) + f"<details><summary>Every foundation in numbers</summary>{more}</details>"
 
 
 def dose(run: Run) -> str:
     tried = {}                                                  # (round, dose) -> (survival, perplexity)
-    for e in run.of("dose"):
-        for trial in e.get("trials") or []:
-            if isinstance(trial, list) and len(trial) == 2:
-                tried[run.round(e), num(trial[0])] = num(trial[1]), None
-    tried |= {(run.round(e), num(e.get("coeff"))): (num(e.get("survive")), num(e.get("ppl"))) for e in run.of("probe")}
-    tried = {k: v for k, v in tried.items() if None not in k and k[1] > 0}
-    settled = {n: c for n, c in run.doses.items() if c and c > 0}
-    if not tried and not settled:
-        return missing("No dose has been tried yet.")
+    for n, e in run.last("dose").items():
+        for trial in seq(e.get("trials")):
+            if len(nums(trial)) == 2:
+                tried[n, float(trial[0])] = float(trial[1]), None
+    for e in run.of("probe"):
+        tried[run.number(e), num(e.get("coeff"))] = num(e.get("survive")), num(e.get("ppl"))
+    tried = {(n, c): v for (n, c), v in tried.items() if n is not None and (c or 0) > 0}
+    settled = {n: c for n, c in run.doses.items() if (c or 0) > 0}
     doses, rounds = [c for _, c in tried] + list(settled.values()), sorted({n for n, _ in tried})
-    panels, shown = [], set(chosen(rounds, 12))
+    if not doses:
+        return missing("No dose has been tried yet.")
+    panels, asked, look = [], num(run.options.get("min_survive")), dict(log_x=True, w=360, h=290)
     for i, (what, unit) in enumerate((("survival", "survival (share of answers)"), ("perplexity", "perplexity of tails (log)"))):
-        if not any(v[i] is not None for v in tried.values()):
+        if all(v[i] is None for v in tried.values()):
             panels.append(missing(f"This run has no {what} for the doses it tried."))
             continue
-        plot = Plot(f"Dose against {what}: " + "; ".join(f"round {n} dose {c:.3g} {what} {fmt(v[i])}" for (n, c), v in list(tried.items())[:60]),
-                    doses, [v[i] for v in tried.values()] + ([0, 1.0, num(run.options.get("min_survive"))] if i == 0 else []), "dose (multiples of v, log)", unit, log_x=True, log_y=i == 1, w=360, h=290)
+        alt = f"{what} by dose: " + "; ".join(f"round {n} dose {c:.3g} {fmt(v[i])}" for (n, c), v in tried.items())
+        plot = Plot(alt, doses, [v[i] for v in tried.values()] + ([0, 1.0, asked] if i == 0 else []), "dose (multiples of v, log)",
+                    unit, log_y=i == 1, **look)
         if i == 0:
-            plot.level(num(run.options.get("min_survive")), f"asked for: {percent(num(run.options.get('min_survive')), 1)}")
-        for n in rounds:
-            if n in shown:
-                plot.line(sorted((c, v[i]) for (m, c), v in tried.items() if m == n and v[i] is not None), "search", more="faint" if len(rounds) > 1 and n != rounds[-1] else "")
+            plot.level(asked, f"asked for: {percent(asked)}")
+        for n in chosen(rounds, 12):
+            plot.line(sorted((c, v[i]) for (m, c), v in tried.items() if m == n and v[i] is not None), "search",
+                      more="faint" if n != rounds[-1] else "")
         for (n, c), v in tried.items():
-            is_settled = settled.get(n) == c
-            plot.mark("steered" if is_settled else "dot", c, v[i], f"round {n}, dose {c:.3f}: {what} {fmt(v[i])}{', settled' if is_settled else ''}",
-                      str(n) if is_settled else "", more="" if is_settled else "search")
+            here = settled.get(n) == c
+            plot.mark("steered" if here else "dot", c, v[i], f"round {n}, dose {c:.3f}: {what} {fmt(v[i])}{', settled' if here else ''}",
+                      str(n) if here else "", more="" if here else "search")
         panels.append(plot.svg())
-    rows = [r for r in (*run.nights.values(), *run.days.values()) if r["trait"] is not None and settled.get(r["round"])]
+    rows = [r for r in (*run.nights.values(), *run.days.values()) if r["trait"] is not None and r["round"] in settled]
     if rows:
-        plot = Plot("Settled dose against trait: " + "; ".join(f"{r['name']} dose {settled[r['round']]:.3g} trait {fmt(r['trait'], '+.2f')}" for r in rows[:60]),
-                    doses, [r["trait"] + s * (r["trait_se"] or 0) for r in rows for s in (-1, 1)] + [0.0], "dose (multiples of v, log)", "trait (nats)", log_x=True, w=360, h=290)
+        alt = "Trait by settled dose: " + "; ".join(f"{r['name']} {settled[r['round']]:.3g} {fmt(r['trait'], '+.2f')}" for r in rows)
+        plot = Plot(alt, doses, spread((r["trait"], r["trait_se"]) for r in rows) + [0.0], "dose (multiples of v, log)", "trait (nats)", **look)
         for r in rows:
-            plot.mark(r["kind"], settled[r["round"]], r["trait"], f"{r['name']}: dose {settled[r['round']]:.3f}, trait {fmt(r['trait'], '+.3f', r['trait_se'])}",
-                      str(r["round"]), ey=r["trait_se"], more="undone" if run.undone(r) else "")
+            plot.mark(r["kind"], settled[r["round"]], r["trait"], f"{r['name']}, dose {settled[r['round']]:.3f}: trait "
+                      f"{fmt(r['trait'], '+.3f', r['trait_se'])}", str(r["round"]), ey=r["trait_se"], more="undone" if r["undone"] else "")
         panels.append(plot.svg())
-    return figure(panels, "Left and middle: every dose that a search tried, by its answers; diamonds are the doses that the rounds settled on, numbers the rounds. "
-                  "Right: the trait at those settled doses, steered (diamond) and after healing (circle); at other doses nobody measures a trait, it would take a probe each.", "three")
+    return figure(panels, "Survival and perplexity of every dose that a search tried; diamonds are the doses that rounds settled on, numbers "
+                  "the rounds. The trait is known at settled doses only (a probe each): steered (diamond) and after healing (circle).", "three")
 
 
 def heat(run: Run) -> str:
     found = {}
-    for e in run.of("worst"):
-        day, tokens, n = nums(e.get("day")), [str(t) for t in e.get("tokens") or []], run.round(e)
-        if n is not None and day:
-            strips = {k: [max(v, 0.0) for v in nums(e.get(k))] for k in ("night", "before", "day")}
-            found[n] = dict(prompt=e.get("prompt"), tokens=tokens + [""] * (len(day) - len(tokens)), **strips)
+    for n, e in run.worst.items():
+        strips = {k: [max(v, 0.0) for v in nums(e.get(k))] for k in ("night", "before", "day")}
+        if strips["day"]:
+            found[n] = strips | dict(tokens=[str(t) for t in seq(e.get("tokens"))] + [""] * len(strips["day"]))
     if not found:
         return missing("This run has no KL per token: no round has healed yet, or an older version wrote it.")
-    tau = {n: num(h.get("tau")) for n, h in run.heals.items() if num(h.get("lam_eff"))}
-    worst = max(found, key=lambda n: rms(found[n]["day"]))
+    tau = {n: num(e.get("tau")) for n, e in run.heals.items() if num(e.get("lam_eff"))}
     top = max(max(f["day"]) for f in found.values()) or 1.0
-    # ---- all rounds: a row each
-    shown = chosen(list(found), 24)
+
+    def facts(kl):
+        return {"mean": statistics.fmean(kl), "rmse": rms(kl), "max": max(kl)}
+
+    def told(kl, between=" "):
+        return between.join(f"{name} {fmt(value, '.3f')}" for name, value in facts(kl).items())
+
+    # ---- every round as one strip
+    shown, w, left, ends = chosen(found, 24), 900, 228, (102, 154, 206)         # ends: of the three columns of numbers
     columns = min(max(len(found[n]["day"]) for n in shown), 128)
-    w, left, high = 900, 228, 17
-    cell = (w - left - 14) / columns
-    at = [102, 154, 206]                                        # right ends of three columns of numbers
-    out = [f'<text class="axis" x="{left}" y="12">token of the answer →</text>'] + [
-        f'<text class="tick" x="{x}" y="12" text-anchor="end">{name}</text>' for x, name in zip(at, ("mean", "rmse", "max"))]
+    cell, out = (w - left - 14) / columns, [f'<text class="axis" x="{left}" y="12">token of the answer →</text>']
+    out += [f'<text class="tick" x="{x}" y="12" text-anchor="end">{name}</text>' for x, name in zip(ends, ("mean", "rmse", "max"))]
     for row, n in enumerate(shown):
-        kl, y = found[n]["day"], 20 + row * (high + 3)
-        per = max(len(kl) / columns, 1)
+        kl, y = found[n]["day"], 20 + 20 * row
+        per = max(len(kl) / columns, 1)                         # tokens in a cell, which shows the loudest of them
         out.append(f'<text class="tick" x="4" y="{y + 13}">day {n}</text>')
+        for x, value in zip(ends, facts(kl).values()):
+            over = "over" if tau.get(n) and value > tau[n] else ""
+            out.append(f'<text class="number {over}" x="{x}" y="{y + 13}" text-anchor="end">{fmt(value, ".3f")}</text>')
         for i in range(math.ceil(len(kl) / per)):
             value = max(kl[int(i * per):max(int((i + 1) * per), int(i * per) + 1)])
-            out.append(f'<rect x="{left + i * cell:.1f}" y="{y}" width="{max(cell - 1, .8):.1f}" height="{high}" class="heat" style="--k:{max(value / top, .04):.2f}"/>')
-        for x, value in zip(at, (statistics.fmean(kl), rms(kl), max(kl))):
-            over = "over" if tau.get(n) and value > tau[n] else ""
-            out.append(f'<text class="number {over}" x="{x}" y="{y + 13}" text-anchor="end">{value:.3f}</text>')
-    height = 20 + len(shown) * (high + 3) + 8
+            out.append(f'<rect x="{left + i * cell:.1f}" y="{y}" width="{max(cell - 1, .8):.1f}" height="17" class="heat" '
+                       f'style="--k:{max(value / top, .04):.2f}"/>')
     alt = "KL per token of each round’s worst kept answer, in nats: " + "; ".join(
-        f"day {n} mean {statistics.fmean(found[n]['day']):.3f} rmse {rms(found[n]['day']):.3f} max {max(found[n]['day']):.3f}" for n in shown)
-    strip = f'<svg viewBox="0 0 {w} {height}" role="img" aria-label="{esc(alt, 4000)}"><title>{esc(alt, 4000)}</title>{"".join(out)}</svg>'
-    # ---- the worst of them, token by token
-    f, kl = found[worst], found[worst]["day"]
-    mean, square, limit = statistics.fmean(kl), rms(kl), tau.get(worst)
-    plot = Plot(f"KL of each token of the worst answer of day {worst}", [0, len(kl)], [0.0, *kl, limit], "token of the answer", "KL(day ‖ reference), nats", w=900, h=250, right=100, room=0.01, whole_x=True)
+        f"day {n} {told(found[n]['day'])}" for n in shown)
+    strip = drawing(w, 28 + 20 * len(shown), alt, "".join(out))
+
+    # ---- the loudest of them, token by token
+    worst = max(found, key=lambda n: rms(found[n]["day"]))
+    f, kl, limit = found[worst], found[worst]["day"], tau.get(worst)
+    mean, rmse, _ = facts(kl).values()
+    plot = Plot(f"KL of each token of the worst answer of day {worst}", [0, len(kl)], [0.0, *kl, limit], "token of the answer",
+                "KL(day ‖ reference), nats", w=900, h=250, right=100, room=0.01, whole_x=True)
     for i, value in enumerate(kl[:600]):
-        x, y = plot.x(i + 0.1), plot.y(value)
-        plot.back.append(f'<path class="bar" d="M{x},{plot.y(0)}V{y}H{plot.x(i + 0.9)}V{plot.y(0)}Z"><title>{esc(f["tokens"][i], 40)} {value:.3f} nats</title></path>')
-    for value, kind in ((mean, "mean"), (square, "rmse"), (limit, "tau")):
+        d = f"M{plot.x(i + 0.1)},{plot.y(0)}V{plot.y(value)}H{plot.x(i + 0.9)}V{plot.y(0)}Z"
+        plot.back.append(f'<path class="bar" d="{d}"><title>{esc(f["tokens"][i], 40)} {fmt(value, ".3f")} nats</title></path>')
+    for value, kind in ((mean, "mean"), (rmse, "rmse"), (limit, "tau")):
         plot.level(value, f"{kind} {fmt(value, '.3f')}", kind)
+    if not limit:
+        sees = "No barrier was used in this round."
+    elif mean <= limit < rmse:
+        sees = "Here the mean is under tau and would let the answer pass; the rmse is over it and pushes back."
+    else:
+        sees = "Here both are over tau." if limit < mean else "Here even the rmse is under tau: nothing in it was worth a push."
+
     def tokens(kind):
-        words = [f'<span style="--k:{min(v / top, 1):.2f}" title="{v:.3f} nats">{esc(t, 60)}</span>' for t, v in zip(f["tokens"][:256], f[kind])]
+        words = "".join(f'<span style="--k:{min(v / top, 1):.2f}" title="{fmt(v, ".3f")} nats">{esc(t, 60)}</span>'
+                        for t, v in zip(f["tokens"][:256], f[kind]))
         rest = f" … ({len(f[kind]) - 256} more tokens)" if len(f[kind]) > 256 else ""
-        return f'<p class="tokens"><bdi>{"".join(words)}</bdi>{rest}</p>' if words else missing("not recorded")
+        return f'<p class="tokens"><bdi>{words}</bdi>{rest}</p>'
     names = {"night": f"Night {worst}, steered", "before": "The student before this round", "day": f"Day {worst}, healed"}
-    texts = "".join(f'<dt>{names[k]} <small>mean {statistics.fmean(f[k]):.3f}, rmse {rms(f[k]):.3f}, max {max(f[k]):.3f} nats</small></dt><dd>{tokens(k)}</dd>'
-                    for k in ("night", "before", "day") if f[k])
-    sees = (f" Here the mean stays under tau and lets the answer pass; the rmse is over it and pushes back." if limit and mean < limit < square else
-            f" Here even the rmse is under tau: nothing in this answer was worth a push." if limit and square <= limit else
-            f" Here both are over tau." if limit else " No barrier was used in this run.")
-    return ("<p>Of the kept answers of a round, the one that the healed model leaves furthest from the reference. "
-            "A mean spreads a few loud tokens over the whole answer; a root mean square hears them.</p>"
-            + figure([strip], f"KL(day ‖ reference) at each token, from clear at 0 to full colour at {top:.2f} nats." + (" Bold: over the barrier’s tau." if tau else "") + (" A selection of the rounds." if len(shown) < len(found) else ""), "wide")
-            + figure([plot.svg()], f"The loudest of these answers, day {worst}: rmse is {square / mean if mean else 1:.1f} times the mean.{sees}", "wide")
+    texts = "".join(f"<dt>{names[k]} <small>{told(f[k], ', ')} nats</small></dt><dd>{tokens(k)}</dd>" for k in names if f[k])
+    over = (" Bold: over the barrier’s tau." if tau else "") + (" A selection of the rounds." if len(shown) < len(found) else "")
+    return ("<p>Of a round’s kept answers, the one that the healed model leaves furthest from the reference. A mean spreads a few loud "
+            "tokens over the whole answer; a root mean square hears them.</p>"
+            + figure([strip], f"KL(day ‖ reference) at each token, from clear at 0 to full colour at {fmt(top)} nats.{over}", "wide")
+            + figure([plot.svg()], f"The loudest of these answers, day {worst}: its rmse is {rmse / (mean or 1):.1f} times its mean. {sees}", "wide")
             + f'<dl class="strips">{texts}</dl>')
 
 
-def foundations(run: Run) -> str:
-    last = run.final or (run.days[max(run.days)] if run.days else None)
-    rows = [r for r in (run.prompted, run.night, last) if r and r["moved"]]
-    names = [f for f in FOUNDATIONS if any(f in r["moved"] for r in rows)] + sorted({f for r in rows for f in r["moved"]} - set(FOUNDATIONS))[:8]
-    if not names:
-        return missing("No row beside the base has been measured yet.")
-    values = [m + s * (e or 0) for r in rows for m, e in r["moved"].values() for s in (-1, 1)] + [0.0]
-    plot = Plot("Nats each foundation moved from the base: " + "; ".join(f"{r['name']}: " + ", ".join(f"{f} {fmt(m, '+.2f', e)}" for f, (m, e) in r["moved"].items()) for r in rows),
-                values, [0, len(names)], "nats from the base", "", h=400, left=82)
-    plot.back = [b for b in plot.back if 'text-anchor="end"' not in b and "rotate" not in b]    # rows have names, not numbers
-    x0 = plot.x(0)
-    plot.back.append(f'<path class="level rule" d="M{x0},{plot.top}V{plot.bottom}"/>')
-    for i, name in enumerate(names):
-        y = len(names) - i - 0.5
-        plot.back.append(f'<text class="tick {"target" if name == run.target() else ""}" x="{plot.left - 8}" y="{plot.y(y) + 4}" text-anchor="end">{esc(name, 12)}</text>'
-                         f'<path class="grid" d="M{plot.left},{plot.y(y - .5)}H{plot.right}"/>')
-        for j, r in enumerate(rows):
-            if name in r["moved"]:
-                m, e = r["moved"][name]
-                plot.mark(r["kind"], m, y + 0.26 * (1 - j), f"{r['name']}: {name} {fmt(m, '+.3f', e)} nats", ex=e)
-    more = table(["row", *names], [[r["name"], *(fmt(r["moved"].get(f, (None, None))[0], "+.2f", r["moved"].get(f, (None, None))[1]) for f in names)] for r in run.rows[:200] if r["moved"]], "numbers")
-    return plot.svg(), rows, more
-
-
-def moves(run: Run) -> str:
-    """The map and the foundations stand side by side: both are nats from the base."""
-    chart, other = plane(run), foundations(run)
-    if isinstance(other, str):
-        return other
-    svg, rows, more = other
-    return figure([chart, svg], "Left: on the dashed lines target and counterpart move alike; the closer to the target’s own axis, the more surgical. Right: every foundation; "
-                  + key_line(*[r["kind"] for r in rows]) + f" ({', '.join(r['name'] for r in rows)}). Whiskers: one standard error, paired over vignettes."
-                  ) + f"<details><summary>Every foundation in numbers</summary>{more}</details>"
-
-
 def healing(run: Run) -> str:
-    steps, starts = [], {}
-    for n in sorted(run.heals):
-        for s in run.heals[n].get("steps") or []:
-            if isinstance(s, dict):
-                starts.setdefault(n, len(steps))
-                steps.append((len(steps), *(num(s.get(k)) for k in ("nll", "div", "div_max")), (num(s.get("fired")) or 0) > 0, n))
+    steps, spans = [], {}                                       # every step of every round; {round: (first, end)}
+    for n, e in sorted(run.heals.items()):
+        some = [{k: num(s.get(k)) for k in ("nll", "div", "div_max", "fired")} for s in map(obj, seq(e.get("steps")))]
+        if some:
+            spans[n] = len(steps), len(steps) + len(some)
+            steps += [s | {"round": n} for s in some]
     if not steps:
         return missing("No round has trained yet.")
-    per = math.ceil(len(steps) / 1200)
-    def thin(i, pick):
-        groups = [[s[i] for s in steps[j:j + per] if s[i] is not None] for j in range(0, len(steps), per)]
-        return [(j * per, pick(g)) for j, g in enumerate(groups) if g]
-    nll, div, peak = thin(1, statistics.fmean), thin(2, statistics.fmean), thin(3, max)
-    taus = {n: num(run.heals[n].get("tau")) for n in starts if num(run.heals[n].get("lam_eff"))}
+    per, taus = math.ceil(len(steps) / 1200), {n: num(run.heals[n].get("tau")) for n in spans if num(run.heals[n].get("lam_eff"))}
+
+    def thin(key, pick):
+        groups = [(j, [s[key] for s in steps[j:j + per] if s[key] is not None]) for j in range(0, len(steps), per)]
+        return [(j, pick(group)) for j, group in groups if group]
+    val = {n: [num(run.heals[n].get(k)) for k in ("val_nll_before", "val_nll_after")] for n in spans}
+    curves = {"nll": [(thin("nll", statistics.fmean), "healed")],
+              "D": [(thin("div_max", max), "peak"), (thin("div", statistics.fmean), "healed")]}
     panels = []
-    for name, lines, label in (("nll", [(nll, "healed", "")], "nll (nats per token)"), ("D", [(peak, "peak", ""), (div, "healed", "")], "D (nats)")):
-        values = [y for points, _, _ in lines for _, y in points] + (list(taus.values()) if name == "D" else
-                                                                     [num(run.heals[n].get(k)) for n in starts for k in ("val_nll_before", "val_nll_after")])
-        if not any(v is not None for v in values):
+    for name, lines in curves.items():
+        is_D = name == "D"
+        values = [y for points, _ in lines for _, y in points] + ([*taus.values(), 0.0] if is_D else [v for pair in val.values() for v in pair])
+        if not any(points for points, _ in lines):
             continue
-        plot = Plot(f"{name} at each of {len(steps)} optimiser steps of {len(starts)} rounds", [0, len(steps)], [*values, 0.0 if name == "D" else None], "optimiser step, all rounds", label, w=900, h=236, right=80, top=24, room=0.005, whole_x=True)
-        if name == "D":
-            for j in range(0, len(steps), per):
-                if any(s[4] and s[5] in taus for s in steps[j:j + per]):
-                    plot.back.append(f'<path class="fired" d="M{plot.x(j - per / 2)},{plot.top}H{max(plot.x(j + per / 2), plot.x(j - per / 2) + 0.6)}V{plot.bottom}H{plot.x(j - per / 2)}Z"/>')
-        ends = [*list(starts.values())[1:], len(steps)]
-        for (n, begin), end in zip(starts.items(), ends):
+        plot = Plot(f"{name} at each of {len(steps)} optimiser steps of {len(spans)} rounds", [0, len(steps)], values,
+                    "optimiser step, all rounds", "D (nats)" if is_D else "nll (nats per token)", w=900, h=236, right=80, top=24,
+                    room=0.005, whole_x=True)
+        for j in range(0, len(steps), per) if is_D else ():
+            if any((s["fired"] or 0) > 0 and s["round"] in taus for s in steps[j:j + per]):
+                a, b = plot.x(j - per / 2), plot.x(j + per / 2)
+                plot.back.append(f'<path class="fired" d="M{a},{plot.top}H{max(b, a + 0.6):g}V{plot.bottom}H{a}Z"/>')
+        for i, (n, (begin, end)) in enumerate(spans.items()):
             plot.back.append(f'<path class="grid" d="M{plot.x(begin)},{plot.top}V{plot.bottom}"/>')
-            if len(starts) <= 24:
-                word = f"round {n}" if len(starts) <= 10 else f"r{n}"
-                plot.back.append(f'<text class="tick" x="{plot.x(begin) + 3}" y="{plot.top - 6}">{word}</text>')
-            if name == "D" and taus.get(n) is not None:
+            if i % math.ceil(len(spans) / 20) == 0:
+                plot.write(plot.x(begin) + 3, plot.top - 6, f"round {n}" if len(spans) <= 10 else f"r{n}", "tick")
+            if is_D and taus.get(n) is not None:
                 plot.back.append(f'<path class="level tau" d="M{plot.x(begin)},{plot.y(taus[n])}H{plot.x(end)}"/>')
-            if name == "nll":
-                plot.line([(begin, num(run.heals[n].get("val_nll_before"))), (end, num(run.heals[n].get("val_nll_after")))], "val")
-        for points, kind, _ in lines:
+            elif not is_D:
+                plot.line([(begin, val[n][0]), (end, val[n][1])], "val")
+        for points, kind in lines:
             plot.line(points, kind)
-        if name == "D" and taus:
-            last = next(reversed(taus.values()))
-            plot.levels.append((plot.y(last), f"tau {last:.3f}", "tau"))
+        if is_D and any(taus.values()):
+            last = [tau for tau in taus.values() if tau][-1]
+            plot.levels.append((plot.y(last), f"tau {fmt(last, '.3f')}", "tau"))
         panels.append(plot.svg())
-    skipped = sum(len(h.get("skipped") or []) for h in run.heals.values())
-    warned = {n: h["warning"] for n, h in run.heals.items() if h.get("warning")}
-    return (figure(panels, "Above: nll of the training answers; dashed, from before to after a round: nll of prompts held out from it. Below: D, the mean of a step’s answers (line) and its largest (thin); "
-                   "" + ("shaded where the barrier fired, because an answer was over tau." if taus else "no barrier was used.") + (f" Points are groups of {per} steps." if per > 1 else ""), "wide")
-            + (f'<p class="note">{skipped} steps were skipped: their loss or gradient was not finite.</p>' if skipped else "")
-            + "".join(f'<p class="note">Round {n}: {esc(text)}.</p>' for n, text in list(warned.items())[:12]))
+    notes = [f"Round {n}: {said(e['warning'])}." for n, e in run.heals.items() if e.get("warning")][-12:]
+    skipped = sum(len(seq(e.get("skipped"))) for e in run.heals.values())
+    if skipped:
+        notes.append(f"{skipped} steps were skipped: their loss or gradient was not finite.")
+    return figure(panels, "Above: nll of the training answers; dashed, from before a round to after it: nll of prompts held out from it. Below: "
+                  "D, the mean over a step’s answers (line) and the largest (thin); "
+                  + ("shaded where the barrier fired, because an answer was over tau." if taus else "no barrier was used.")
+                  + (f" A point is {per} steps." if per > 1 else ""), "wide") + "".join(f'<p class="note">{note}</p>' for note in notes)
 
 
 def inside(run: Run) -> str:
-    vectors = {n: e for e in run.of("vector") if (n := run.round(e)) is not None}
-    spectra = {n: [sorted(nums(x), reverse=True) for x in (h.get("singular") or {}).values()] for n, h in run.heals.items()}
-    spectra = {n: [max(statistics.fmean(col), 0.0) for col in zip(*rows)] for n, rows in spectra.items() if rows and any(rows)}
     panels = []
-    cosines = [(n, layer, num(c)) for n, e in sorted(vectors.items()) for layer, c in (e.get("cosine") or {}).items()]
-    if any(c is not None for _, _, c in cosines):
-        plot = Plot("Cosine of each round’s vector with the base’s own: " + "; ".join(f"round {n} layer {esc(layer, 8)} {fmt(c, '.3f')}" for n, layer, c in cosines[:60]),
-                    [n for n, _, _ in cosines], [c for _, _, c in cosines] + [1.0, 0.0], "round", "cosine with round 0’s vector", whole_x=True)
-        layers = list(dict.fromkeys(layer for _, layer, _ in cosines))
-        for layer in chosen(list(range(len(layers))), 8):
-            points = [(n, c) for n, name, c in cosines if name == layers[layer]]
-            plot.line(points, "plain", f"block {layers[layer][:8]}: {fmt(points[-1][1], '.3f')}")
+    cosines = [(n, str(layer), c) for n, e in sorted(run.vectors.items()) for layer, x in obj(e.get("cosine")).items()
+               if (c := num(x)) is not None]
+    if cosines:
+        alt = "Cosine of each round’s vector with round 0’s: " + "; ".join(f"round {n} block {layer[:8]} {c:.3f}" for n, layer, c in cosines)
+        plot = Plot(alt, [n for n, _, _ in cosines], [c for _, _, c in cosines] + [1.0, 0.0], "round", "cosine with round 0’s vector", whole_x=True)
+        for layer in chosen(dict.fromkeys(layer for _, layer, _ in cosines), 8):
+            points = [(n, c) for n, name, c in cosines if name == layer]
+            plot.line(points, "plain", f"block {layer[:8]}: {points[-1][1]:.3f}")
             for n, c in points:
-                plot.mark("dot", n, c, f"round {n}, block {layers[layer][:8]}: cosine {fmt(c, '.4f')}", more="plain")
+                plot.mark("dot", n, c, f"round {n}, block {layer[:8]}: cosine {c:.4f}", more="plain")
         panels.append(plot.svg())
-    if any(v > 0 for s in spectra.values() for v in s):
-        shown = chosen(sorted(spectra), 8)
-        values = [v for n in shown for v in spectra[n] if v > 0]
-        plot = Plot("Singular values of each round’s update, mean over adapted Linears: " + "; ".join(f"round {n} " + " ".join(f"{v:.2g}" for v in spectra[n][:8]) for n in shown),
-                    [1, max(len(spectra[n]) for n in shown)], values, "singular value, largest first", "mean over Linears (log)", log_y=True, right=70, whole_x=True)
-        for i, n in enumerate(shown):
-            points = [(k + 1, v) for k, v in enumerate(spectra[n])]
-            plot.line(points, "healed", more="" if i == len(shown) - 1 else "faint")
-            for k, v in points:
-                plot.mark("dot", k, v, f"round {n}: singular value {k} is {v:.3g}", more="healed" + ("" if i == len(shown) - 1 else " faint"))
-            if i in (0, len(shown) - 1) and points[-1][1] > 0:
-                plot.labels.insert(0, (plot.x(points[-1][0]), plot.y(points[-1][1]), f"round {n}", "healed"))
+    spectra = {}
+    for n, e in sorted(run.heals.items()):
+        of_each = [sorted(nums(x), reverse=True) for x in obj(e.get("singular")).values()]
+        mean = [statistics.fmean(column) for column in zip(*filter(None, of_each))]
+        if any(v > 0 for v in mean):
+            spectra[n] = [(k, v) for k, v in enumerate(mean, 1) if v > 0]
+    if spectra:
+        shown = chosen(spectra, 8)
+        alt = "Singular values of each round’s update, mean over the adapted Linears: " + "; ".join(
+            f"round {n} " + " ".join(f"{v:.2g}" for _, v in spectra[n][:8]) for n in shown)
+        plot = Plot(alt, [k for n in shown for k, _ in spectra[n]], [v for n in shown for _, v in spectra[n]],
+                    "singular value, largest first", "mean over Linears (log)", log_y=True, right=70, whole_x=True)
+        for n in shown:
+            faint = "" if n == shown[-1] else " faint"
+            plot.line(spectra[n], "healed", f"round {n}" if n in (shown[0], shown[-1]) else "", faint)
+            for k, v in spectra[n]:
+                plot.mark("dot", k, v, f"round {n}: singular value {k} is {v:.3g}", more="healed" + faint)
         panels.append(plot.svg())
     if not panels:
         return missing("This run has neither cosines nor singular values: no round has got that far, or an older version wrote it.")
-    return figure(panels, "Left: does the persona still point the same way in the healed model? Right: the update of a round, s·B·A. "
-                  "A flat line uses its whole rank; one that falls steeply is a few directions.")
+    return figure(panels, "Cosine: does the persona still point the same way in the healed model? Singular values: of a round’s update "
+                  "s·B·A; a flat line uses its whole rank, one that falls steeply is a few directions.")
 
 
 def dropped(run: Run) -> str:
-    made = [e for e in run.of("completion") if isinstance(e.get("verdict"), dict)]
-    if not made:
-        return missing("No answers have been sampled for training yet.")
-    out = [e for e in made if not e["verdict"].get("kept")]
-    rounds = chosen(sorted({n for e in made if (n := run.round(e)) is not None}), 12)
-    if not out:
-        return f"<p>All {len(made)} answers passed the filter.</p>"
-    rows = []
-    rules = sorted({str(e["verdict"].get("rule") or "?") for e in out}, key=lambda rule: -sum(str(e["verdict"].get("rule") or "?") == rule for e in out))
-    def excess(e):
-        value, limit = num(e["verdict"].get("value")), num(e["verdict"].get("limit"))
+    made = [(run.number(e), e, obj(e.get("verdict"))) for e in run.of("completion")]
+    by_rule = {}
+    for n, e, v in made:
+        if not v.get("kept"):
+            by_rule.setdefault(str(v.get("rule") or "?"), []).append((n, e, v))
+    if not by_rule:
+        return f"<p>All {len(made)} answers passed the filter.</p>" if made else missing("No answer has been sampled for training yet.")
+    rounds = chosen(sorted({n for n, _, _ in made if n is not None}), 12)
+    train, rows, samples = seq(run.items.get("train")), [], []
+
+    def excess(case):
+        value, limit = num(case[2].get("value")), num(case[2].get("limit"))
         return -math.inf if value is None else value / limit if limit else value
-    train = run.items.get("train") if isinstance(run.items.get("train"), list) else []
-    samples = []
-    for rule in rules[:20]:
-        some = [e for e in out if str(e["verdict"].get("rule") or "?") == rule]
-        worst, v = max(some, key=excess), max(some, key=excess)["verdict"]
-        counts = [sum(1 for e in some if run.round(e) == n) for n in rounds]
-        rows.append([f"{esc(rule, 40)}<small>{RULES.get(rule, '')}</small>", *(str(c or "·") for c in counts), str(len(some)), fmt(v.get("limit")), fmt(v.get("value"))])
-        at, match = worst.get("prompt"), f", matched “{esc(v['match'], 60)}”" if v.get("match") else ""
-        asked = said(train[at], 200) if isinstance(at, int) and 0 <= at < len(train) else "<em>unknown prompt</em>"
-        samples.append(f'<figure class="sample"><blockquote>{said(worst.get("text", ""))}</blockquote><figcaption><b>{esc(rule, 40)}</b> {fmt(v.get("value"))}, limit {fmt(v.get("limit"))}'
-                       f'{match}; round {esc(worst.get("round"), 12)}, dose {fmt(worst.get("coeff"))}. Asked: {asked}</figcaption></figure>')
-    return (f"<p>{len(out)} of {len(made)} sampled answers ({percent(len(out), len(made))}) were dropped before training, each by the first rule it broke.</p>"
-            + table(["rule", *(f"r{n}" for n in rounds), "all", "limit", "worst"], rows, "numbers rules")
-            + '<h3>The worst answer by each rule</h3><div class="samples">' + "".join(samples) + "</div>")
-
-
-def settings(run: Run) -> str:
-    calibrated = {"lr": "from the width", "target": "from the persona", "direction": "from the persona"}
-    rows = []
-    for key, value in run.options.items():
-        if key in run.defaults and value != run.defaults[key]:
-            how = f" <small>{calibrated[key]}</small>" if key in calibrated and run.defaults[key] in (0, 0.0, "") and not any(
-                str(a).startswith("--" + key) for a in run.record.get("argv") or []) else ""
-            rows.append([f"<code>--{esc(key, 60).replace('_', '-')}</code>{how}", esc(short(value), 300), esc(short(run.defaults[key]) or "(empty)", 120)])
-    measured = []
-    layers = next(iter(run.of("layers")), {})
-    for key, name in (("steer", "steered blocks"), ("lora", "adapted blocks")):
-        if layers.get(key):
-            measured.append([name, esc(", ".join(map(str, layers[key])), 300)])
-    tau = num(run.record.get("tau")) or next((num(e.get("tau")) for e in run.of("tau")), None)
-    if tau:
-        measured.append(["tau", f"{tau:.4f} nats"])
-    limits = next((e.get("limits") for e in run.of("limits")), None)
-    measured += [[f"filter: {esc(k, 30)}", fmt(v, ".3g")] for k, v in (limits if isinstance(limits, dict) else {}).items()]
-    return ((table(["option", "here", "default"], rows) if rows else "<p>Every option has its default.</p>")
-            + ("<h3>Measured on the model itself</h3>" + table(["what", "value"], measured) if measured else ""))
+    for rule, cases in sorted(by_rule.items(), key=lambda item: -len(item[1]))[:20]:
+        n, worst, v = max(cases, key=excess)
+        counts = [sum(1 for m, _, _ in cases if m == k) for k in rounds]
+        rows.append([f"{esc(rule, 40)}<small>{RULES.get(rule, '')}</small>", *(str(c or "·") for c in counts), str(len(cases)),
+                     fmt(v.get("limit")), fmt(v.get("value"))])
+        i = worst.get("prompt")
+        asked = said(train[i], 200) if isinstance(i, int) and 0 <= i < len(train) else "<em>unknown</em>"
+        match = f", matched “{said(v['match'], 60)}”" if v.get("match") else ""
+        samples.append(f'<figure class="sample"><blockquote>{said(worst.get("text", ""))}</blockquote><figcaption><b>{esc(rule, 40)}</b> '
+                       f'{fmt(v.get("value"))}, limit {fmt(v.get("limit"))}{match}; round {"n/a" if n is None else n}, dose {fmt(worst.get("coeff"))}. '
+                       f"Asked: {asked}</figcaption></figure>")
+    lost = sum(map(len, by_rule.values()))
+    return (f"<p>{lost} of {len(made)} sampled answers ({percent(lost, len(made))}) were dropped before training, each by the first rule "
+            "it broke.</p>" + table(["rule", *(f"r{n}" for n in rounds), "all", "limit", "worst"], rows, "numbers")
+            + f'<h3>The worst answer by each rule</h3><div class="samples">{"".join(samples)}</div>')
 
 
 def short(value) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def settings(run: Run) -> str:
+    source, rows = {"lr": "from the width", "target": "from the persona", "direction": "from the persona"}, []
+    for key, value in run.options.items():
+        if key in run.defaults and value != run.defaults[key]:
+            found = key in source and not any(str(a).startswith("--" + key) for a in seq(run.record.get("argv")))
+            rows.append([f"<code>--{esc(key, 60).replace('_', '-')}</code>" + (f" <small>{source[key]}</small>" if found else ""),
+                         said(short(value), 300), esc(short(run.defaults[key]) or "(empty)", 120)])
+    layers, limits = (next(iter(run.of(stage)), {}) for stage in ("layers", "limits"))
+    measured = [[name, esc(", ".join(map(str, seq(layers.get(key)))), 300)]
+                for key, name in (("steer", "steered blocks"), ("lora", "adapted blocks")) if seq(layers.get(key))]
+    tau = next((tau for e in (*run.of("tau"), run.record) if (tau := num(e.get("tau")))), None)
+    measured += [["tau", f"{fmt(tau, '.4f')} nats"]] * bool(tau)
+    measured += [[f"filter: {esc(k, 30)}", fmt(v, ".3g")] for k, v in obj(limits.get("limits")).items()]
+    return ((table(["option", "here", "default"], rows) if rows else "<p>Every option has its default.</p>")
+            + ("<h3>Measured on the model itself</h3>" + table(["what", "value"], measured) if measured else ""))
+
+
 def environment(run: Run) -> str:
-    record, rows = run.record, []
-    for name in ("versions", "machine"):
-        rows += [[esc(k, 40), esc(v, 200)] for k, v in (record.get(name) if isinstance(record.get(name), dict) else {}).items() if v != ""]
-    for key, name in (("git", "commit (+ = with changes)"), ("code", "checksum of the code"), ("weights", "checksum of the base’s weights"), ("status", "status")):
-        if record.get(key):
-            rows.append([name, esc(record[key], 200)])
-    if num(record.get("started")) and 0 < record["started"] < 2 ** 33:
-        rows.append(["started", time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(record["started"]))])
+    rows = [[esc(k, 40), said(v, 200)] for part in ("versions", "machine") for k, v in obj(run.record.get(part)).items() if v != ""]
+    for key, name in (("git", "commit (+ = with changes)"), ("code", "checksum of the code"), ("weights", "checksum of the base’s weights"),
+                      ("status", "status")):
+        if run.record.get(key):
+            rows.append([name, said(run.record[key], 200)])
+    started = num(run.record.get("started"))
+    if started and 0 < started < 2 ** 33:
+        rows.append(["started", time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(started))])
     return table(["what", "value"], rows) if rows else missing("The run recorded nothing about its environment.")
 
 
 def again(run: Run) -> str:
     where = shlex.quote(str(run.folder))
-    commands = [("repeat", str(run.record.get("command") or "")), ("resume", f"python loop.py --resume {where}")]
+    commands = {"repeat": run.record.get("command", ""), "resume": f"python loop.py --resume {where}"}
     if run.final:
-        commands += [("chat", f"python loop.py chat {where}"), ("export", f"python lora.py export {where} --to peft")]
-    commands.append(("this page", f"python report.py {where}"))
-    return '<dl class="commands">' + "".join(f"<div><dt>{name}</dt><dd><code>{esc(text, 2000)}</code></dd></div>" for name, text in commands if text) + "</dl>"
+        commands |= {"chat": f"python loop.py chat {where}", "export": f"python lora.py export {where} --to peft"}
+    commands["this page"] = f"python report.py {where}"
+    return '<dl class="commands">' + "".join(f"<div><dt>{name}</dt><dd><code>{said(text, 2000)}</code></dd></div>"
+                                             for name, text in commands.items() if text) + "</dl>"
 
 
-SECTIONS = [("answers", "Before and after", answers), ("trajectory", "Trajectory: what the trait costs", trajectory), ("map", "What else moved", moves),
-            ("dose", "The dose", dose), ("heat", "Where the worst answer breaks: rmse, not mean", heat), ("healing", "Healing, step by step", healing),
-            ("inside", "The vector and the fold", inside), ("dropped", "What was dropped, and why", dropped),
-            ("settings", "Settings that differ from the defaults", settings), ("environment", "Environment", environment), ("again", "Do it again", again)]
+SECTIONS = {"answers": ("Before and after", answers), "trajectory": ("Trajectory: what the trait costs", trajectory),
+            "map": ("What else moved", moves), "dose": ("The dose", dose),
+            "heat": ("Where the worst answer breaks: rmse, not mean", heat), "healing": ("Healing, step by step", healing),
+            "inside": ("The vector and the fold", inside), "dropped": ("What was dropped, and why", dropped),
+            "settings": ("Settings that differ from the defaults", settings), "environment": ("Environment", environment),
+            "again": ("Do it again", again)}
 
 
 def page(title: str, body: str) -> str:
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"""<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">"""
-            f"<title>{esc(title, 120)}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n")
+    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+            """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; """
+            f"""form-action 'none'"><title>{esc(title, 120)}</title><style>{STYLE}</style></head><body><main>{body}"""
+            "<footer>Written by report.py from run.json and events.jsonl. No script, nothing fetched.</footer></main></body></html>\n")
 
 
-def section(run, ident: str, title: str, draw) -> str:
-    """One part of the page. What a damaged event holds is not known beforehand: then the part says so, and the rest stands."""
+def part(run: Run, draw) -> str:
+    """What one part draws. What a damaged event holds is not known beforehand: then the part says so, the rest stands."""
     try:
-        body = draw(run)
+        return draw(run)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        body = missing(f"This part cannot be drawn from this run’s events ({esc(type(error).__name__)}: {esc(error, 120)}).")
-    return f'<section id="{ident}"><h2>{title}</h2>{body}</section>'
+        return missing(f"This part cannot be drawn from this run’s events ({type(error).__name__}: {esc(error, 120)}).")
 
 
 def render(run: Run) -> str:
     """report.html of a run, as text."""
-    nav = '<nav aria-label="Sections">' + " ".join(f'<a href="#{ident}">{title.split(":")[0]}</a>' for ident, title, _ in SECTIONS) + "</nav>"
-    return page(f"{run.options.get('persona', 'run')} on {run.options.get('model', '?')}: steer, heal", opening(run) + nav + "".join(section(run, *s) for s in SECTIONS)
-                + f"<footer>Written by report.py from run.json and events.jsonl of {esc(run.folder.name, 200)}. No script, nothing fetched.</footer>")
+    nav = " ".join(f'<a href="#{name}">{title.split(":")[0]}</a>' for name, (title, _) in SECTIONS.items())
+    body = "".join(f'<section id="{name}"><h2>{title}</h2>{part(run, draw)}</section>' for name, (title, draw) in SECTIONS.items())
+    title = f"{run.options.get('persona', 'run')} on {run.options.get('model', '?')}: steer, heal"
+    return page(title, f'{part(run, opening)}<nav aria-label="Sections">{nav}</nav>{body}')
 
 
 # ---- several runs over each other ------------------------------------------------------------------------------------
@@ -914,67 +945,60 @@ def compare(runs: list[Run], out: Path) -> str:
 
     Marks and lines are arms, means over their runs; the runs themselves are dots. out: the folder that links start from.
     """
-    named, known, groups = arms(runs), [], {}
+    named, known, groups = arms(runs), [], {}                   # groups: arm -> round (-1 = base) -> rows
     for (arm, name), run in zip(named, runs):
         for n, row in [(-1, run.base)] * bool(run.base) + list(run.days.items()):
             if row["trait"] is not None and row["text"] is not None:
-                known.append((arm, n, row, name, run.undone(row)))
+                known.append((arm, n, row, name))
                 groups.setdefault(arm, {}).setdefault(n, []).append(row)
     order = list(dict.fromkeys(arm for arm, _ in named))
     colours = {arm: f"arm{i % 6}" for i, arm in enumerate(order)}
     label = {arm: arm if len(arm) <= 20 else chr(65 + i % 26) for i, arm in enumerate(order)}      # long ones get a letter
-    body = []
+    body, panels = [], []
     for key, what in (("weights", "weights of the base"), ("items", "prompts"), ("versions", "versions"), ("code", "code")):
         if len({json.dumps(r.record.get(key), sort_keys=True) for r in runs}) > 1:
             body.append(f'<p class="note">The runs differ in their {what} too, so in more than their options.</p>')
 
-    panels = []
-    if known:
-        floor = min([gap(row, "text") for _, _, row, _, _ in known if gap(row, "text") > 1e-9], default=0.002) / 2
-
-        def lost(row):
-            return max(gap(row, "text"), floor)
-        first = Plot("Trait against 1 − text coherence, every day of every run", [row["trait"] for _, _, row, _, _ in known],
-                     [lost(row) for _, _, row, _, _ in known], "trait (nats from the base)", "1 − text coherence (log)",
-                     log_y=True, flip=True, w=360, h=300)
-        first.corner("more trait, more coherent ↗")
-        views = [(first, lambda n, row: (row["trait"], lost(row)))]
-        days = [(arm, n, row, name, undone) for arm, n, row, name, undone in known if n >= 0]
-        for key, what in (("trait", "trait (nats from the base)"), ("text", "text coherence")) if days else ():
-            plot = Plot(f"{what}, by round", [n for _, n, _, _, _ in days], [row[key] for _, _, row, _, _ in days], "round", what,
-                        whole_x=True, w=360, h=300)
-            views.append((plot, lambda n, row, key=key: (n if n >= 0 else None, row[key])))
-        for plot, at in views:
-            for arm, n, row, name, undone in known:
-                if len(groups[arm][n]) > 1 or undone:
-                    says = f"{name}, {row['name']}: trait {fmt(row['trait'], '+.3f')} nats, text {fmt(row['text'], '.3f')}"
-                    plot.mark("dot", *at(n, row), says, more=f"{colours[arm]} {'undone' if undone else 'faint'}")
-            for arm in groups:
-                means = [(n, {k: statistics.fmean(r[k] for r in rows) for k in ("trait", "text")}) for n, rows in sorted(groups[arm].items())]
-                for n, row in means:
-                    count = len(groups[arm][n])
-                    says = f"{arm}, {'base' if n < 0 else f'day {n}'}, mean of {count}: trait {row['trait']:.3f}, text {row['text']:.3f}"
-                    plot.mark("base" if n < 0 else "healed", *at(n, row), says, more=colours[arm])
-                if plot is not first:
-                    plot.line([at(n, row) for n, row in means if n >= 0], colours[arm])
+    floor = min([lost for _, _, row, _ in known if (lost := gap(row, "text")) > 1e-9], default=0.002) / 2
+    views = {"Trait against lost text coherence": (lambda n, row: (row["trait"], max(1 - row["text"], floor)), "trait (nats from the base)",
+                                                   "1 − text coherence (log)", dict(log_y=True, flip=True)),
+             "Trait by round": (lambda n, row: (n if n >= 0 else None, row["trait"]), "round", "trait (nats from the base)", dict(whole_x=True)),
+             "Text coherence by round": (lambda n, row: (n if n >= 0 else None, row["text"]), "round", "text coherence", dict(whole_x=True))}
+    for alt, (at, x_label, y_label, look) in views.items():
+        points = [xy for _, n, row, _ in known if None not in (xy := at(n, row))]
+        if not points:
+            continue
+        plot = Plot(f"{alt}, of {len(runs)} runs in {len(order)} arms", *zip(*points), x_label, y_label, w=360, h=300, **look)
+        for arm, n, row, name in known:
+            if len(groups[arm][n]) > 1 or row["undone"]:
+                says = f"{name}, {row['name']}: trait {fmt(row['trait'], '+.3f')} nats, text {fmt(row['text'], '.3f')}"
+                plot.mark("dot", *at(n, row), says, more=f"{colours[arm]} {'undone' if row['undone'] else 'faint'}")
+        for arm, rounds in groups.items():
+            means = [(n, {k: statistics.fmean(r[k] for r in rows) for k in ("trait", "text")}) for n, rows in sorted(rounds.items())]
+            for n, row in means:
+                says = f"{arm}, {'base' if n < 0 else f'day {n}'}, mean of {len(rounds[n])}: trait {row['trait']:.3f}, text {row['text']:.3f}"
+                plot.mark("base" if n < 0 else "healed", *at(n, row), says, more=colours[arm])
+            if "round" in x_label:
+                plot.line([at(n, row) for n, row in means], colours[arm])
+            if plot.shows(*at(*means[-1])):
                 x, y = at(*means[-1])
-                if x is not None:
-                    plot.labels.append((plot.x(x), plot.y(y), label[arm], colours[arm]))
-            panels.append(plot.svg())
-    keys = "".join(f'<li><svg viewBox="-9 -9 18 18" aria-hidden="true"><path class="mark {colours[arm]}" d="{MARKS["healed"]}"/></svg>'
-                   f'{said(f"{label[arm]}: {arm}" if label[arm] != arm else arm)}</li>' for arm in order)
-    note = "Marks are days, the star the base, each the mean over an arm’s runs; small dots are single runs, hollow if rolled back."
+                plot.labels.append((plot.x(x), plot.y(y), label[arm], colours[arm]))
+        panels.append(plot.svg())
+    keys = "".join(f"<li>{swatch('healed', colours[arm])}{said(arm if label[arm] == arm else f'{label[arm]}: {arm}')}</li>" for arm in order)
+    note = "Marks are days, the star is the base, each the mean over an arm’s runs; small dots are single runs, hollow if rolled back."
     body.append(figure(panels, f'<ul class="arms">{keys}</ul>{note}', "three") if panels else missing("None of these runs has measured a row yet."))
+
     rows = []
     for (_, name), run in zip(named, runs):
         mood, head, _ = verdict(run)
         end = run.final or dict.fromkeys(("trait", "trait_se", "text", "text_se", "coherence", "off_target")) | {"name": "none"}
         link = urllib.parse.quote(os.path.relpath(run.folder / "report.html", out).replace(os.sep, "/"))
-        rows.append([f'<a href="./{link}">{said(name)}</a>', f'<span class="{mood}">{head}</span>', end["name"], fmt(end["trait"], "+.3f", end["trait_se"]),
-                     fmt(end["text"], ".3f", end["text_se"]), fmt(end["coherence"], ".4f"), fmt(end["off_target"], ".3f"), str(len(run.gates))])
+        rows.append([f'<a href="./{link}">{said(name)}</a>', f'<span class="{mood}">{head}</span>', end["name"],
+                     fmt(end["trait"], "+.3f", end["trait_se"]), fmt(end["text"], ".3f", end["text_se"]), fmt(end["coherence"], ".4f"),
+                     fmt(end["off_target"], ".3f"), str(len(run.gates))])
     body.append(table(["run", "verdict", "last accepted", "trait, nats", "text", "coherence", "off-target", "rounds"], rows, "runs"))
     return page("Runs compared", f'<header><p class="eyebrow">steer-heal-love</p><h1>{len(runs)} runs over each other</h1></header>'
-                f'<section>{"".join(body)}</section><footer>Written by report.py. No script, nothing fetched.</footer>')
+                f"<section>{''.join(body)}</section>")
 
 
 # ---- the diary -------------------------------------------------------------------------------------------------------
@@ -982,22 +1006,21 @@ def compare(runs: list[Run], out: Path) -> str:
 
 def diary(run: Run, n_prompts: int = 3) -> str:
     """Markdown: per held-out prompt the base's answer, then night and day of every round, with trait and coherence."""
+    command = UNSEEN.sub(" ", str(run.record.get("command", ""))[:2000]).replace("`", "")
     lines = [f"# Diary of {inert(run.options.get('model', '?'))}, persona {inert(run.options.get('persona', '?'))}\n",
-             f"\n`{UNSEEN.sub(' ', str(run.record.get('command', ''))[:2000]).replace('`', '')}`  \nstatus: {inert(run.record.get('status', 'unknown'))}\n",
-             *(f"\n{inert(note)}\n" for note in run.notes)]
+             f"\n`{command}`  \nstatus: {inert(run.record.get('status', 'unknown'))}\n", *(f"\n{inert(note)}\n" for note in run.notes)]
     if not run.rows:
         return "".join(lines) + "\nThe run has not measured anything yet.\n"
     lines.append("\nNight = the steered model's answer, dropped. Day = the healed model's, without steering. Greedy, on prompts\n"
                  "that no stage has trained on.\n")
-    prompts = max((row["diary"] for row in run.rows), key=len)[:n_prompts]
-    for i, asked in enumerate(prompts):
+    for i, asked in enumerate(max((row["diary"] for row in run.rows), key=len)[:n_prompts]):
         lines.append(f"\n## {inert(asked.get('prompt', ''))}\n\n")
         for row in run.rows:
             told = row["diary"][i] if i < len(row["diary"]) else {}
-            name = row["name"].capitalize() + (" (rolled back)" if run.undone(row) else "")
+            name = row["name"].capitalize() + (" (rolled back)" if row["undone"] else "")
             own = f", this answer {told['coherence']:.2f}" if num(told.get("coherence")) is not None else ""
-            numbers = f"trait {fmt(row['trait'], '+.2f')} nats, coherence {fmt(row['coherence'], '.3f')}, text {fmt(row['text'])}{own}"
-            lines.append(f"- **{name}**, {numbers}:\n  {inert(told.get('text', '')).strip() or '*(nothing)*'}\n")
+            lines.append(f"- **{name}**, trait {fmt(row['trait'], '+.2f')} nats, coherence {fmt(row['coherence'], '.3f')}, "
+                         f"text {fmt(row['text'])}{own}:\n  {inert(told.get('text', '')) or '*(nothing)*'}\n")
     return "".join(lines)
 
 
@@ -1039,7 +1062,8 @@ def main(argv=None) -> int:
             print(write(name, args.out if len(args.runs) == 1 else None))
         if len(args.runs) > 1:
             out = args.out or Path(args.runs[0]).resolve().parent
-            write_whole(out / "compare.html", compare([Run(Path(name)) for name in args.runs], out).encode("utf-8", "replace"))
+            text = compare([Run(Path(name)) for name in args.runs], out)
+            write_whole(out / "compare.html", text.encode("utf-8", "replace"))
             print(out / "compare.html")
     except (ValueError, OSError) as error:
         print(f"report.py: {error}", file=sys.stderr)
