@@ -16,8 +16,8 @@ base's own answers, bare and prompted; tau from how far the persona prompt alone
 first kept completions; the steered blocks from where the persona is read; the dose by search; the learning rate from
 the width. An explicit number on the command line overrides it.
 
-Writes runs/<time>_<slug>/: run.json, events.jsonl, rounds/NN/{vectors,adapter}.safetensors, diary.md; and one line in
-runs/results.tsv.
+Writes runs/<time>_<slug>/: run.json, events.jsonl, rounds/NN/{vectors,adapter}.safetensors, report.html and diary.md; and
+one line in runs/results.tsv.
 """
 import argparse
 import contextlib

@@ -1,7 +1,7 @@
 """Report: a run folder in, report.html and diary.md out: what came out, whether to trust it, and where it hurts.
 
     python report.py runs/<time>_<slug>                 writes both again, of an unfinished run too
-    python report.py RUN RUN ... [--out DIR]            the same for each, and compare.html: the runs drawn over each other
+    python report.py RUN RUN ... [--out DIR]            the same for each; compare.html draws them over each other
 
 Reads run.json and events.jsonl only and needs the standard library only; copy this file alone. report.html is one file
 with its style and its figures inside: no script, nothing fetched. It shows what there is: a stage that is missing, a
@@ -385,8 +385,8 @@ def verdict(run: Run) -> tuple[str, str, list[str]]:
         no = sorted(set(run.gates) - set(run.accepted))
         why = "; ".join(map(str, seq(run.gates[no[-1]].get("reasons")))) if no else ""
         lines.append(f"{len(run.accepted)} of {len(run.gates)} rounds accepted."
-                     + (" The gate was off: every finite round counts as accepted." if run.options.get("gate") is False else "")
-                     + (f" Rolled back: {', '.join(map(str, no[-20:]))}; the last because: {said(why or 'n/a')}." if no else ""))
+                     + " The gate was off: every finite round counts as accepted." * (run.options.get("gate") is False)
+                     + f" Rolled back: {', '.join(map(str, no[-20:]))}; the last because: {said(why or 'n/a')}." * bool(no))
     else:
         lines.append("The run ended before its first round did." if run.done else "No round has ended yet.")
     if run.record.get("stopped"):
@@ -402,23 +402,28 @@ def verdict(run: Run) -> tuple[str, str, list[str]]:
     broken = [k for k in ("text", "coherence") if None in (final[k], base[k]) or final[k] < floor * base[k]]
     little = max(2 * (final["trait_se"] or 0), 0.1 * (night["trait"] or 0) if night else 0)
     if broken:
-        left = f"{keep} of the base’s text coherence" if "text" in broken else f"a probe coherence of {fmt(final['coherence'], '.3f')}"
+        probe = f"a probe coherence of {fmt(final['coherence'], '.3f')}"
+        left = f"{keep} of the base’s text coherence" if "text" in broken else probe
         mood, head = "bad", f"{name} falls under the coherence floor: {left} is left"
     elif final["trait"] is None or final["trait"] <= little:
-        mood, head = "open", f"{name} is coherent, but has hardly any trait" + (f": {share} of the steering’s" if share else "")
+        mood, head = "open", f"{name} is coherent, but has hardly any trait" + f": {share} of the steering’s" * bool(share)
     else:
         kept = f"{share} of the steering’s" if share else "a"
-        mood, head = "good" if run.done else "open", f"{name} keeps {kept} trait at {keep} of the base’s text coherence"
+        mood = "good" if run.done else "open"
+        head = f"{name} keeps {kept} trait at {keep} of the base’s text coherence"
 
+    def trait(row):
+        return fmt(row["trait"], "+.2f", row["trait_se"])
+
+    def text(row):
+        return fmt(row["text"], ".3f", row["text_se"])
     wanted = {1: ", wanted up", -1: ", wanted down"}.get(num(run.options.get("direction")), "")
-    steered = f"steering reached {fmt(night['trait'], '+.2f', night['trait_se'])} in {night['name']}" if night else \
-        "steering alone was not measured"
-    asked = f"; the persona prompt alone gives {fmt(run.prompted['trait'], '+.2f', run.prompted['trait_se'])}" if run.prompted else ""
-    lines.append(f"Trait (the probe’s {run.target}{wanted}): {fmt(final['trait'], '+.2f', final['trait_se'])} nats without any hook; "
-                 f"{steered}{asked}.")
-    lines.append(f"Coherence: sampled text {fmt(final['text'], '.3f', final['text_se'])} against the base’s "
-                 f"{fmt(base['text'], '.3f', base['text_se'])}{' and ' + fmt(night['text'], '.3f') + ' in ' + night['name'] if night else ''}; "
-                 f"probability on the probe’s allowed answers {fmt(final['coherence'], '.4f')} against {fmt(base['coherence'], '.4f')}.")
+    lines.append(f"Trait (the probe’s {run.target}{wanted}): {trait(final)} nats without any hook; "
+                 + (f"steering reached {trait(night)} in {night['name']}" if night else "steering alone was not measured")
+                 + (f"; the persona prompt alone gives {trait(run.prompted)}." if run.prompted else "."))
+    lines.append(f"Coherence: sampled text {text(final)} against the base’s {text(base)}"
+                 + (f" and {text(night)} in {night['name']}" if night else "") + "; probability on the probe’s allowed answers "
+                 f"{fmt(final['coherence'], '.4f')} against {fmt(base['coherence'], '.4f')}.")
     others = {f: move for f, (move, _) in final["moved"].items() if f != run.target}
     if others and final["trait"]:
         most = max(others, key=lambda f: abs(others[f]))
@@ -427,8 +432,9 @@ def verdict(run: Run) -> tuple[str, str, list[str]]:
                      + (": not surgical." if abs(others[most]) >= abs(final["trait"]) else "."))
     heal = run.heals.get(final["round"], {})
     if num(heal.get("lam_eff")):
-        lines.append(f"The barrier (D = {said(run.options.get('kl_agg', '?'), 20)} of KL, tau = {fmt(heal.get('tau'), '.3f')} nats) "
-                     f"pushed in {percent(heal.get('fired_share'))} of this round’s steps.")
+        how = said(run.options.get("kl_agg", "?"), 20)
+        lines.append(f"The barrier (D = {how} of KL, tau = {fmt(heal.get('tau'), '.3f')} nats) pushed in "
+                     f"{percent(heal.get('fired_share'))} of this round’s steps.")
     elif heal:
         lines.append("No barrier was used (nll).")
     if heal.get("warning"):
@@ -439,12 +445,15 @@ def verdict(run: Run) -> tuple[str, str, list[str]]:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def opening(run: Run) -> str:
     mood, head, lines = verdict(run)
-    persona = "a custom persona" if run.options.get("pos") else f"persona <b>{said(run.options.get('persona', '?'), 80)}</b>"
+    persona = f"persona <b>{said(run.options.get('persona', '?'), 80)}</b>"
+    persona = "a custom persona" if run.options.get("pos") else persona
     out = [f'<p class="eyebrow">steer-heal-love · {persona} on <b>{said(run.options.get("model", "?"), 120)}</b> · '
            f'seed {said(run.options.get("seed", "?"), 20)}</p>', f'<div class="verdict {mood}"><h1>{head}</h1>',
            *(f"<p>{line}</p>" for line in lines), "</div>", *(f'<p class="note">{esc(note)}</p>' for note in run.notes)]
@@ -455,8 +464,8 @@ def opening(run: Run) -> str:
                  ("text coherence", "text", ".3f", f"share of coherent windows; {beside('text', '.3f')}"),
                  ("probe coherence", "coherence", ".4f", f"probability of allowed answers; {beside('coherence', '.4f')}"),
                  ("off-target", "off_target", ".2f", "nats, largest move of another foundation")]
-        out += ['<dl class="tiles">', *(f"<div><dt>{title}</dt><dd><b>{fmt(run.final[key], spec)}</b> <span>{note}</span></dd></div>"
-                                        for title, key, spec, note in tiles), "</dl>"]
+        out += ['<dl class="tiles">', *(f"<div><dt>{title}</dt><dd><b>{fmt(run.final[key], spec)}</b> <span>{note}</span></dd>"
+                                        "</div>" for title, key, spec, note in tiles), "</dl>"]
     return f"<header>{''.join(out)}</header>"
 
 
@@ -476,21 +485,22 @@ def answers(run: Run) -> str:
         share = num(told.get("coherence")) if own else row["text"]
         shade = 0 if share is None else min(max(1.25 * (1 - share), 0), 0.62)
         number = f"<small>{share:.2f}</small>" if own and share is not None else ""
-        return f'<td class="{row["kind"]}" data-who="{title(row)}" style="--k:{shade:.2f}">{said(told.get("text", ""))}{number}</td>'
+        return (f'<td class="{row["kind"]}" data-who="{title(row)}" style="--k:{shade:.2f}">'
+                f'{said(told.get("text", ""))}{number}</td>')
 
     def grid(rows, start, end):
         head = "".join(f'<th scope="col" class="{r["kind"]}"><b>{title(r)}</b><small>trait {fmt(r["trait"], "+.2f")} · '
                        f'text {fmt(r["text"])}</small></th>' for r in rows)
-        body = "".join(f'<tr class="asked"><th colspan="{len(rows)}" scope="rowgroup">{said(asked.get("prompt", ""), 400)}</th></tr>'
-                       f'<tr>{"".join(cell(r, i) for r in rows)}</tr>'
+        body = "".join(f'<tr class="asked"><th colspan="{len(rows)}" scope="rowgroup">'
+                       f'{said(asked.get("prompt", ""), 400)}</th></tr><tr>{"".join(cell(r, i) for r in rows)}</tr>'
                        for i, asked in list(enumerate(run.base["diary"]))[start:end])
         return (f'<div class="scroll" tabindex="0"><table class="answers"><thead><tr>{head}</tr></thead>'
                 f"<tbody>{body}</tbody></table></div>")
     many = f" A selection: {len(run.days)} days were measured." if len(run.days) > len(days) else ""
-    what = "the small number is the answer’s own coherence" if own else "this run has no number per answer, so a column has one shade"
-    text = ("<p>Greedy answers to prompts that no stage has trained on. The shade is lost coherence: clear where the base could have "
-            f"written the answer, the darker the less it could; {what}. Dreams are dropped, days are what is left without "
-            f"steering.{many}</p>" + grid(shown, 0, 6))
+    what = "the small number is the answer’s own" if own else "this run has none per answer, so a column has one shade"
+    text = ("<p>Greedy answers to prompts that no stage has trained on. The shade is lost coherence: clear where the base could "
+            f"have written the answer, the darker the less it could; {what}. Dreams are dropped, days are what is left "
+            f"without steering.{many}</p>" + grid(shown, 0, 6))
     more, rest = len(run.base["diary"]) - 6, [r for r in (*run.nights.values(), *run.days.values()) if r not in shown]
     if more > 0:
         text += f"<details><summary>More prompts ({more})</summary>{grid(shown, 6, 30)}</details>"
@@ -529,26 +539,30 @@ def trajectory(run: Run) -> str:
         floor = min([gap(r, key) for r in rows if gap(r, key) > 1e-9], default=0.002) / 2
         lost = {r["name"]: max(gap(r, key), floor) for r in rows}
         at_edge |= any(gap(r, key) <= 1e-9 for r in rows)
-        alt = f"Trait in nats against {what}: " + "; ".join(f"{r['name']} {fmt(r['trait'], '+.2f')}, {fmt(gap(r, key), '.3f')}" for r in rows)
-        plot = Plot(alt, spread((r["trait"], r["trait_se"]) for r in rows), [y + e for r in rows for y in [lost[r["name"]]] for e in
-                    (0, r[key + "_se"] or 0)], "trait (nats from the base)", f"{what} (log)", log_y=True, flip=True, h=340)
+        alt = f"Trait in nats against {what}: " + "; ".join(
+            f"{r['name']} {fmt(r['trait'], '+.2f')}, {fmt(gap(r, key), '.3f')}" for r in rows)
+        ys = [*lost.values(), *(lost[r["name"]] + (r[key + "_se"] or 0) for r in rows)]
+        plot = Plot(alt, spread((r["trait"], r["trait_se"]) for r in rows), ys, "trait (nats from the base)", f"{what} (log)",
+                    log_y=True, flip=True, h=340)
         plot.write(plot.right - 4, plot.top + 14, "more trait, more coherent ↗", "corner", "end")
         for r in in_order(rows):
-            says = f"{r['name']}: trait {fmt(r['trait'], '+.3f', r['trait_se'])} nats, {what} {fmt(gap(r, key), '.4f', r[key + '_se'])}"
+            says = f"{r['name']}: trait {fmt(r['trait'], '+.3f', r['trait_se'])} nats, "
+            says += f"{what} {fmt(gap(r, key), '.4f', r[key + '_se'])}"
             plot.mark(r["kind"], r["trait"], lost[r["name"]], says, nickname(run, r), ex=r["trait_se"], ey=r[key + "_se"],
                       more="undone" if r["undone"] else "")
         panels.append(plot.svg())
     if not panels:
         return missing("Neither the base nor any round has been measured yet.")
-    caption = (key_line("base", "prompted", "steered", "healed") + " Each mark is a row of the table below; a number is its round, "
-               "whiskers are one standard error" + (", hollow is rolled back." if any(r["undone"] for r in run.rows) else ".")
+    caption = (key_line("base", "prompted", "steered", "healed") + " Each mark is a row of the table below; a number is its "
+               "round, whiskers are one standard error" + (", hollow is rolled back." if any(r["undone"] for r in run.rows) else ".")
                + (" Nothing lost at all is drawn at the top edge: a logarithm has no zero." if at_edge else ""))
     return figure(panels, caption) + f"<details><summary>Every round in numbers</summary>{numbers(run)}</details>"
 
 
 def numbers(run: Run) -> str:
     def cells(r):
-        return [fmt(r["trait"], "+.3f", r["trait_se"]), fmt(r["off_target"], ".3f"), fmt(r["coherence"], ".4f"), fmt(r["text"], ".3f", r["text_se"])]
+        return [fmt(r["trait"], "+.3f", r["trait_se"]), fmt(r["off_target"], ".3f"), fmt(r["coherence"], ".4f"),
+                fmt(r["text"], ".3f", r["text_se"])]
     rows = [[r["name"], "", "", *cells(r), "", "", ""] for r in (run.base, run.prompted) if r]
     made = {}
     for e in run.of("completion"):
@@ -561,7 +575,8 @@ def numbers(run: Run) -> str:
         end = "in progress" if gate is None else "accepted" if n in run.accepted else f"rolled back: {said(reasons)}"
         day = cells(run.days[n]) if n in run.days else ["n/a"] * 4
         D = next((obj(s).get("div") for s in reversed(seq(heal.get("steps")))), None)
-        rows.append([f"day {n}", fmt(run.doses.get(n)), f"{sum(kept)}/{len(kept)}", *day, fmt(D, ".3f"), percent(heal.get("fired_share")), end])
+        rows.append([f"day {n}", fmt(run.doses.get(n)), f"{sum(kept)}/{len(kept)}", *day, fmt(D, ".3f"),
+                     percent(heal.get("fired_share")), end])
     head = ["row", "dose", "kept", "trait, nats", "off-target", "coherence", "text", "D, nats", "steps fired", "gate"]
     return table(head, rows, "numbers")
 
@@ -575,7 +590,7 @@ def moves(run: Run) -> str:
         return missing("No row beside the base has been measured yet.")
     xs, ys = (spread(r["moved"][f] for r in both) + [0.0] for f in (other, target))
     reach = max(max(xs) - min(xs), max(ys) - min(ys)) or 1.0
-    xs, ys = ([min(v), min(v) + reach] if max(v) > -min(v) else [max(v) - reach, max(v)] for v in (xs, ys))     # equal units
+    xs, ys = ([min(v), min(v) + reach] if max(v) > -min(v) else [max(v) - reach, max(v)] for v in (xs, ys))     # same units
     alt = f"Nats of {target} against nats of {other}, from the base: " + "; ".join(
         f"{r['name']} {fmt(r['moved'][target][0], '+.2f')}, {fmt(r['moved'][other][0], '+.2f')}" for r in both)
     plot = Plot(alt, xs, ys, f"{other} (nats from the base)", f"{target} (nats from the base)", h=400)
@@ -585,7 +600,8 @@ def moves(run: Run) -> str:
         plot.line(seen[:1] + seen[-1:], "rule")
     up = num(run.options.get("direction"))
     if up:
-        plot.write(plot.left + 6, plot.top + 14 if up > 0 else plot.bottom - 8, "↑ wanted" if up > 0 else "↓ wanted", "corner")
+        arrow, y = ("↑", plot.top + 14) if up > 0 else ("↓", plot.bottom - 8)
+        plot.write(plot.left + 6, y, f"{arrow} wanted", "corner")
     for r in in_order(both):
         (x, ex), (y, ey) = r["moved"][other], r["moved"][target]
         plot.mark(r["kind"], x, y, f"{r['name']}: {other} {fmt(x, '+.3f', ex)}, {target} {fmt(y, '+.3f', ey)} nats",
@@ -596,7 +612,8 @@ def moves(run: Run) -> str:
     names = [f for f in FOUNDATIONS if any(f in r["moved"] for r in some)]
     alt = "Nats that each foundation moved from the base: " + "; ".join(
         f"{r['name']}: " + ", ".join(f"{f} {fmt(move, '+.2f', e)}" for f, (move, e) in r["moved"].items()) for r in some)
-    each = Plot(alt, spread(m for r in some for m in r["moved"].values()) + [0.0], [0, len(names)], "nats from the base", "", h=400, left=82)
+    each = Plot(alt, spread(m for r in some for m in r["moved"].values()) + [0.0], [0, len(names)], "nats from the base", "",
+                h=400, left=82)
     each.line([(0, 0), (0, len(names))], "rule")
     for i, f in enumerate(names):
         y = len(names) - i - 0.5
@@ -605,12 +622,13 @@ def moves(run: Run) -> str:
         for j, r in enumerate(some):
             move, e = r["moved"].get(f, (None, None))
             each.mark(r["kind"], move, y + 0.26 * (1 - j), f"{r['name']}: {f} {fmt(move, '+.3f', e)} nats", ex=e)
-    more = table(["row", *FOUNDATIONS], [[r["name"], *(fmt(*r["moved"].get(f, (None,))[:1], "+.2f", r["moved"].get(f, (0, None))[1])
-                                                       for f in FOUNDATIONS)] for r in chosen(rows, 200)], "numbers")
+    cells = [[r["name"], *(fmt(x, "+.2f", e) for f in FOUNDATIONS for x, e in [r["moved"].get(f, (None, None))])]
+             for r in chosen(rows, 200)]
     caption = ("Left: on the dashed lines both move alike; the closer to the target’s own axis, the more surgical. Right: every "
-               f"foundation; {key_line(*(r['kind'] for r in some))} ({', '.join(r['name'] for r in some)}). Whiskers are one standard "
-               "error, paired over vignettes.")
-    return figure([plot.svg(), each.svg()], caption) + f"<details><summary>Every foundation in numbers</summary>{more}</details>"
+               f"foundation; {key_line(*(r['kind'] for r in some))} ({', '.join(r['name'] for r in some)}). Whiskers are one "
+               "standard error, paired over vignettes.")
+    return (figure([plot.svg(), each.svg()], caption) + "<details><summary>Every foundation in numbers</summary>"
+            + table(["row", *FOUNDATIONS], cells, "numbers") + "</details>")
 
 
 def dose(run: Run) -> str:
@@ -627,13 +645,14 @@ def dose(run: Run) -> str:
     if not doses:
         return missing("No dose has been tried yet.")
     panels, asked, look = [], num(run.options.get("min_survive")), dict(log_x=True, w=360, h=290)
-    for i, (what, unit) in enumerate((("survival", "survival (share of answers)"), ("perplexity", "perplexity of tails (log)"))):
+    units = {"survival": "survival (share of answers)", "perplexity": "perplexity of tails (log)"}
+    for i, (what, unit) in enumerate(units.items()):
         if all(v[i] is None for v in tried.values()):
             panels.append(missing(f"This run has no {what} for the doses it tried."))
             continue
         alt = f"{what} by dose: " + "; ".join(f"round {n} dose {c:.3g} {fmt(v[i])}" for (n, c), v in tried.items())
-        plot = Plot(alt, doses, [v[i] for v in tried.values()] + ([0, 1.0, asked] if i == 0 else []), "dose (multiples of v, log)",
-                    unit, log_y=i == 1, **look)
+        plot = Plot(alt, doses, [v[i] for v in tried.values()] + ([0, 1.0, asked] if i == 0 else []),
+                    "dose (multiples of v, log)", unit, log_y=i == 1, **look)
         if i == 0:
             plot.level(asked, f"asked for: {percent(asked)}")
         for n in chosen(rounds, 12):
@@ -641,19 +660,26 @@ def dose(run: Run) -> str:
                       more="faint" if n != rounds[-1] else "")
         for (n, c), v in tried.items():
             here = settled.get(n) == c
-            plot.mark("steered" if here else "dot", c, v[i], f"round {n}, dose {c:.3f}: {what} {fmt(v[i])}{', settled' if here else ''}",
-                      str(n) if here else "", more="" if here else "search")
+            says = f"round {n}, dose {c:.3f}: {what} {fmt(v[i])}"
+            if here:
+                plot.mark("steered", c, v[i], says + ", settled", str(n))
+            else:
+                plot.mark("dot", c, v[i], says, more="search")
         panels.append(plot.svg())
     rows = [r for r in (*run.nights.values(), *run.days.values()) if r["trait"] is not None and r["round"] in settled]
     if rows:
-        alt = "Trait by settled dose: " + "; ".join(f"{r['name']} {settled[r['round']]:.3g} {fmt(r['trait'], '+.2f')}" for r in rows)
-        plot = Plot(alt, doses, spread((r["trait"], r["trait_se"]) for r in rows) + [0.0], "dose (multiples of v, log)", "trait (nats)", **look)
+        alt = "Trait by settled dose: " + "; ".join(
+            f"{r['name']} {settled[r['round']]:.3g} {fmt(r['trait'], '+.2f')}" for r in rows)
+        plot = Plot(alt, doses, spread((r["trait"], r["trait_se"]) for r in rows) + [0.0], "dose (multiples of v, log)",
+                    "trait (nats)", **look)
         for r in rows:
-            plot.mark(r["kind"], settled[r["round"]], r["trait"], f"{r['name']}, dose {settled[r['round']]:.3f}: trait "
-                      f"{fmt(r['trait'], '+.3f', r['trait_se'])}", str(r["round"]), ey=r["trait_se"], more="undone" if r["undone"] else "")
+            says = f"{r['name']}, dose {settled[r['round']]:.3f}: trait {fmt(r['trait'], '+.3f', r['trait_se'])}"
+            plot.mark(r["kind"], settled[r["round"]], r["trait"], says, str(r["round"]), ey=r["trait_se"],
+                      more="undone" if r["undone"] else "")
         panels.append(plot.svg())
-    return figure(panels, "Survival and perplexity of every dose that a search tried; diamonds are the doses that rounds settled on, numbers "
-                  "the rounds. The trait is known at settled doses only (a probe each): steered (diamond) and after healing (circle).", "three")
+    return figure(panels, "Survival and perplexity of every dose that a search tried; diamonds are the doses that rounds settled "
+                  "on, numbers the rounds. The trait is known at settled doses only (a probe each): steered (diamond) and after "
+                  "healing (circle).", "three")
 
 
 def heat(run: Run) -> str:
@@ -677,7 +703,8 @@ def heat(run: Run) -> str:
     shown, w, left, ends = chosen(found, 24), 900, 228, (102, 154, 206)         # ends: of the three columns of numbers
     columns = min(max(len(found[n]["day"]) for n in shown), 128)
     cell, out = (w - left - 14) / columns, [f'<text class="axis" x="{left}" y="12">token of the answer →</text>']
-    out += [f'<text class="tick" x="{x}" y="12" text-anchor="end">{name}</text>' for x, name in zip(ends, ("mean", "rmse", "max"))]
+    out += [f'<text class="tick" x="{x}" y="12" text-anchor="end">{name}</text>'
+            for x, name in zip(ends, ("mean", "rmse", "max"))]
     for row, n in enumerate(shown):
         kl, y = found[n]["day"], 20 + 20 * row
         per = max(len(kl) / columns, 1)                         # tokens in a cell, which shows the loudest of them
@@ -701,15 +728,18 @@ def heat(run: Run) -> str:
                 "KL(day ‖ reference), nats", w=900, h=250, right=100, room=0.01, whole_x=True)
     for i, value in enumerate(kl[:600]):
         d = f"M{plot.x(i + 0.1)},{plot.y(0)}V{plot.y(value)}H{plot.x(i + 0.9)}V{plot.y(0)}Z"
-        plot.back.append(f'<path class="bar" d="{d}"><title>{esc(f["tokens"][i], 40)} {fmt(value, ".3f")} nats</title></path>')
+        says = f"{esc(f['tokens'][i], 40)} {fmt(value, '.3f')} nats"
+        plot.back.append(f'<path class="bar" d="{d}"><title>{says}</title></path>')
     for value, kind in ((mean, "mean"), (rmse, "rmse"), (limit, "tau")):
         plot.level(value, f"{kind} {fmt(value, '.3f')}", kind)
     if not limit:
         sees = "No barrier was used in this round."
     elif mean <= limit < rmse:
         sees = "Here the mean is under tau and would let the answer pass; the rmse is over it and pushes back."
+    elif limit < mean:
+        sees = "Here both are over tau."
     else:
-        sees = "Here both are over tau." if limit < mean else "Here even the rmse is under tau: nothing in it was worth a push."
+        sees = "Here even the rmse is under tau: nothing in it was worth a push."
 
     def tokens(kind):
         words = "".join(f'<span style="--k:{min(v / top, 1):.2f}" title="{fmt(v, ".3f")} nats">{esc(t, 60)}</span>'
@@ -718,12 +748,12 @@ def heat(run: Run) -> str:
         return f'<p class="tokens"><bdi>{words}</bdi>{rest}</p>'
     names = {"night": f"Night {worst}, steered", "before": "The student before this round", "day": f"Day {worst}, healed"}
     texts = "".join(f"<dt>{names[k]} <small>{told(f[k], ', ')} nats</small></dt><dd>{tokens(k)}</dd>" for k in names if f[k])
-    over = (" Bold: over the barrier’s tau." if tau else "") + (" A selection of the rounds." if len(shown) < len(found) else "")
-    return ("<p>Of a round’s kept answers, the one that the healed model leaves furthest from the reference. A mean spreads a few loud "
-            "tokens over the whole answer; a root mean square hears them.</p>"
-            + figure([strip], f"KL(day ‖ reference) at each token, from clear at 0 to full colour at {fmt(top)} nats.{over}", "wide")
-            + figure([plot.svg()], f"The loudest of these answers, day {worst}: its rmse is {rmse / (mean or 1):.1f} times its mean. {sees}", "wide")
-            + f'<dl class="strips">{texts}</dl>')
+    scale = f"KL(day ‖ reference) at each token, from clear at 0 to full colour at {fmt(top)} nats."
+    scale += " Bold: over the barrier’s tau." * bool(tau) + " A selection of the rounds." * (len(shown) < len(found))
+    ratio = f"The loudest of these answers, day {worst}: its rmse is {rmse / (mean or 1):.1f} times its mean."
+    return ("<p>Of a round’s kept answers, the one that the healed model leaves furthest from the reference. A mean spreads a few "
+            "loud tokens over the whole answer; a root mean square hears them.</p>" + figure([strip], scale, "wide")
+            + figure([plot.svg()], f"{ratio} {sees}", "wide") + f'<dl class="strips">{texts}</dl>')
 
 
 def healing(run: Run) -> str:
@@ -735,7 +765,8 @@ def healing(run: Run) -> str:
             steps += [s | {"round": n} for s in some]
     if not steps:
         return missing("No round has trained yet.")
-    per, taus = math.ceil(len(steps) / 1200), {n: num(run.heals[n].get("tau")) for n in spans if num(run.heals[n].get("lam_eff"))}
+    per = math.ceil(len(steps) / 1200)                          # steps that share a point
+    taus = {n: num(run.heals[n].get("tau")) for n in spans if num(run.heals[n].get("lam_eff"))}
 
     def thin(key, pick):
         groups = [(j, [s[key] for s in steps[j:j + per] if s[key] is not None]) for j in range(0, len(steps), per)]
@@ -746,9 +777,10 @@ def healing(run: Run) -> str:
     panels = []
     for name, lines in curves.items():
         is_D = name == "D"
-        values = [y for points, _ in lines for _, y in points] + ([*taus.values(), 0.0] if is_D else [v for pair in val.values() for v in pair])
-        if not any(points for points, _ in lines):
+        values = [y for points, _ in lines for _, y in points]
+        if not values:
             continue
+        values += [*taus.values(), 0.0] if is_D else [v for pair in val.values() for v in pair]
         plot = Plot(f"{name} at each of {len(steps)} optimiser steps of {len(spans)} rounds", [0, len(steps)], values,
                     "optimiser step, all rounds", "D (nats)" if is_D else "nll (nats per token)", w=900, h=236, right=80, top=24,
                     room=0.005, whole_x=True)
@@ -774,10 +806,11 @@ def healing(run: Run) -> str:
     skipped = sum(len(seq(e.get("skipped"))) for e in run.heals.values())
     if skipped:
         notes.append(f"{skipped} steps were skipped: their loss or gradient was not finite.")
-    return figure(panels, "Above: nll of the training answers; dashed, from before a round to after it: nll of prompts held out from it. Below: "
-                  "D, the mean over a step’s answers (line) and the largest (thin); "
-                  + ("shaded where the barrier fired, because an answer was over tau." if taus else "no barrier was used.")
-                  + (f" A point is {per} steps." if per > 1 else ""), "wide") + "".join(f'<p class="note">{note}</p>' for note in notes)
+    caption = ("Above: nll of the training answers; dashed, from before a round to after it: nll of prompts held out from it. "
+               "Below: D, the mean over a step’s answers (line) and the largest (thin); "
+               + ("shaded where the barrier fired, because an answer was over tau." if taus else "no barrier was used.")
+               + f" A point is {per} steps." * (per > 1))
+    return figure(panels, caption, "wide") + "".join(f'<p class="note">{note}</p>' for note in notes)
 
 
 def inside(run: Run) -> str:
@@ -785,8 +818,10 @@ def inside(run: Run) -> str:
     cosines = [(n, str(layer), c) for n, e in sorted(run.vectors.items()) for layer, x in obj(e.get("cosine")).items()
                if (c := num(x)) is not None]
     if cosines:
-        alt = "Cosine of each round’s vector with round 0’s: " + "; ".join(f"round {n} block {layer[:8]} {c:.3f}" for n, layer, c in cosines)
-        plot = Plot(alt, [n for n, _, _ in cosines], [c for _, _, c in cosines] + [1.0, 0.0], "round", "cosine with round 0’s vector", whole_x=True)
+        alt = "Cosine of each round’s vector with round 0’s: " + "; ".join(
+            f"round {n} block {layer[:8]} {c:.3f}" for n, layer, c in cosines)
+        plot = Plot(alt, [n for n, _, _ in cosines], [c for _, _, c in cosines] + [1.0, 0.0], "round",
+                    "cosine with round 0’s vector", whole_x=True)
         for layer in chosen(dict.fromkeys(layer for _, layer, _ in cosines), 8):
             points = [(n, c) for n, name, c in cosines if name == layer]
             plot.line(points, "plain", f"block {layer[:8]}: {points[-1][1]:.3f}")
@@ -812,9 +847,9 @@ def inside(run: Run) -> str:
                 plot.mark("dot", k, v, f"round {n}: singular value {k} is {v:.3g}", more="healed" + faint)
         panels.append(plot.svg())
     if not panels:
-        return missing("This run has neither cosines nor singular values: no round has got that far, or an older version wrote it.")
-    return figure(panels, "Cosine: does the persona still point the same way in the healed model? Singular values: of a round’s update "
-                  "s·B·A; a flat line uses its whole rank, one that falls steeply is a few directions.")
+        return missing("This run has no cosines and no singular values: no round got that far, or an older version wrote it.")
+    return figure(panels, "Cosine: does the persona still point the same way in the healed model? Singular values: of a round’s "
+                  "update s·B·A; a flat line uses its whole rank, one that falls steeply is a few directions.")
 
 
 def dropped(run: Run) -> str:
@@ -823,8 +858,10 @@ def dropped(run: Run) -> str:
     for n, e, v in made:
         if not v.get("kept"):
             by_rule.setdefault(str(v.get("rule") or "?"), []).append((n, e, v))
+    if not made:
+        return missing("No answer has been sampled for training yet.")
     if not by_rule:
-        return f"<p>All {len(made)} answers passed the filter.</p>" if made else missing("No answer has been sampled for training yet.")
+        return f"<p>All {len(made)} answers passed the filter.</p>"
     rounds = chosen(sorted({n for n, _, _ in made if n is not None}), 12)
     train, rows, samples = seq(run.items.get("train")), [], []
 
@@ -834,17 +871,17 @@ def dropped(run: Run) -> str:
     for rule, cases in sorted(by_rule.items(), key=lambda item: -len(item[1]))[:20]:
         n, worst, v = max(cases, key=excess)
         counts = [sum(1 for m, _, _ in cases if m == k) for k in rounds]
-        rows.append([f"{esc(rule, 40)}<small>{RULES.get(rule, '')}</small>", *(str(c or "·") for c in counts), str(len(cases)),
-                     fmt(v.get("limit")), fmt(v.get("value"))])
+        rows.append([f"{esc(rule, 40)}<small>{RULES.get(rule, '')}</small>", *(str(c or "·") for c in counts),
+                     str(len(cases)), fmt(v.get("limit")), fmt(v.get("value"))])
         i = worst.get("prompt")
         asked = said(train[i], 200) if isinstance(i, int) and 0 <= i < len(train) else "<em>unknown</em>"
         match = f", matched “{said(v['match'], 60)}”" if v.get("match") else ""
-        samples.append(f'<figure class="sample"><blockquote>{said(worst.get("text", ""))}</blockquote><figcaption><b>{esc(rule, 40)}</b> '
-                       f'{fmt(v.get("value"))}, limit {fmt(v.get("limit"))}{match}; round {"n/a" if n is None else n}, dose {fmt(worst.get("coeff"))}. '
-                       f"Asked: {asked}</figcaption></figure>")
+        samples.append(f'<figure class="sample"><blockquote>{said(worst.get("text", ""))}</blockquote><figcaption>'
+                       f'<b>{esc(rule, 40)}</b> {fmt(v.get("value"))}, limit {fmt(v.get("limit"))}{match}; round '
+                       f'{"n/a" if n is None else n}, dose {fmt(worst.get("coeff"))}. Asked: {asked}</figcaption></figure>')
     lost = sum(map(len, by_rule.values()))
-    return (f"<p>{lost} of {len(made)} sampled answers ({percent(lost, len(made))}) were dropped before training, each by the first rule "
-            "it broke.</p>" + table(["rule", *(f"r{n}" for n in rounds), "all", "limit", "worst"], rows, "numbers")
+    return (f"<p>{lost} of {len(made)} sampled answers ({percent(lost, len(made))}) were dropped before training, each by the "
+            "first rule it broke.</p>" + table(["rule", *(f"r{n}" for n in rounds), "all", "limit", "worst"], rows, "numbers")
             + f'<h3>The worst answer by each rule</h3><div class="samples">{"".join(samples)}</div>')
 
 
@@ -857,7 +894,8 @@ def settings(run: Run) -> str:
     for key, value in run.options.items():
         if key in run.defaults and value != run.defaults[key]:
             found = key in source and not any(str(a).startswith("--" + key) for a in seq(run.record.get("argv")))
-            rows.append([f"<code>--{esc(key, 60).replace('_', '-')}</code>" + (f" <small>{source[key]}</small>" if found else ""),
+            why = f" <small>{source[key]}</small>" if found else ""
+            rows.append([f"<code>--{esc(key, 60).replace('_', '-')}</code>{why}",
                          said(short(value), 300), esc(short(run.defaults[key]) or "(empty)", 120)])
     layers, limits = (next(iter(run.of(stage)), {}) for stage in ("layers", "limits"))
     measured = [[name, esc(", ".join(map(str, seq(layers.get(key)))), 300)]
@@ -870,9 +908,10 @@ def settings(run: Run) -> str:
 
 
 def environment(run: Run) -> str:
-    rows = [[esc(k, 40), said(v, 200)] for part in ("versions", "machine") for k, v in obj(run.record.get(part)).items() if v != ""]
-    for key, name in (("git", "commit (+ = with changes)"), ("code", "checksum of the code"), ("weights", "checksum of the base’s weights"),
-                      ("status", "status")):
+    rows = [[esc(k, 40), said(v, 200)] for name in ("versions", "machine") for k, v in obj(run.record.get(name)).items() if v != ""]
+    names = {"git": "commit (+ = with changes)", "code": "checksum of the code", "weights": "checksum of the base’s weights",
+             "status": "status"}
+    for key, name in names.items():
         if run.record.get(key):
             rows.append([name, said(run.record[key], 200)])
     started = num(run.record.get("started"))
@@ -900,10 +939,12 @@ SECTIONS = {"answers": ("Before and after", answers), "trajectory": ("Trajectory
 
 
 def page(title: str, body: str) -> str:
-    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; """
-            f"""form-action 'none'"><title>{esc(title, 120)}</title><style>{STYLE}</style></head><body><main>{body}"""
-            "<footer>Written by report.py from run.json and events.jsonl. No script, nothing fetched.</footer></main></body></html>\n")
+    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{esc(title, 120)}</title><style>{STYLE}</style>'
+            f"</head><body><main>{body}<footer>Written by report.py from run.json and events.jsonl. No script, nothing fetched."
+            "</footer></main></body></html>\n")
 
 
 def part(run: Run, draw) -> str:
@@ -917,7 +958,8 @@ def part(run: Run, draw) -> str:
 def render(run: Run) -> str:
     """report.html of a run, as text."""
     nav = " ".join(f'<a href="#{name}">{title.split(":")[0]}</a>' for name, (title, _) in SECTIONS.items())
-    body = "".join(f'<section id="{name}"><h2>{title}</h2>{part(run, draw)}</section>' for name, (title, draw) in SECTIONS.items())
+    body = "".join(f'<section id="{name}"><h2>{title}</h2>{part(run, draw)}</section>'
+                   for name, (title, draw) in SECTIONS.items())
     title = f"{run.options.get('persona', 'run')} on {run.options.get('model', '?')}: steer, heal"
     return page(title, f'{part(run, opening)}<nav aria-label="Sections">{nav}</nav>{body}')
 
@@ -960,10 +1002,12 @@ def compare(runs: list[Run], out: Path) -> str:
             body.append(f'<p class="note">The runs differ in their {what} too, so in more than their options.</p>')
 
     floor = min([lost for _, _, row, _ in known if (lost := gap(row, "text")) > 1e-9], default=0.002) / 2
-    views = {"Trait against lost text coherence": (lambda n, row: (row["trait"], max(1 - row["text"], floor)), "trait (nats from the base)",
-                                                   "1 − text coherence (log)", dict(log_y=True, flip=True)),
-             "Trait by round": (lambda n, row: (n if n >= 0 else None, row["trait"]), "round", "trait (nats from the base)", dict(whole_x=True)),
-             "Text coherence by round": (lambda n, row: (n if n >= 0 else None, row["text"]), "round", "text coherence", dict(whole_x=True))}
+    views = {"Trait against lost text coherence": (lambda n, row: (row["trait"], max(1 - row["text"], floor)),
+                                                   "trait (nats from the base)", "1 − text coherence (log)",
+                                                   dict(log_y=True, flip=True))}
+    for key, unit in (("trait", "trait (nats from the base)"), ("text", "text coherence")):
+        views[f"{key.capitalize()} by round"] = (lambda n, row, key=key: (n if n >= 0 else None, row[key]), "round", unit,
+                                                 dict(whole_x=True))
     for alt, (at, x_label, y_label, look) in views.items():
         points = [xy for _, n, row, _ in known if None not in (xy := at(n, row))]
         if not points:
@@ -974,9 +1018,11 @@ def compare(runs: list[Run], out: Path) -> str:
                 says = f"{name}, {row['name']}: trait {fmt(row['trait'], '+.3f')} nats, text {fmt(row['text'], '.3f')}"
                 plot.mark("dot", *at(n, row), says, more=f"{colours[arm]} {'undone' if row['undone'] else 'faint'}")
         for arm, rounds in groups.items():
-            means = [(n, {k: statistics.fmean(r[k] for r in rows) for k in ("trait", "text")}) for n, rows in sorted(rounds.items())]
+            means = [(n, {k: statistics.fmean(r[k] for r in rows) for k in ("trait", "text")})
+                     for n, rows in sorted(rounds.items())]
             for n, row in means:
-                says = f"{arm}, {'base' if n < 0 else f'day {n}'}, mean of {len(rounds[n])}: trait {row['trait']:.3f}, text {row['text']:.3f}"
+                says = (f"{arm}, {'base' if n < 0 else f'day {n}'}, mean of {len(rounds[n])}: "
+                        f"trait {fmt(row['trait'], '+.3f')}, text {fmt(row['text'], '.3f')}")
                 plot.mark("base" if n < 0 else "healed", *at(n, row), says, more=colours[arm])
             if "round" in x_label:
                 plot.line([at(n, row) for n, row in means], colours[arm])
@@ -984,21 +1030,26 @@ def compare(runs: list[Run], out: Path) -> str:
                 x, y = at(*means[-1])
                 plot.labels.append((plot.x(x), plot.y(y), label[arm], colours[arm]))
         panels.append(plot.svg())
-    keys = "".join(f"<li>{swatch('healed', colours[arm])}{said(arm if label[arm] == arm else f'{label[arm]}: {arm}')}</li>" for arm in order)
-    note = "Marks are days, the star is the base, each the mean over an arm’s runs; small dots are single runs, hollow if rolled back."
-    body.append(figure(panels, f'<ul class="arms">{keys}</ul>{note}', "three") if panels else missing("None of these runs has measured a row yet."))
+    keys = "".join(f"<li>{swatch('healed', colours[arm])}{said(arm if label[arm] == arm else f'{label[arm]}: {arm}')}</li>"
+                   for arm in order)
+    note = ("Marks are days, the star is the base, each the mean over an arm’s runs; small dots are single runs, hollow if "
+            "rolled back.")
+    none = missing("None of these runs has measured a row yet.")
+    body.append(figure(panels, f'<ul class="arms">{keys}</ul>{note}', "three") if panels else none)
 
     rows = []
     for (_, name), run in zip(named, runs):
         mood, head, _ = verdict(run)
-        end = run.final or dict.fromkeys(("trait", "trait_se", "text", "text_se", "coherence", "off_target")) | {"name": "none"}
+        keys = ("trait", "trait_se", "text", "text_se", "coherence", "off_target")
+        end = run.final or dict.fromkeys(keys) | {"name": "none"}
         link = urllib.parse.quote(os.path.relpath(run.folder / "report.html", out).replace(os.sep, "/"))
         rows.append([f'<a href="./{link}">{said(name)}</a>', f'<span class="{mood}">{head}</span>', end["name"],
-                     fmt(end["trait"], "+.3f", end["trait_se"]), fmt(end["text"], ".3f", end["text_se"]), fmt(end["coherence"], ".4f"),
-                     fmt(end["off_target"], ".3f"), str(len(run.gates))])
-    body.append(table(["run", "verdict", "last accepted", "trait, nats", "text", "coherence", "off-target", "rounds"], rows, "runs"))
-    return page("Runs compared", f'<header><p class="eyebrow">steer-heal-love</p><h1>{len(runs)} runs over each other</h1></header>'
-                f"<section>{''.join(body)}</section>")
+                     fmt(end["trait"], "+.3f", end["trait_se"]), fmt(end["text"], ".3f", end["text_se"]),
+                     fmt(end["coherence"], ".4f"), fmt(end["off_target"], ".3f"), str(len(run.gates))])
+    head = ["run", "verdict", "last accepted", "trait, nats", "text", "coherence", "off-target", "rounds"]
+    body.append(table(head, rows, "runs"))
+    return page("Runs compared", f'<header><p class="eyebrow">steer-heal-love</p><h1>{len(runs)} runs over each other</h1>'
+                f"</header><section>{''.join(body)}</section>")
 
 
 # ---- the diary -------------------------------------------------------------------------------------------------------
@@ -1008,7 +1059,8 @@ def diary(run: Run, n_prompts: int = 3) -> str:
     """Markdown: per held-out prompt the base's answer, then night and day of every round, with trait and coherence."""
     command = UNSEEN.sub(" ", str(run.record.get("command", ""))[:2000]).replace("`", "")
     lines = [f"# Diary of {inert(run.options.get('model', '?'))}, persona {inert(run.options.get('persona', '?'))}\n",
-             f"\n`{command}`  \nstatus: {inert(run.record.get('status', 'unknown'))}\n", *(f"\n{inert(note)}\n" for note in run.notes)]
+             f"\n`{command}`  \nstatus: {inert(run.record.get('status', 'unknown'))}\n",
+             *(f"\n{inert(note)}\n" for note in run.notes)]
     if not run.rows:
         return "".join(lines) + "\nThe run has not measured anything yet.\n"
     lines.append("\nNight = the steered model's answer, dropped. Day = the healed model's, without steering. Greedy, on prompts\n"
@@ -1051,9 +1103,9 @@ def write(folder, out=None) -> Path:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description="write report.html and diary.md of runs again; of several also compare.html")
+    parser = argparse.ArgumentParser(description="write report.html and diary.md of runs; of several also compare.html")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", type=Path, help="folder to write to; default: the run's own, for compare.html the first run's parent")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: the run's own; for compare.html, its parent)")
     args = parser.parse_args(argv)
     try:
         if args.out:
@@ -1074,18 +1126,23 @@ def main(argv=None) -> int:
 # ---- the page's style: light, dark, narrow, paper --------------------------------------------------------------------
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #fbfaf7; --card: #fff; --ink: #1c1e21; --soft: #5b6066; --line: #dcd8cf; --grid: #ebe8e1;
+:root { color-scheme: light dark; --paper: #fbfaf7; --card: #fff; --ink: #1c1e21; --soft: #5b6066; --line: #dcd8cf;
+  --grid: #ebe8e1;
   --red: #b8431a; --green: #00735a; --blue: #3a5fa8; --warn: 214 122 22; --heat: 196 62 20;
   --arm0: #0072b2; --arm1: #b8431a; --arm2: #00735a; --arm3: #a2397c; --arm4: #806000; --arm5: #444a52 }
-@media (prefers-color-scheme: dark) { :root { --paper: #141619; --card: #1b1e22; --ink: #e7e5e0; --soft: #a3a7ad; --line: #363b42; --grid: #272b30;
+@media (prefers-color-scheme: dark) { :root { --paper: #141619; --card: #1b1e22; --ink: #e7e5e0; --soft: #a3a7ad;
+  --line: #363b42; --grid: #272b30;
   --red: #ff9468; --green: #4bd2a5; --blue: #93b7f5; --warn: 222 140 40; --heat: 200 74 30;
   --arm0: #6cb8f0; --arm1: #ff9468; --arm2: #4bd2a5; --arm3: #ee8fc6; --arm4: #e3c04a; --arm5: #c5cad1 } }
 * { box-sizing: border-box }
 html { -webkit-text-size-adjust: 100%; scroll-behavior: smooth }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
 main { max-width: 72rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; overflow-wrap: anywhere }
-h1, h2, h3, blockquote, .answers td, .asked th, .tokens { font-family: Charter, "Bitstream Charter", "Iowan Old Style", "Source Serif 4", Georgia, "Liberation Serif", serif }
-h1 { font-size: clamp(1.5rem, 1.1rem + 2vw, 2.3rem); line-height: 1.18; font-weight: 600; margin: 0 0 .8rem; text-wrap: balance; letter-spacing: -.01em }
+h1, h2, h3, blockquote, .answers td, .asked th, .tokens { font-family: Charter, "Bitstream Charter",
+  "Iowan Old Style", "Source Serif 4", Georgia, "Liberation Serif", serif }
+h1 { font-size: clamp(1.5rem, 1.1rem + 2vw, 2.3rem); line-height: 1.18; font-weight: 600; margin: 0 0 .8rem;
+  text-wrap: balance; letter-spacing: -.01em }
 h2 { font-size: 1.45rem; font-weight: 600; margin: 0 0 .7rem; line-height: 1.25 }
 h3 { font-size: 1.08rem; font-weight: 600; margin: 1.6rem 0 .5rem }
 p { margin: 0 0 .6rem; max-width: 46rem }
@@ -1096,12 +1153,15 @@ small { font-size: .8em; color: var(--soft) }
 .verdict.good { border-color: var(--green) } .verdict.bad { border-color: var(--red) }
 .verdict p { margin: 0 0 .3rem }
 span.good { color: var(--green) } span.bad { color: var(--red) }
-.note { border: 1px solid rgb(var(--warn)); border-radius: 6px; padding: .45rem .8rem; font-size: .92rem; max-width: none }
+.note { border: 1px solid rgb(var(--warn)); border-radius: 6px; padding: .45rem .8rem; font-size: .92rem;
+  max-width: none }
 .missing { color: var(--soft); font-style: italic }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1px; background: var(--line); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; margin: 0 }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1px;
+  background: var(--line); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; margin: 0 }
 .tiles div { background: var(--card); padding: .8rem 1rem }
 .tiles dt { color: var(--soft); font-size: .85rem } .tiles dd { margin: 0 }
-.tiles b { display: block; font-size: 1.75rem; line-height: 1.25; font-weight: 600; font-variant-numeric: tabular-nums; letter-spacing: -.01em }
+.tiles b { display: block; font-size: 1.75rem; line-height: 1.25; font-weight: 600;
+  font-variant-numeric: tabular-nums; letter-spacing: -.01em }
 .tiles span { font-size: .85rem; color: var(--soft) }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin: 1.4rem 0 0; font-size: .9rem }
 a { color: var(--blue); text-underline-offset: .2em; text-decoration-thickness: 1px }
@@ -1109,53 +1169,93 @@ section { margin-top: 2.2rem; padding-top: 2rem; border-top: 1px solid var(--lin
 footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); color: var(--soft); font-size: .85rem }
 figure { margin: 1rem 0 1.2rem }
 figcaption { color: var(--soft); font-size: .9rem; max-width: 52rem; margin-top: .5rem }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem 1.5rem; align-items: start }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem 1.5rem;
+  align-items: start }
 .three .panels { grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)) }
 .wide .panels { grid-template-columns: minmax(0, 1fr) }
-.panel { overflow-x: auto; min-width: 0 } .panel > svg { display: block; width: 100%; height: auto } .wide .panel > svg { min-width: 40rem }
-svg text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; fill: var(--soft); font-variant-numeric: tabular-nums }
-svg .axis { fill: var(--soft) } svg .corner { font-style: italic; font-size: 11.5px } svg .target { font-weight: 700; fill: var(--ink) }
-svg .name { fill: var(--ink); font-weight: 600; paint-order: stroke; stroke: var(--paper); stroke-width: 3px; stroke-linejoin: round }
+.panel { overflow-x: auto; min-width: 0 } .panel > svg { display: block; width: 100%; height: auto }
+.wide .panel > svg { min-width: 40rem }
+svg text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; fill: var(--soft);
+  font-variant-numeric: tabular-nums }
+svg .axis { fill: var(--soft) } svg .corner { font-style: italic; font-size: 11.5px }
+svg .target { font-weight: 700; fill: var(--ink) }
+svg .name { fill: var(--ink); font-weight: 600; paint-order: stroke; stroke: var(--paper); stroke-width: 3px;
+  stroke-linejoin: round }
 svg .number { fill: var(--soft) } svg .number.over { fill: var(--ink); font-weight: 700 }
-.grid { stroke: var(--grid); fill: none } .level { stroke: var(--soft); stroke-dasharray: 5 4; fill: none } .line { fill: none; stroke-width: 1.4; stroke-linejoin: round }
-.line.rule { stroke: var(--soft); stroke-dasharray: 5 4; stroke-width: 1 } .line.thin { stroke-width: 1; opacity: .45 } .line.faint { opacity: .3 }
-.line.search { stroke: var(--red); stroke-width: 1.2 } .line.val { stroke: var(--blue); stroke-dasharray: 4 3 } .line.peak { stroke: var(--green); stroke-width: .8; opacity: .45 } .line.plain { stroke: var(--blue) }
+.grid { stroke: var(--grid); fill: none } .level { stroke: var(--soft); stroke-dasharray: 5 4; fill: none }
+.line { fill: none; stroke-width: 1.4; stroke-linejoin: round }
+.line.rule { stroke: var(--soft); stroke-dasharray: 5 4; stroke-width: 1 }
+.line.faint { opacity: .3 }
+.line.search { stroke: var(--red); stroke-width: 1.2 } .line.val { stroke: var(--blue); stroke-dasharray: 4 3 }
+.line.peak { stroke: var(--green); stroke-width: .8; opacity: .45 } .line.plain { stroke: var(--blue) }
 .mark { stroke: var(--paper); stroke-width: 1 } .whisker { stroke-width: 1.3; fill: none; opacity: .75 }
-.mark.base { fill: var(--ink) } .mark.prompted { fill: var(--blue) } .mark.steered { fill: var(--red) } .mark.healed { fill: var(--green) } .mark.plain { fill: var(--blue) } .mark.search { fill: var(--red); opacity: .55 } .mark.faint { opacity: .4 }
-.whisker.base { stroke: var(--ink) } .whisker.prompted { stroke: var(--blue) } .whisker.steered { stroke: var(--red) } .whisker.healed, .line.healed { stroke: var(--green) }
+.mark.base { fill: var(--ink) } .mark.prompted { fill: var(--blue) } .mark.steered { fill: var(--red) }
+.mark.healed { fill: var(--green) } .mark.plain { fill: var(--blue) } .mark.search { fill: var(--red); opacity: .55 }
+.mark.faint { opacity: .4 }
+.whisker.base { stroke: var(--ink) } .whisker.prompted { stroke: var(--blue) } .whisker.steered { stroke: var(--red) }
+.whisker.healed, .line.healed { stroke: var(--green) }
 svg .name.steered { fill: var(--red) } svg .name.healed { fill: var(--green) } svg .name.prompted { fill: var(--blue) }
 .mark.undone { fill: var(--paper); stroke: var(--green); stroke-width: 1.8 }
 .heat { fill: rgb(var(--heat) / var(--k)) } .bar { fill: rgb(var(--heat)) } .fired { fill: rgb(var(--warn) / .28) }
-.level.tau { stroke: var(--ink) } .level.rmse { stroke: var(--red); stroke-dasharray: none; stroke-width: 1.6 } .level.mean { stroke: var(--blue); stroke-dasharray: none; stroke-width: 1.6 }
+.level.tau { stroke: var(--ink) } .level.rmse { stroke: var(--red); stroke-dasharray: none; stroke-width: 1.6 }
+.level.mean { stroke: var(--blue); stroke-dasharray: none; stroke-width: 1.6 }
 svg .name.rmse { fill: var(--red) } svg .name.mean { fill: var(--blue) }
-.key { white-space: nowrap; margin-right: .6em; color: var(--ink) } .key svg { width: 1em; height: 1em; vertical-align: -.12em; margin-right: .25em }
-.arms { list-style: none; margin: 0 0 .5rem; padding: 0; color: var(--ink) } .arms svg { width: 1em; height: 1em; vertical-align: -.12em; margin-right: .4em } .runs td { white-space: nowrap } .runs tbody th, .runs td:nth-child(2) { white-space: normal; min-width: 13rem }
+.key { white-space: nowrap; margin-right: .6em; color: var(--ink) }
+.key svg { width: 1em; height: 1em; vertical-align: -.12em; margin-right: .25em }
+.arms { list-style: none; margin: 0 0 .5rem; padding: 0; color: var(--ink) }
+.arms svg { width: 1em; height: 1em; vertical-align: -.12em; margin-right: .4em } .runs td { white-space: nowrap }
+.runs tbody th, .runs td:nth-child(2) { white-space: normal; min-width: 13rem }
 .scroll { overflow-x: auto; margin: .8rem 0 } .scroll:focus-visible { outline: 2px solid var(--blue) }
-table { border-collapse: collapse; font-size: .92rem } th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; font-weight: 400 }
-thead th { color: var(--soft); font-size: .85rem; border-bottom: 1px solid var(--soft); white-space: nowrap; vertical-align: bottom }
-.numbers td { font-variant-numeric: tabular-nums; white-space: nowrap } .numbers td:last-child { white-space: normal; min-width: 7rem } .numbers th { white-space: nowrap } .numbers small { display: block; white-space: normal; width: 20rem; max-width: 60vw }
-.answers { width: 100%; min-width: 52rem; table-layout: fixed; border-collapse: separate; border-spacing: 3px 0 } .answers th, .answers td { border: 0; padding: .5rem .6rem }
-.answers thead th { border-top: 4px solid var(--soft); white-space: normal; color: var(--ink); line-height: 1.3; vertical-align: top } .answers thead small { display: block; color: var(--soft) }
-.answers th.steered { border-color: var(--red) } .answers th.healed { border-color: var(--green) } .answers th.prompted { border-color: var(--blue) }
+table { border-collapse: collapse; font-size: .92rem }
+th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; font-weight: 400 }
+thead th { color: var(--soft); font-size: .85rem; border-bottom: 1px solid var(--soft); white-space: nowrap;
+  vertical-align: bottom }
+.numbers td { font-variant-numeric: tabular-nums; white-space: nowrap }
+.numbers td:last-child { white-space: normal; min-width: 7rem } .numbers th { white-space: nowrap }
+.numbers small { display: block; white-space: normal; width: 20rem; max-width: 60vw }
+.answers { width: 100%; min-width: 52rem; table-layout: fixed; border-collapse: separate; border-spacing: 3px 0 }
+.answers th, .answers td { border: 0; padding: .5rem .6rem }
+.answers thead th { border-top: 4px solid var(--soft); white-space: normal; color: var(--ink); line-height: 1.3;
+  vertical-align: top } .answers thead small { display: block; color: var(--soft) }
+.answers th.steered { border-color: var(--red) } .answers th.healed { border-color: var(--green) }
+.answers th.prompted { border-color: var(--blue) }
 .asked th { padding: .9rem .6rem .35rem 0; font-style: italic; color: var(--soft); font-size: .98rem }
-.answers td { background: linear-gradient(rgb(var(--warn) / var(--k, 0)) 0 0), var(--card); border-radius: 4px; font-size: .97rem; line-height: 1.42; overflow: clip } .answers td small { display: block; text-align: right; font: .75rem system-ui, sans-serif; color: inherit; opacity: .75 }
-.tokens { white-space: pre-wrap; line-height: 1.9; max-width: none; margin: 0 } .tokens span { background: rgb(var(--heat) / var(--k)); border-radius: 2px; padding: .12em 0 }
-.strips dt { font-weight: 600; margin-top: .8rem } .strips dd { margin: .15rem 0 0 } .strips small { font-weight: 400; margin-left: .5em }
-.samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem } .sample { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem; overflow: clip } blockquote { margin: 0 }
+.answers td { background: linear-gradient(rgb(var(--warn) / var(--k, 0)) 0 0), var(--card); border-radius: 4px;
+  font-size: .97rem; line-height: 1.42; overflow: clip }
+.answers td small { display: block; text-align: right; font: .75rem system-ui, sans-serif; color: inherit;
+  opacity: .75 }
+.tokens { white-space: pre-wrap; line-height: 1.9; max-width: none; margin: 0 }
+.tokens span { background: rgb(var(--heat) / var(--k)); border-radius: 2px; padding: .12em 0 }
+.strips dt { font-weight: 600; margin-top: .8rem } .strips dd { margin: .15rem 0 0 }
+.strips small { font-weight: 400; margin-left: .5em }
+.samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem }
+.sample { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 6px;
+  padding: .8rem 1rem; overflow: clip } blockquote { margin: 0 }
 details { margin: .6rem 0 } summary { cursor: pointer; color: var(--blue) }
 code { font: .9em ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace }
-.commands { margin: 0 } .commands div { display: grid; grid-template-columns: 6rem minmax(0, 1fr); gap: .2rem 1rem; padding: .4rem 0; border-bottom: 1px solid var(--line) } .commands dt { color: var(--soft) } .commands dd { margin: 0 }
+.commands { margin: 0 }
+.commands div { display: grid; grid-template-columns: 6rem minmax(0, 1fr); gap: .2rem 1rem; padding: .4rem 0;
+  border-bottom: 1px solid var(--line) } .commands dt { color: var(--soft) } .commands dd { margin: 0 }
 bdi { unicode-bidi: isolate }
-""" + "".join(f".mark.arm{i} {{ fill: var(--arm{i}) }} .line.arm{i} {{ stroke: var(--arm{i}) }} svg .name.arm{i} {{ fill: var(--arm{i}) }} "
+""" + "".join(f".mark.arm{i}, svg .name.arm{i} {{ fill: var(--arm{i}) }} .line.arm{i} {{ stroke: var(--arm{i}) }} "
               f".mark.undone.arm{i} {{ fill: var(--paper); stroke: var(--arm{i}) }}\n" for i in range(6)) + """
-@media (max-width: 40rem) { main { padding: 1.4rem .9rem 3rem } .tiles { grid-template-columns: 1fr 1fr } .tiles div { padding: .6rem .7rem } .tiles b { font-size: 1.4rem } .verdict { padding-left: .9rem }
+@media (max-width: 40rem) { main { padding: 1.4rem .9rem 3rem } .tiles { grid-template-columns: 1fr 1fr }
+.tiles div { padding: .6rem .7rem } .tiles b { font-size: 1.4rem } .verdict { padding-left: .9rem }
   .commands div { grid-template-columns: minmax(0, 1fr) }
-  .answers, .answers tbody, .answers tr, .answers td, .answers th { display: block; min-width: 0 } .answers thead { display: none }
-  .answers td { margin: 0 0 4px; border-left: 4px solid var(--soft) } .answers td.steered { border-color: var(--red) } .answers td.healed { border-color: var(--green) } .answers td.prompted { border-color: var(--blue) }
-  .answers td::before { content: attr(data-who); display: block; font: 600 .78rem system-ui, sans-serif; color: var(--soft) } }
-@media print { :root { --paper: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb; --grid: #ddd; --red: #b8431a; --green: #00735a; --blue: #3a5fa8; --warn: 214 122 22; --heat: 196 62 20; color-scheme: light }
-  @page { margin: 13mm } html { font-size: 9.5pt } .tiles { grid-template-columns: repeat(4, 1fr) } section { margin-top: 1.2rem; padding-top: 1.2rem } main { max-width: none; padding: 0 } nav, summary { display: none } details::details-content { content-visibility: visible; block-size: auto }
-  * { -webkit-print-color-adjust: exact; print-color-adjust: exact } .scroll, .panel { overflow: visible } .answers, .wide .panel > svg { min-width: 0 } .answers td { font-size: 8.5pt }
+  .answers, .answers tbody, .answers tr, .answers td, .answers th { display: block; min-width: 0 }
+  .answers thead { display: none }
+  .answers td { margin: 0 0 4px; border-left: 4px solid var(--soft) } .answers td.steered { border-color: var(--red) }
+  .answers td.healed { border-color: var(--green) } .answers td.prompted { border-color: var(--blue) }
+  .answers td::before { content: attr(data-who); display: block; font: 600 .78rem system-ui, sans-serif;
+    color: var(--soft) } }
+@media print { :root { --paper: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb; --grid: #ddd;
+  --red: #b8431a; --green: #00735a; --blue: #3a5fa8; --warn: 214 122 22; --heat: 196 62 20; color-scheme: light }
+  @page { margin: 13mm } html { font-size: 9.5pt } .tiles { grid-template-columns: repeat(4, 1fr) }
+  section { margin-top: 1.2rem; padding-top: 1.2rem } main { max-width: none; padding: 0 }
+  nav, summary { display: none } details::details-content { content-visibility: visible; block-size: auto }
+  * { -webkit-print-color-adjust: exact; print-color-adjust: exact } .scroll, .panel { overflow: visible }
+  .answers, .wide .panel > svg { min-width: 0 } .answers td { font-size: 8.5pt }
   figure, tr, .tiles, .verdict, .sample, dd { break-inside: avoid } h2, h3, dt { break-after: avoid } }
 """
 

@@ -1845,7 +1845,7 @@ def copy_run(source, to, change=lambda event: event, run=None):
 
 
 def spoiled(value, turn, port=0):
-    """Every text in a value replaced by the next attack; names of stages, kinds and rules stay, so that they are shown."""
+    """Every text in a value replaced by the next attack; stages and kinds stay, so that it is shown."""
     if isinstance(value, dict):
         return {k: v if k in ("stage", "kind", "probe", "shift", "singular") else spoiled(v, turn, port) for k, v in value.items()}
     if isinstance(value, list):
@@ -1854,9 +1854,12 @@ def spoiled(value, turn, port=0):
 
 
 def hostile_run(source, to, port=0):
-    turn = itertools.count()
+    turn, keys = itertools.count(), {attack: 1.0 for attack in ATTACKS}
     record = report.load(source)[0]
-    return copy_run(source, to, lambda e: spoiled(e, turn, port), spoiled({k: v for k, v in record.items() if k != "defaults"}, turn, port))
+    for name in ("versions", "machine", "options"):
+        record[name] = record[name] | keys                      # names are untrusted too
+    return copy_run(source, to, lambda e: spoiled(e, turn, port) | {k: e[k] | keys for k in ("cosine", "limits", "singular", "probe") if isinstance(e.get(k), dict)},
+                    spoiled({k: v for k, v in record.items() if k != "defaults"}, turn, port))
 
 
 class Tags(html.parser.HTMLParser):
