@@ -1174,7 +1174,8 @@ figcaption { color: var(--soft); font-size: .9rem; max-width: 52rem; margin-top:
 .three .panels { grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)) }
 .wide .panels { grid-template-columns: minmax(0, 1fr) }
 .panel { overflow-x: auto; min-width: 0 } .panel > svg { display: block; width: 100%; height: auto }
-.wide .panel > svg { min-width: 40rem }
+.panel > svg { max-width: 40rem } .three .panel > svg { max-width: 26rem }
+.wide .panel > svg { min-width: 40rem; max-width: none }
 svg text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; fill: var(--soft);
   font-variant-numeric: tabular-nums }
 svg .axis { fill: var(--soft) } svg .corner { font-style: italic; font-size: 11.5px }
@@ -1256,7 +1257,7 @@ bdi { unicode-bidi: isolate }
   nav, summary { display: none } details::details-content { content-visibility: visible; block-size: auto }
   * { -webkit-print-color-adjust: exact; print-color-adjust: exact } .scroll, .panel { overflow: visible }
   .answers, .wide .panel > svg { min-width: 0 } .answers td { font-size: 8.5pt }
-  figure, tr, .tiles, .verdict, .sample, dd { break-inside: avoid } h2, h3, dt { break-after: avoid } }
+  figure, tr, .tiles, .verdict, .sample, dd { break-inside: avoid } h2, h3, dt, .asked { break-after: avoid } }
 """
 
 if __name__ == "__main__":
