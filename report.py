@@ -181,7 +181,8 @@ class Run:
         self.gates, self.heals, self.worst, self.vectors = map(self.last, ("gate", "heal", "worst", "vector"))
         self.doses = {n: num(e.get("coeff")) for n, e in self.last("dose").items()}
         self.rounds = sorted({n for e in self.events if (n := self.number(e)) is not None})
-        self.done = num(self.record.get("seconds")) is not None
+        ended = self.record.get("status") not in ("running", "interrupted")      # a run that goes on keeps its seconds
+        self.done = ended and num(self.record.get("seconds")) is not None
         self.accepted = sorted(n for n, gate in self.gates.items() if gate.get("accepted") is True)
         self.final = next((self.days[n] for n in reversed(self.accepted) if n in self.days), None)
         self.target = self.options.get("target") if self.options.get("target") in FOUNDATIONS else "authority"
@@ -392,9 +393,9 @@ def verdict(run: Run) -> tuple[str, str, list[str]]:
     if run.record.get("stopped"):
         lines.append(f"Stopped early: {said(run.record['stopped'])}.")
     if not final or not base:
-        if not run.done or not run.gates:
-            return "bad" if run.done else "open", "Nothing is healed yet", lines
-        return "bad", "No round was accepted: the model is the base", lines
+        rejected = "No round was accepted" + (": the model is the base" if run.done else " yet")
+        head = rejected if run.gates else "Nothing is healed yet"
+        return "bad" if run.done else "open", head, lines
 
     name, floor = final["name"].capitalize(), num(run.options.get("coh_floor")) or 0.95
     share = percent(final["trait"], night["trait"]) if night and (night["trait"] or 0) > 0 else ""
