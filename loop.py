@@ -250,7 +250,9 @@ def surroundings(model) -> dict:
     rooms = b"".join((HERE / f"{name}.py").read_bytes() for name in ("loop", "steer", "lora", "heal", "evalmfv"))
     versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=version("transformers"),
                     device=str(model.device), threads=torch.get_num_threads())
-    return dict(versions=versions, git=_git(), code=f"{zlib.crc32(rooms):08x}")
+    machine = dict(system=platform.platform(), device=str(model.device), dtype=str(model.dtype), threads=torch.get_num_threads(),
+                   gpu=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "")
+    return dict(versions=versions, machine=machine, git=_git(), code=f"{zlib.crc32(rooms):08x}")
 
 
 def _git() -> str:

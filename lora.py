@@ -225,6 +225,15 @@ class Stack:
         scales = torch.tensor([lora.scale for lora in self.layers.values()], dtype=torch.float64)       # [M]
         return ((AAt * BtB).sum((1, 2)) * scales ** 2).sum().clamp(min=0).sqrt().item()
 
+    @torch.no_grad()
+    def singular_values(self) -> dict[str, Tensor]:
+        """Of the current round's update s * B @ A of every Linear, by module name: [r] float64, largest first."""
+        AAt, BtB = self._grams()                                                # [M, r, r]
+        w, Q = torch.linalg.eigh(AAt)
+        root = Q * w.clamp(min=0).sqrt()[:, None] @ Q.mT                        # [M, r, r]  square root of A A^T
+        squares = torch.linalg.eigvalsh(root @ BtB @ root).flip(-1).clamp(min=0)                # [M, r]
+        return {name: lora.scale * row.sqrt() for (name, lora), row in zip(self.layers.items(), squares)}
+
     # ---- files
 
     def save(self, path, rounds: list[int] | None = None, metadata: dict[str, str] | None = None) -> None:
