@@ -3,8 +3,8 @@
     python bench/round.py                   about ten minutes on two cores
     python bench/round.py --tiny            seconds, for CI
 
-Both sides do the same work: the same contexts, doses, prompts, training samples, optimiser steps and probe frames. The
-original's structure, written by us from a description: everything one at a time (a context, a completion, an nll, a
+Both sides do the same work: the same contexts, prompts, training samples, optimiser steps and probe frames, and a search for
+the same dose, each in its own way. The original's structure, written by us from a description: everything one at a time (a context, a completion, an nll, a
 sample, a probe frame), decoding by transformers' generate() under the steering hook, logits of the whole sequence, the
 reference in every epoch. What both sides share runs once before the clock starts.
 """
@@ -26,7 +26,8 @@ import lora  # noqa: E402
 import steer  # noqa: E402
 from measure import seconds_of, table, write_json  # noqa: E402
 
-DOSES = (1.0, 0.1, 0.316, 0.562, 0.422, 0.487)                  # what a search for .487 tries: 1.0, the floor, four bisections
+BISECTED = (1.0, 0.1, 0.316, 0.562, 0.422, 0.487)               # what a search for .487 tries: 1.0, the floor, four bisections
+DIVIDED = ((1.0, 0.562, 0.316, 0.178, 0.1), (0.487, 0.422, 0.365))      # steer.find_dose: five in one batch, then three
 
 
 class Work:
@@ -36,12 +37,12 @@ class Work:
         cfg = loop.LoopConfig()
         self.model, self.tok = loop.load_model(cfg)
         self.persona, (self.train, self.held_out) = loop.load_persona(cfg), loop.load_prompts(cfg)
-        self.contexts = loop.load_json(ROOT / "data" / "contexts.json")
+        self.contexts = loop.load_json(ROOT / "data" / "contexts.json", list)
         vignettes = evalmfv.load_vignettes(ROOT / "data" / "vignettes.jsonl")
         self.layers, _ = steer.find_layers(self.model, self.tok, self.persona["pos"], self.persona["neg"], self.contexts)
         self.stack = lora.attach(self.model, r=8, alpha=16, layers=steer.band(len(steer.blocks(self.model)), 0.2, 0.8))
         self.n_probe, self.n_make, self.n_new, self.think = (2, 4, 8, 4) if tiny else (24, 64, 64, 128)
-        self.doses = DOSES[:2] if tiny else DOSES
+        self.bisected, self.divided = (BISECTED[:2], DIVIDED[1:]) if tiny else (BISECTED, DIVIDED)
         self.vignettes = vignettes[:2] if tiny else vignettes
         self.contexts = self.contexts[:4] if tiny else self.contexts
         self.cfg = heal.HealConfig(lr=1e-3, val_share=0.0, epochs=2 if tiny else 5)
@@ -69,11 +70,13 @@ def extract(w):
 
 
 def search(w):
-    return sum(len(c.ids) for dose in w.doses for c in w.answers(w.n_probe, dose))
+    for doses in w.divided:
+        prompts, coeffs = w.prompts(w.n_probe) * len(doses), [dose for dose in doses for _ in range(w.n_probe)]
+        steer.generate(w.model, w.tok, prompts, vectors=w.vectors, coeffs=coeffs, n_draws=w.n_probe, max_new_tokens=w.n_new, batch_size=128)
 
 
 def make(w):
-    return sum(len(c.ids) for c in w.answers(w.n_make, 0.487))
+    w.answers(w.n_make, 0.487)
 
 
 def score(w):
@@ -105,22 +108,20 @@ def extract_one_by_one(w):
 
 @torch.no_grad()
 def answers_one_by_one(w, n, coeff):
-    n_tokens = 0
     with steer.steered(w.model, w.vectors, coeff):
         for ids in steer.encode(w.tok, w.prompts(n), [""] * n):
             ids = torch.tensor([ids])                                           # [1, T]
-            out = w.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_p=0.95, top_k=64,
-                                   max_new_tokens=w.n_new, pad_token_id=steer.pad_of(w.tok))
-            n_tokens += out.shape[1] - ids.shape[1]
-    return n_tokens
+            w.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_p=0.95, top_k=64,
+                             max_new_tokens=w.n_new, pad_token_id=steer.pad_of(w.tok))
 
 
 def search_one_by_one(w):
-    return sum(answers_one_by_one(w, w.n_probe, dose) for dose in w.doses)
+    for dose in w.bisected:
+        answers_one_by_one(w, w.n_probe, dose)
 
 
 def make_one_by_one(w):
-    return answers_one_by_one(w, w.n_make, 0.487)
+    answers_one_by_one(w, w.n_make, 0.487)
 
 
 @torch.no_grad()
@@ -143,7 +144,7 @@ def probe_one_by_one(w):
 
 
 STAGES = {"extract": (extract_one_by_one, extract, "contexts and personas share left-padded batches; only the tag's state is kept"),
-          "dose search": (search_one_by_one, search, "the completions of a dose are one batch"),
+          "dose search": (search_one_by_one, search, "eight doses in two batches, where six bisections wait for one another"),
           "generate": (make_one_by_one, make, "all completions are one batch; finished rows leave it"),
           "filter": (score_one_by_one, score, "batches of similar length, completion rows only"),
           "heal": (train_one_by_one, train, "no logits, reference and lower blocks once, four samples a pass"),
