@@ -931,7 +931,7 @@ def dry_run(cfg: LoopConfig, scfg, lcfg, hcfg) -> int:
     """Prints what this run would adapt, keep in memory, write and compute; reads the model's configuration and no weights."""
     persona, (train, held_out) = load_persona(cfg), load_prompts(cfg)
     vignettes = evalmfv.load_vignettes(cfg.vignettes or HERE / "data" / "vignettes.jsonl")
-    contexts = load_json(HERE / "data" / "contexts.json")
+    contexts = load_json(DATA / "contexts.json", list)
     device, dtype = placed(cfg)
     _, config, kind = load_config(cfg)
     with named_errors(cfg), torch.device("meta"):

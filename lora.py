@@ -538,7 +538,7 @@ def write_peft(folder, pairs: dict[str, tuple[Tensor, Tensor]], proof: Witness, 
         raise RuntimeError(f"{len(broken)} tensors are not finite in {dtype}, first {broken[0]}: choose another --dtype")
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, revision=revision, r=R, lora_alpha=R,
                   lora_dropout=0.0, bias="none", target_modules=sorted(pairs), inference_mode=True,
-                  fan_in_fan_out=any(not isinstance(model.get_submodule(name), nn.Linear) for name in pairs),       # Conv1D
+                  fan_in_fan_out=any(type(m).__name__ == "Conv1D" for name, m in model.named_modules() if name in pairs),
                   use_rslora=False, use_dora=False, modules_to_save=None, init_lora_weights=True, rank_pattern={},
                   alpha_pattern={}, layers_to_transform=None, layers_pattern=None, auto_mapping=None)
     with whole_folder(folder) as temporary:
@@ -696,7 +696,6 @@ def without_paths(argv: list[str], model: str) -> str:
     return " ".join(["python loop.py", *map(shown, argv)])
 
 
-# same in report.py
 def inert(text: str) -> str:
     """Model text for Markdown: one line, no control or direction marks, what could mean something escaped."""
     text = re.sub(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]+", " ", text)

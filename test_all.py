@@ -3041,17 +3041,12 @@ def test_in_a_real_browser_nothing_is_fetched_no_script_runs_and_nothing_overflo
         server.shutdown()
 
 
-    (tmp_path / "events.jsonl").write_text('{"stage": "a"}\n{"sta\n{"stage": "b"}\n')
-    with pytest.raises(ValueError, match="line 2"):
-        report.load(tmp_path)
-
-
 # ==== exports: what others serve, and chat ============================================================================
 
 import exports                                                  # noqa: E402  bench/exports.py: bases and runs made in code
 
 EXPORT_PROMPTS = [lora_ids(1, 9, seed=i)[0].tolist() for i in range(4)]
-EXPORT_CLASSES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
+EXPORT_CLASSES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "GPT2LMHeadModel")
 
 
 def export_model(name, ranks=(4, 2)):
@@ -3391,11 +3386,6 @@ def test_export_a_mismatch_is_exit_code_one(finished, tmp_path, monkeypatch, cap
     assert "nothing was written" in capsys.readouterr().err and os.listdir(tmp_path) == []
 
 
-def test_export_lines_copied_between_files_are_identical():
-    assert inspect.getsource(lora_py.inert) == inspect.getsource(report.inert)
-    assert inspect.getsource(lora_py.write_whole) == inspect.getsource(steer.write_whole)
-
-
 def test_chat_compares_base_prompted_and_day_and_a_gate_of_zero_is_the_base(finished, capsys, monkeypatch):
     def ask(*argv):
         assert loop.main(["chat", str(finished[1]), *argv]) == 0
@@ -3686,14 +3676,6 @@ def test_options_that_cannot_be_meant_are_refused_before_any_work(argv, message,
     except SystemExit as stop:
         code = stop.code
     assert code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
-def test_a_model_whose_logits_are_not_finite_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
-    model, tok = loop.load_model(loop.LoopConfig())
-    next(model.parameters()).data[:] = math.nan
-    monkeypatch.setattr(loop, "load_model", lambda cfg: (model, tok))
-    assert loop.main(["--out", str(tmp_path)]) == 2 and not list(tmp_path.iterdir())
-    assert "not finite: try --dtype" in capsys.readouterr().err
 
 
 def test_dropped_completions_are_told_by_rule_with_a_sample_and_an_option():

@@ -39,6 +39,7 @@ ARCHITECTURES = {                                               # class: its con
         text_config=dict(TEXT, layer_types=["linear_attention", "full_attention"] * 2, linear_num_key_heads=2, linear_num_value_heads=4,
                          linear_key_head_dim=16, linear_value_head_dim=16),
         vision_config=dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=4, out_hidden_size=64, patch_size=14)),
+    "GPT2LMHeadModel": dict(n_embd=64, n_layer=4, n_head=4, n_positions=512, initializer_range=0.3),       # Conv1D
     "Phi3ForCausalLM": {k: v for k, v in TEXT.items() if k != "head_dim"},
 }
 
