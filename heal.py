@@ -373,7 +373,8 @@ class Passes:
     def __init__(self, model: nn.Module, samples: list[Sample], reference: Callable, *, reg: str = "kl_rev", pad_id: int = 0,
                  tiled: bool = True, cache_reference: bool = True, cache_below: bool = True):
         self.model, self.reference, self.reg, self.pad_id = model, reference, reg, pad_id
-        self.device = next(model.parameters()).device
+        embeds = hasattr(model, "get_input_embeddings")         # where token ids go; in an image-text model not the first weight
+        self.device = (model.get_input_embeddings().weight if embeds else next(model.parameters())).device
         self.extra = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
         self.ref_rows: dict[int, Tensor] = {}                   # id(sample) -> [n_i, d]
         self.outputs: dict[int, Tensor] = {}                    # id(sample) -> [T_i, d], of the last block below

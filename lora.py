@@ -623,7 +623,7 @@ def write_merged(folder, pairs: dict[str, tuple[Tensor, Tensor]], proof: Witness
         for path in copies:
             shutil.copyfile(path, temporary / path.name)
         del model, modules, W                                   # two copies of the base are enough
-        ours, theirs = (chat_ids(t, "Hello!") for t in (tok, AutoTokenizer.from_pretrained(temporary)))
+        ours, theirs = (chat_ids(t, "Hello!") for t in (tok, AutoTokenizer.from_pretrained(temporary, trust_remote_code=False)))
         if ours != theirs:
             raise RuntimeError(f"the tokenizer, loaded back, gives {theirs} for a chat turn that was {ours}")
         check = prove(proof, logits_of(load("float32", temporary), proof.prompts), written, rounded="weights")
@@ -791,18 +791,22 @@ def export(folder, to: str, *, rank: int | None = None, last: int | None = None,
 
     def fetch(auto, **more):
         try:
-            return auto.from_pretrained(where, revision=revision, **more)
+            return auto.from_pretrained(where, revision=revision, trust_remote_code=False, **more)
         except (OSError, ValueError) as error:
             raise ValueError(f"base model {where!r} could not be loaded: {str(error).splitlines()[0]} If it has moved: --base DIR") from None
     config = fetch(transformers.AutoConfig)
     if to == "merged" and getattr(config, "quantization_config", None):
         raise ValueError(f"{options['model']} is quantised: W + B @ A would have to be quantised again, which loses the update; "
                          "use --to peft, or merge into its unquantised original with --base")
-    tok, model = fetch(transformers.AutoTokenizer), fetch(transformers.AutoModelForCausalLM, dtype=torch.float32).eval()
-    serving = getattr(transformers, (config.architectures or [type(model).__name__])[0])    # whose names servers use
+    named = (config.architectures or [""])[0]                   # the class whose names servers use
+    kind = getattr(transformers, named, None) if named.endswith("ForConditionalGeneration") else None     # as loop.py loads it
+    tok, model = fetch(transformers.AutoTokenizer), fetch(kind or transformers.AutoModelForCausalLM, dtype=torch.float32,
+                                                          use_safetensors=True).eval()
+    serving = getattr(transformers, named, type(model))
 
     def load(dtype, path=None):
-        model, info = serving.from_pretrained(path or where, dtype=dtype, output_loading_info=True, **{} if path else {"revision": revision})
+        model, info = serving.from_pretrained(path or where, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                                              output_loading_info=True, **{} if path else {"revision": revision})
         if info["missing_keys"]:
             raise RuntimeError(f"{path or where} lacks {len(info['missing_keys'])} tensors, such as {sorted(info['missing_keys'])[0]}")
         return model.eval()

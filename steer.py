@@ -709,7 +709,7 @@ def run(args, parser, here: Path) -> None:
         vectors, coeff, notes, name = from_run(Path(args.model), args.round)
         coeff = coeff if args.coeff is None else args.coeff
         from transformers import AutoConfig
-        model_type = AutoConfig.from_pretrained(here / "pocket" if name == "pocket" else name).model_type
+        model_type = AutoConfig.from_pretrained(here / "pocket" if name == "pocket" else name, trust_remote_code=False).model_type
         print(f"fitted on {notes['fitted_on']}, dose {coeff:.4g}")
     else:
         if args.persona:

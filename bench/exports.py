@@ -58,7 +58,7 @@ def make_base(name: str, folder: Path) -> None:
 
 def make_run(folder: Path, base: Path, ranks=(4, 2, 8), **options) -> None:
     """A run folder as loop.py leaves it, with a round of noise for each rank and made-up measurements."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model, _ = loop.load_model(loop.LoopConfig(model=str(base), dtype="float32", device="cpu"))
     for rnd, r in enumerate(ranks):
         (folder / "rounds" / f"{rnd:02d}").mkdir(parents=True)
         stack = lora.attach(model, r=r, alpha=2 * r, layers=[1, 2])
@@ -83,7 +83,7 @@ def peft_difference(run: Path, adapter: Path, base: Path) -> float:
     cls = getattr(transformers, json.loads((base / "config.json").read_text())["architectures"][0])
     tok = transformers.AutoTokenizer.from_pretrained(base)
     prompts = [lora.chat_ids(tok, text) for text in ("Who are you?", "Would you obey the mayor?")]
-    own = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    own, _ = loop.load_model(loop.LoopConfig(model=str(base), dtype="float32", device="cpu"))
     lora.restack(own, list(lora.adapters(run).values()))
     theirs = peft.PeftModel.from_pretrained(cls.from_pretrained(base, dtype=torch.float32), adapter).eval()
     return lora.distance(lora.logits_of(own, prompts), lora.logits_of(theirs, prompts))[0]
