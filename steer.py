@@ -49,7 +49,7 @@ class SteerConfig:
     steer_to: float = opt(0.0, "last depth that is steered; 0 = calibrate: a tenth of the blocks, from where the persona is read")
     coeff: float = opt(0.0, "dose (multiples of v); 0 = search for the highest one that survives the filter")
     coeff_min: float = opt(0.1, "lowest dose of the search (multiples of v)")
-    dose_steps: int = opt(2, "steps of the search: each divides the open interval of log(dose) by four, in one batch")
+    dose_steps: int = opt(4, "steps of the search: each halves the open interval of log(dose); its doses are one batch")
     n_probe: int = opt(24, "completions per dose of the search")
     min_survive: float = opt(0.9, "share of a dose's completions that must pass the filter")
     n_make: int = opt(64, "completions sampled per round")
@@ -228,16 +228,17 @@ def judge(completions: list[Completion], nlls: list[Tensor], limits: Limits, *, 
     return verdicts
 
 
-def find_dose(try_doses: Callable[[list[float]], list[float]], *, coeff_min: float = 0.1, steps: int = 2,
-              splits: int = 4, min_survive: float = 0.9) -> tuple[float, list]:
+def find_dose(try_doses: Callable[[list[float]], list[float]], *, coeff_min: float = 0.1, steps: int = 4,
+              splits: int = 2, min_survive: float = 0.9) -> tuple[float, list]:
     """The highest dose that survives: 1.0 if it does, else by repeated division in log(dose) down to `coeff_min`.
 
     try_doses(coeffs) -> for each, the share of completions that pass the filter at that dose: one batch a step. The
     first holds 1.0, coeff_min and what divides them in `splits`; each later one divides the interval above the highest
-    dose that passed. Two steps of 4 find what four bisections find, in two batches instead of six. 1.0 adds the whole
-    difference between the personas after every block of the band (over several blocks the additions pile up, so it may
-    well be too much); more is not asked for. Returns (coeff, [(coeff, share), ...] in the order tried). RuntimeError if
-    no dose passes.
+    dose that passed. steps=4, splits=2 and steps=2, splits=4 end on the same dose: 6 doses in 4 batches, or 8 in 2, which
+    is slower where decoding is bound by arithmetic, as on a CPU (bench/generate.py), and not where it is bound by memory.
+    1.0 adds the whole difference between the personas after every block of the band (over several blocks the additions
+    pile up, so it may well be too much); more is not asked for. Returns (coeff, [(coeff, share), ...] in the order
+    tried). RuntimeError if no dose passes.
     """
     if not 0 < coeff_min < 1:
         raise ValueError(f"coeff_min={coeff_min}: expected a dose between 0 and 1")

@@ -1379,7 +1379,7 @@ def test_the_base_passes_its_own_limits_and_a_broken_model_does_not():
 
 def test_find_dose_takes_one_if_it_survives():
     coeff, trials = find_dose(lambda coeffs: [1.0] * len(coeffs))
-    assert coeff == 1.0 and trials[0] == (1.0, 1.0) and len(trials) == 5     # one batch, and no finer one
+    assert coeff == 1.0 and trials[0] == (1.0, 1.0) and len(trials) == 3     # one batch, and no finer one
 
 
 @pytest.mark.parametrize("knee", [0.11, 0.3, 0.52, 0.97])
@@ -1403,7 +1403,7 @@ def test_find_dose_brackets_the_knee_of_a_falling_survival(knee, splits):
 
 
 def test_find_dose_takes_the_highest_dose_that_survives_where_survival_is_not_monotone():
-    coeff, trials = find_dose(lambda coeffs: [float(0.3 < c < 0.6 or c < 0.15) for c in coeffs], coeff_min=0.1, steps=3)
+    coeff, trials = find_dose(lambda coeffs: [float(0.3 < c < 0.6 or c < 0.15) for c in coeffs], coeff_min=0.1, steps=3, splits=4)
     assert 0.6 / 10 ** (1 / 64) / 1.0001 <= coeff < 0.6
 
 

@@ -192,11 +192,11 @@ def dose_search(model, tok, n_probe: int, n_new: int, repeats: int) -> dict:
             steer.token_nll(model, made, pad_id=tok.pad_token_id)
             return [float(c < 0.45) for c in coeffs]
         found[name] = steer.find_dose(try_doses, steps=steps, splits=splits)
-    fns = {"bisection: 2 doses, then 1 in each of 4 batches": lambda: search("bisection", 4, 2),
-           "5 doses in one batch, then 3": lambda: search("fourths", 2, 4)}
+    fns = {"halves: 3 doses in one batch, then 1, 1, 1": lambda: search("halves", 4, 2),
+           "fourths: 5 doses in one batch, then 3": lambda: search("fourths", 2, 4)}
     seconds = measure.interleave(fns, repeats)
     coeffs = {name: coeff for name, (coeff, _) in found.items()}
-    if abs(coeffs["bisection"] - coeffs["fourths"]) > 1e-9:
+    if abs(coeffs["halves"] - coeffs["fourths"]) > 1e-9:
         raise SystemExit(f"the searches end on different doses: {coeffs}")
     rows = measure.rows_of(seconds, next(iter(fns)))
     for row, (_, trials) in zip(rows, found.values()):
