@@ -27,7 +27,7 @@ import steer  # noqa: E402
 from measure import seconds_of, table, write_json  # noqa: E402
 
 BISECTED = (1.0, 0.1, 0.316, 0.562, 0.422, 0.487)               # what a search for .487 tries: 1.0, the floor, four bisections
-DIVIDED = ((1.0, 0.562, 0.316, 0.178, 0.1), (0.487, 0.422, 0.365))      # steer.find_dose: five in one batch, then three
+DIVIDED = ((1.0, 0.316, 0.1), (0.562,), (0.422,), (0.487,))     # steer.find_dose: the same, the first three in one batch
 
 
 class Work:
@@ -144,7 +144,7 @@ def probe_one_by_one(w):
 
 
 STAGES = {"extract": (extract_one_by_one, extract, "contexts and personas share left-padded batches; only the tag's state is kept"),
-          "dose search": (search_one_by_one, search, "eight doses in two batches, where six bisections wait for one another"),
+          "dose search": (search_one_by_one, search, "the answers of a dose are one batch; the first three doses too"),
           "generate": (make_one_by_one, make, "all completions are one batch; finished rows leave it"),
           "filter": (score_one_by_one, score, "batches of similar length, completion rows only"),
           "heal": (train_one_by_one, train, "no logits, reference and lower blocks once, four samples a pass"),
