@@ -32,6 +32,7 @@ References
 import contextlib
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Callable, Literal, NamedTuple
 
@@ -353,9 +354,14 @@ def answering(modules: list[nn.Module], answer: Callable):
             del module.forward                                  # the class's own again
 
 
-def is_close(a: Tensor, b: Tensor) -> bool:
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(a.dtype, 2e-2)   # of the largest entry
+def is_close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two results of a model in `dtype` differ by no more than the order of its sums."""
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 2e-2)     # of the largest entry
     return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)         # the CPU has no class for it
 
 
 class Passes:
@@ -365,13 +371,13 @@ class Passes:
     cache_reference  the reference's hidden states are kept, since it stays the same for the whole round
     cache_below      so are the outputs of the last block below all `params`; that block and those before it are skipped
 
-    Each is tried at the start on a few tokens and left out where it does not reproduce the plain pass: `tiled`,
-    `cache_reference` and `below` (the skipped blocks) tell what is on. Samples are known by identity, so keep them; make
-    a new one for every round, since what is remembered holds for one state of everything but `params`.
+    Each is tried at the start and left out where it does not reproduce the plain pass, and for `cache_below` its gradient
+    in `params`: `tiled`, `cache_reference` and `below` (the skipped blocks) tell what is on. Samples are known by identity,
+    so keep them; make a new one for every round, since what is remembered holds for one state of everything but `params`.
     """
 
     def __init__(self, model: nn.Module, samples: list[Sample], reference: Callable, *, reg: str = "kl_rev", pad_id: int = 0,
-                 tiled: bool = True, cache_reference: bool = True, cache_below: bool = True):
+                 params: Sequence[Tensor] = (), tiled: bool = True, cache_reference: bool = True, cache_below: bool = True):
         self.model, self.reference, self.reg, self.pad_id = model, reference, reg, pad_id
         embeds = hasattr(model, "get_input_embeddings")         # where token ids go; in an image-text model not the first weight
         self.device = (model.get_input_embeddings().weight if embeds else next(model.parameters())).device
@@ -382,37 +388,46 @@ class Passes:
         probe = Sample(samples[0].ids[:16], 1, 0)
         with torch.no_grad():
             logits = self.rows([probe])                         # [n, V]  as long as there is no head
-            self.head = find_head(model)
-            if self.head and not is_close(self.head.logits(self.rows([probe])), logits):
-                self.head = None
+            self.head = find_head(model) if tiled or cache_reference or cache_below else None
+            try:
+                is_whole = self.head and is_close(self.head.logits(self.rows([probe])), logits, logits.dtype)
+            except IndexError:                                  # the model edits single logits, which the catch does not make
+                is_whole = False
+            self.head = self.head if is_whole else None
         self.tiled = tiled and self.head is not None
         self.cache_reference = cache_reference and self.head is not None        # logits would be too many to keep
-        if cache_below and self.head:
-            self._find_below(probe)
+        if cache_below and self.head and params:
+            self._find_below(max(samples, key=lambda s: len(s.ids)), params)
 
-    def _find_below(self, probe: Sample) -> None:
-        """The blocks before the first whose output has a gradient; none if skipping them does not give the same."""
+    def _find_below(self, sample: Sample, params: Sequence[Tensor]) -> None:
+        """The blocks before the first that `params` reach; none if skipping them changes a hidden state or a gradient."""
         root = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model
         blocks = max((m for m in root.modules() if isinstance(m, nn.ModuleList)), key=len, default=[])
         outs: list = []
+
+        def answer() -> tuple[Tensor, Tensor]:                  # hidden states [n, d], and a gradient as one vector
+            with torch.enable_grad():
+                rows = self.rows([sample], is_student=True)
+                return rows.detach(), flat(torch.autograd.grad(wide(rows).square().mean(), params, materialize_grads=True))
         handles = [block.register_forward_hook(lambda module, args, out: outs.append(out)) for block in blocks]
         try:
-            with torch.enable_grad():
-                plain = self.rows([probe]).detach()             # [n, d]
+            plain = answer()
         finally:
             for handle in handles:
                 handle.remove()
         firsts = [out[0] if isinstance(out, tuple) else out for out in outs]
-        n_below = next((i for i, h in enumerate(firsts) if h.requires_grad), 0)
+        n_below = next((i for i, (block, h) in enumerate(zip(blocks, firsts))
+                        if h.requires_grad or any(p.requires_grad for p in block.parameters())), 0)
         if len(outs) != len(blocks) or n_below == 0 or any(is_hooked(block) for block in blocks[:n_below]):
             return
         last = outs[n_below - 1]
-        self.below = list(blocks[:n_below])
+        if isinstance(last, tuple) and any(x is not None for x in last[1:]):
+            return                                              # the rest of the tuple is one sample's own
         self.wrap = (lambda h: (h, *last[1:])) if isinstance(last, tuple) else lambda h: h
-        with torch.no_grad():
-            self.rows([probe], is_student=True)                 # fills the memory
-            if not is_close(self.rows([probe], is_student=True), plain):        # reads it
-                self.below = []
+        self.below = list(blocks[:n_below])
+        answer()                                                # fills the memory
+        if not all(is_close(a, b, plain[0].dtype) for a, b in zip(answer(), plain)):        # reads it
+            self.below = []
         self.outputs.clear()
 
     @contextlib.contextmanager
@@ -609,7 +624,7 @@ def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], referenc
     steps_per_epoch = math.ceil(len(train) / cfg.heal_batch)
     n_steps = cfg.epochs * steps_per_epoch
     passes = Passes(model, samples, reference, reg=cfg.reg, pad_id=pad_id, tiled=cfg.tiled,
-                    cache_reference=cfg.cache_reference, cache_below=cfg.cache_below)
+                    params=params, cache_reference=cfg.cache_reference, cache_below=cfg.cache_below)
     val_before = mean_nll(passes, val, cfg.pass_tokens)
 
     def accumulate(batch, pass_tokens, lazy, weigh):
@@ -646,8 +661,8 @@ def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], referenc
             try:
                 nll, div, grad_barrier = accumulate(batch, pass_tokens, lazy, weigh)        # [b], [b]
                 break
-            except torch.OutOfMemoryError:
-                if len(pieces(batch, pass_tokens)) == len(batch):
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or len(pieces(batch, pass_tokens)) == len(batch):
                     raise                                       # one sample at a time is too much
                 pass_tokens //= 2
                 optimizer.zero_grad()
