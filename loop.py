@@ -55,7 +55,6 @@ from typing import Literal
 import torch
 from jinja2.exceptions import TemplateError
 from safetensors import SafetensorError
-from safetensors.torch import save as pack
 
 import evalmfv
 import heal
@@ -162,6 +161,8 @@ def parse(argv=None) -> list:
         if args["positional_model"] is not None:
             args["model"] = args["positional_model"]
         if args["resume"]:
+            if args["dry_run"]:
+                raise ValueError("--resume and --dry-run: a plan is for a run that has not begun; leave one out")
             refuse_other_options(then, args)
         for name, value in args.items():
             if isinstance(value, list) or isinstance(value, str) and "\0" in value:     # argparse makes [] of --name=--
@@ -248,8 +249,7 @@ def surroundings(model) -> dict:
     """What else a number depends on: versions, threads, device, this code."""
     from importlib.metadata import version                      # transformers itself is slow: imported with the model
     rooms = b"".join((HERE / f"{name}.py").read_bytes() for name in ("loop", "steer", "lora", "heal", "evalmfv"))
-    versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=version("transformers"),
-                    device=str(model.device), threads=torch.get_num_threads())
+    versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=version("transformers"))
     machine = dict(system=platform.platform(), device=str(model.device), dtype=str(model.dtype), threads=torch.get_num_threads(),
                    gpu=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "")
     return dict(versions=versions, machine=machine, git=_git(), code=f"{zlib.crc32(rooms):08x}")
@@ -448,12 +448,12 @@ class Folder:
         shape = dict(options=dict, argv=list, command=str, versions=dict, started=float, defaults=dict)
         if bad := [name for name, kind in shape.items() if not isinstance(before.get(name), kind)]:
             raise ValueError(f"{self.path}/run.json: {', '.join(bad)} missing or of another type; the file is damaged")
-        differ = [name for name in facts if before.get(name) != facts[name]]
+        differ = [name for name in facts if name in before and before[name] != facts[name]]
         if differ:
             raise ValueError(f"--resume {self.path}: that run was made with other {' and other '.join(differ)}; "
                              "start a new run")
         events = self._repaired(**{name: before["options"][name] for name in ("n_make", "gen_batch")})
-        then, now = ({**x["versions"], "code": x.get("code")} for x in (before, around))
+        then, now = ({**x["versions"], **x.get("machine", {}), "code": x.get("code")} for x in (before, around))
         for name in [name for name in now if now[name] != then.get(name)]:
             self.screen.say("warning", None, f"{name} was {then.get(name)} and is {now[name]}: "
                             "numbers may differ from an unbroken run's", "yellow")
@@ -463,7 +463,7 @@ class Folder:
             before["command"] = "python loop.py " + shlex.join(before["argv"])
         self.run, self.events = before, events
         self.screen.start = time.time() - max((e["t"] for e in events), default=0)
-        self.save(status="running", resumed=[*before.get("resumed", []), time.time()], reason="")
+        self.save(status="running", resumed=[*before.get("resumed", []), dict(time=time.time(), **around)], reason="")
 
     def _repaired(self, n_make: int, gen_batch: int) -> list[dict]:
         """The events to go on from, alone in events.jsonl; files that no gate stands for and temporary ones are removed."""
@@ -482,9 +482,9 @@ class Folder:
         accepted = {f"{e['round']:02d}" for e in keep if e["stage"] == "gate" and e["accepted"]}
         with self.writing(path):
             lora.write_whole(path, "".join(json.dumps(e) + "\n" for e in keep).encode())
-            for file in self.path.rglob("*"):
+            for file in [*self.path.iterdir(), *self.path.glob("rounds/*/*")]:       # not what an export or a user has put there
                 is_undone = file.parent.parent.name == "rounds" and file.parent.name not in accepted
-                if is_undone or re.fullmatch(r"\..+\.\d+", file.name):
+                if file.is_file() and (is_undone or re.fullmatch(r"\..+\.\d+", file.name)):
                     file.unlink()
         n_done = sum(e["stage"] == "gate" for e in keep)
         self.screen.say("resume", None, f"{len(keep)} events read back, {n_done} rounds finished")
@@ -734,6 +734,14 @@ def load_config(cfg: LoopConfig):
     return where, config, getattr(transformers, name) if is_own else transformers.AutoModelForCausalLM
 
 
+def check_rank(lcfg, config) -> int:
+    """The model's width; ValueError if the adapter's rank is more."""
+    width = config.get_text_config().hidden_size
+    if lcfg.r > width:
+        raise ValueError(f"--r {lcfg.r}: more than the model's width {width}, which a rank cannot pass")
+    return width
+
+
 def load_model(cfg: LoopConfig):
     """(model, tokenizer): on its device, in eval mode, its first logits finite. ValueError says in a sentence if not."""
     device, dtype = placed(cfg)
@@ -929,14 +937,14 @@ def hours_of(n: dict, weights: float, *, read: int, trained: int, decoded: int, 
 
 def dry_run(cfg: LoopConfig, scfg, lcfg, hcfg) -> int:
     """Prints what this run would adapt, keep in memory, write and compute; reads the model's configuration and no weights."""
-    persona, (train, held_out) = load_persona(cfg), load_prompts(cfg)
-    vignettes = evalmfv.load_vignettes(cfg.vignettes or HERE / "data" / "vignettes.jsonl")
-    contexts = load_json(DATA / "contexts.json", list)
+    persona, train, held_out, vignettes, contexts = load_inputs(cfg).values()
+    check_out(Path(cfg.out))
     device, dtype = placed(cfg)
     _, config, kind = load_config(cfg)
     with named_errors(cfg), torch.device("meta"):
         model = getattr(kind, "from_config", kind)(config)      # the Auto class, or the model's own
         model.tie_weights()                                     # transformers 5.0 leaves that out where nothing is loaded
+    check_rank(lcfg, config)
     found = steer.blocks(model)
     layers = steer.band(len(found), lcfg.lora_from, lcfg.lora_to)
     stack = lora.attach(model, r=lcfg.r, alpha=lcfg.alpha, layers=layers)
@@ -948,7 +956,7 @@ def dry_run(cfg: LoopConfig, scfg, lcfg, hcfg) -> int:
     frame = max(tokens_of(evalmfv.question(v["text"], evalmfv.FOUNDATIONS)) for v in vignettes) + cfg.think_tokens + 32
     n_steered = cfg.rounds if cfg.steered_rows == "all" else 1
     n_rows = 1 + cfg.baselines + n_steered + cfg.rounds                             # of the table
-    n_doses = 1 if scfg.coeff else scfg.dose_steps + 2
+    n_doses = 0 if scfg.coeff else scfg.dose_steps + 2
     n_answers = 2 * scfg.n_make + cfg.rounds * (n_doses * scfg.n_probe + scfg.n_make) + n_rows * (cfg.n_text + cfg.n_diary)
     n_frames, answer = 2 * len(vignettes) * n_rows, scfg.max_new_tokens
     n_steps = cfg.rounds * hcfg.epochs * math.ceil(scfg.n_make / hcfg.heal_batch)
@@ -959,7 +967,7 @@ def dry_run(cfg: LoopConfig, scfg, lcfg, hcfg) -> int:
 
     size = torch.empty(0, dtype=dtype).element_size()
     peaks = peaks_of(n, n_trained, len(found) - layers[0], bytes_each=size, quantized=bool(cfg.quantize), answer=answer,
-                        prompt=system + prompt, frame=system + frame, gen_rows=min(scfg.gen_batch, scfg.n_make), nll_rows=32,
+                        prompt=system + prompt, frame=system + frame, gen_rows=min(scfg.gen_batch, max(scfg.n_make, 0 if scfg.coeff else 3 * scfg.n_probe)), nll_rows=32,
                         probe_rows=min(cfg.eval_batch, 2 * len(vignettes)), heal_rows=max(1, min(hcfg.heal_batch, hcfg.pass_tokens // (prompt + answer))), n_samples=scfg.n_make)
     rate, bandwidth = rates(device, dtype)
     hours = hours_of(n, peaks["weights"], read=read, trained=trained, decoded=decoded, rows=scfg.gen_batch, rate=rate,
@@ -1026,9 +1034,7 @@ class Run:
         self.vignettes, self.contexts = vignettes, contexts
         self.fronts = steer.encode(tok, train, [""] * len(train))
         self.check_room()
-        n_blocks, width = len(steer.blocks(model)), model.config.get_text_config().hidden_size
-        if lcfg.r > width:
-            raise ValueError(f"--r {lcfg.r}: more than the model's width {width}, which a rank cannot pass")
+        n_blocks, width = len(steer.blocks(model)), check_rank(lcfg, model.config)
         self.hcfg = dataclasses.replace(hcfg, lr=hcfg.lr or 0.2 / width)
         self.lora_layers = steer.band(n_blocks, lcfg.lora_from, lcfg.lora_to)
         self.steer_layers, self.strength = steer.find_layers(model, tok, persona["pos"], persona["neg"], contexts)
@@ -1233,7 +1239,8 @@ class Run:
 
         RuntimeError: no dose survives, too little is kept, a number is not finite.
         """
-        vectors, coeff, kept = self.dream(rnd)
+        with self.stack.gated(1, 0):                            # the round in training is zero still: skip its products
+            vectors, coeff, kept = self.dream(rnd)
         if self.cfg.steered_rows == "all" or not any(row["kind"] == "steered" for row in self.rows()):
             night = self.row("steered", rnd, f"steered, night {rnd}", vectors=vectors, coeff=coeff)
             if not has_moved(night):
@@ -1248,8 +1255,7 @@ class Run:
             path = self.folder.path / "rounds" / f"{rnd:02d}"
             with self.folder.writing(path):
                 path.mkdir(exist_ok=True)
-                packed = pack({f"layer.{k}": v.contiguous() for k, v in vectors.items()}, {"coeff": repr(coeff)})
-                lora.write_whole(path / "vectors.safetensors", packed)
+                steer.save_vectors(path / "vectors.safetensors", vectors, coeff, {})
                 self.stack.save(path / "adapter.safetensors", rounds=[self.stack.n_rounds - 1])
         return reasons
 
@@ -1282,7 +1288,7 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         options = {f.name: getattr(c, f.name) for c in (cfg, scfg, lcfg, run.hcfg) for f in dataclasses.fields(c)}
         options |= dict(target=run.persona["target"], direction=run.persona["direction"], resume="")
         texts = json.dumps([run.persona, run.contexts, run.vignettes]).encode()
-        facts = dict(weights=fingerprint(model), texts=f"{zlib.crc32(texts):08x}",
+        facts = dict(weights=fingerprint(model), texts=f"{zlib.crc32(texts):08x}", persona=run.persona,
                      items=dict(train=run.train, held_out=run.held_out))
         folder.begin(options, argv, surroundings(model), facts)
         print(folder.run["command"])
@@ -1305,8 +1311,8 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
             else:
                 try:
                     reasons = run.one_round(rnd)
-                except torch.OutOfMemoryError:
-                    raise RuntimeError(f"out of memory in round {rnd}: lower --gen-batch, --eval-batch or --pass-tokens") from None
+                except torch.OutOfMemoryError as error:         # batches were halved already
+                    raise RuntimeError(f"out of memory in round {rnd}: {error}") from None
                 except RuntimeError as error:
                     reasons = [str(error)]
                 if reasons:
@@ -1422,10 +1428,10 @@ def chat(argv: list[str]) -> int:
     stack, day = lora.restack(model, list(files.values())), f"day {max(files)}" + (f", gate {args.gate:g}" if args.gate != 1 else "")
     columns = {day: (args.gate, "")}                            # name -> gate of all rounds, system prompt
     if args.compare:
-        columns = {"base": (0, ""), "prompted": (0, load_persona(cfg)["pos"][0])} | columns
+        columns = {"base": (0, ""), "prompted": (0, run["persona"]["pos"][0])} | columns
     sampling = {name: run["options"][name] for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
-    sampling["max_new_tokens"] = args.max_new_tokens or sampling["max_new_tokens"]
-    width = shutil.get_terminal_size((120, 24)).columns // len(columns) - 3
+    sampling |= {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens is not None else {}
+    width = max(8, shutil.get_terminal_size((120, 24)).columns // len(columns) - 3)
 
     for n, prompt in enumerate(asked(args.prompts)):
         answers = []

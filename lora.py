@@ -743,14 +743,9 @@ def model_card(run: dict, events: list[dict], rounds: list[int], to: str, check:
 
 
 def persona_of(run: dict) -> tuple[list[str], list[str]]:
-    """The texts of the wanted persona and of its opposite: from the command, or from data/personas.json beside this file."""
-    options = run["options"]
-    if options["pos"]:
-        return [options["pos"]], [options["neg"]]
-    path = Path(__file__).resolve().parent / "data" / "personas.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    pair = known.get(options["persona"], {"pos": options["persona"], "neg": f"the opposite of {options['persona']}"})
-    return tuple([side] if isinstance(side, str) else side for side in (pair["pos"], pair["neg"]))
+    """The texts of the wanted persona and of its opposite, as the run had them."""
+    persona = run.get("persona", {"pos": [], "neg": []})
+    return persona["pos"], persona["neg"]
 
 
 def serve_line(to: str, check: dict, base: str, out) -> str:

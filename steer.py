@@ -665,15 +665,15 @@ def from_run(folder: Path, rnd: int | None) -> tuple[dict[int, Tensor], float, d
     """Vectors, dose, notes and base model of an accepted round of loop.py; None is the first, which steers the bare base.
 
     Raises ValueError if there is no such round."""
-    options = json.loads((folder / "run.json").read_text(encoding="utf-8"))["options"]
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    options, persona = run["options"], run["persona"]
     files = {int(path.parent.name): path for path in sorted(folder.glob("rounds/[0-9]*/vectors.safetensors"))}
     if not files or rnd not in (None, *files):
         raise ValueError(f"{folder} has {'' if rnd is None else f'no round {rnd}; '}accepted rounds: {', '.join(map(str, files)) or 'none'}")
     rnd = min(files) if rnd is None else rnd
     vectors, coeff, _ = read_vectors(files[rnd])
     before = [i for i in files if i < rnd]
-    sides = [options["pos"], options["neg"]] if options["pos"] else persona_pair(options["persona"])
-    notes = describe(options["model"], options["revision"], *sides, vectors)
+    notes = describe(options["model"], options["revision"], persona["pos"], persona["neg"], vectors)
     notes["fitted_on"] = "base" + (f" + the adapters of rounds {', '.join(map(str, before))}" if before else "")
     return vectors, coeff, notes, options["model"]
 
@@ -704,6 +704,8 @@ def run(args, parser, here: Path) -> None:
     is_run = (Path(args.model) / "run.json").exists()
     if is_run and (args.prompts or not (args.gguf or args.save)):
         parser.error(f"{args.model} is a run folder: give --gguf FILE or --save FILE and no prompts (to talk to it: python loop.py chat)")
+    if is_run and (args.persona or args.pos or args.neg):
+        parser.error(f"{args.model} is a run folder, whose persona is its own: leave out --persona, --pos and --neg")
     if not is_run and not (args.prompts or args.gguf or args.save):
         parser.error("give prompts to answer, --gguf FILE or --save FILE")
     if is_run:
@@ -768,7 +770,7 @@ def main(argv=None):
     args = parser.parse_intermixed_args(argv)               # options may stand between MODEL and the prompts
     try:
         run(args, parser, here)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error).splitlines()[0])
 
 
