@@ -229,7 +229,7 @@ def trial(rng: random.Random, kind, work: Path, limit: float, real: bool) -> tup
     wrong = damage(runs if kind is resume else work / "out", before, code)
     if code not in (0, 1, 2, 3, 130, "reached"):
         wrong.append(str(code))
-    if "Traceback" in text or "loop.py: unexpected" in text and kind is not model:      # transformers' errors are its own
+    if "Traceback" in text or "loop.py: unexpected" in text:
         wrong.append("a traceback")
     last = text.strip().splitlines()[-1] if text.strip() else ""
     if code in (1, 2) and not ("loop.py: " in last and len(last) > 30):
