@@ -594,8 +594,8 @@ def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], referenc
 
     Returns {steps, skipped, nll_first, nll_last, val_nll_before, val_nll_after, fired_share, lam_eff, tau, n_train,
     n_val, n_tokens, warning, shortcuts}. `steps` are dicts {step, epoch, nll, div, div_max, fired, gnorm, lr}, where nll and div
-    are means weighted by tokens and fired is the share of samples over tau; the first and last step of an epoch also
-    have the gradient norms {grad_nll, grad_barrier, grad_ratio}, ratio = barrier / nll. nll_first and nll_last are
+    are means weighted by tokens and fired is the share of samples over tau; the first step of an epoch also has the
+    gradient norms {grad_nll, grad_barrier, grad_ratio}, ratio = barrier / nll. nll_first and nll_last are
     those of the first and last step, fired_share is the share of steps in which any sample fired, n_tokens counts the
     training completions, warning (also issued) is None or says that the barrier never or always fired, and shortcuts
     says which of cfg's were taken (cache_below: the number of blocks skipped). Out of memory halves pass_tokens and
@@ -652,7 +652,7 @@ def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], referenc
             order = torch.randperm(len(train), generator=rng).tolist()
         batch = [train[j] for j in order[i * cfg.heal_batch:(i + 1) * cfg.heal_batch]]
         batch.sort(key=lambda s: -len(s.ids))                   # pieces of similar length, the longest first
-        weigh = i in (0, steps_per_epoch - 1)                   # one more backward pass: only twice an epoch
+        weigh = i == 0                                          # one more backward pass: only once an epoch
         lazy = cfg.lazy_kl and (cfg.kl_agg in ("max", "p95") or 3 * n_fired < len(batch))   # by what the last step did
 
         # ---- one optimiser step --------------------------------------------------------------------------------------

@@ -284,13 +284,13 @@ def peft_twin(model, layers, stack):
 
 def a_round(tiny: bool, repeats: int) -> dict:
     """Where a round's time goes: the same optimiser steps, one shortcut after the other."""
-    V, width, n_blocks, n_samples, n_prompt, n_new = (300, 32, 5, 4, 4, 6) if tiny else (32768, 512, 8, 8, 64, 128)
+    V, width, n_blocks, n_samples, n_prompt, n_new = (300, 32, 5, 8, 4, 6) if tiny else (16384, 256, 8, 16, 32, 64)
     model = small_llama(V, width, n_blocks)
     layers = list(range(n_blocks // 5, n_blocks - n_blocks // 5))
     stack = lora.attach(model, r=8, alpha=16, layers=layers)
     samples = make_samples(n_samples, n_prompt, n_new, V)
     off = dict(tiled=False, lazy_kl=False, cache_reference=False, cache_below=False, pass_tokens=1)
-    cfg = heal.HealConfig(lr=2e-3, lam=LAM, epochs=2 if tiny else 6, heal_batch=4, val_share=0.0)
+    cfg = heal.HealConfig(lr=2e-3, lam=LAM, epochs=2 if tiny else 5, heal_batch=4, val_share=0.0)
     steps = {"hooks of ours, completion rows": {}, "+ head without logits": dict(tiled=True),
              "+ reference once": dict(tiled=True, cache_reference=True),
              "+ blocks below once": dict(tiled=True, cache_reference=True, cache_below=True),
@@ -329,7 +329,7 @@ def a_round(tiny: bool, repeats: int) -> dict:
             fns[f"peft {_version('peft')}, completion rows"] = run_peft
         fns |= {name: run_ours(name, options) for name, options in steps.items()}
         seconds = interleave(fns, repeats, warm_up=not tiny)
-        rows = rows_of(seconds, "original", None if tiny else {name: peak_bytes(fn) for name, fn in fns.items()})
+        rows = rows_of(seconds, "original", None if tiny else {name: peak_bytes(fn) for name, fn in list(fns.items())[::len(fns) - 1]})
         for row in rows:
             row["last loss"] = f"{losses[row['']]:.6f}"
             if not missing:
