@@ -26,6 +26,7 @@ def original_round(model, params, samples, reference, cfg, tau: float, whole_seq
     """
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     rng, per_epoch, loss = torch.Generator().manual_seed(0), len(samples) // cfg.heal_batch, 0.0
+    samples, _ = heal.split(samples, 0.0, rng)                  # the same draws as heal.heal, so the same batches
     n_steps = cfg.epochs * per_epoch
     for step in range(n_steps):
         if step % per_epoch == 0:
