@@ -24,6 +24,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import evalmfv                                                  # noqa: E402
 import lora                                                     # noqa: E402
 import measure                                                  # noqa: E402
+from plot import svg_lines  # noqa: E402
 import steer                                                    # noqa: E402
 
 D512 = dict(model_type="llama", hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
@@ -235,6 +236,7 @@ def main(argv=None) -> dict:
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--tiny", action="store_true", help="a small random model, a few tokens: correctness only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here")
+    parser.add_argument("--docs", type=Path, metavar="FOLDER", help="draw tokens per second against the batch into it (SVG)")
     args = parser.parse_args(argv)
     record = {}
     for name in ["tiny"] if args.tiny else args.models:
@@ -255,7 +257,17 @@ def main(argv=None) -> dict:
         record[name] = dict(dtype=args.dtype, parameters=size, **{part: jobs[part]() for part in args.parts})
     if args.json:
         measure.write_json(args.json, models=record)
+    if args.docs:
+        draw(record, args.docs)
     return record
+
+
+def draw(record: dict, folder: Path) -> None:
+    """Tokens per second against the batch, a line per model."""
+    lines = {name: [(int(n), int(n) * x["batch_sizes"]["n_new"] / statistics.median(s)) for n, s in x["batch_sizes"]["seconds"].items()]
+             for name, x in record.items() if "batch_sizes" in x}
+    svg_lines(folder / "generate-batch.svg", "steered generation: tokens per second against batch", "rows decoded at once",
+              "tokens per second", lines)
 
 
 if __name__ == "__main__":
