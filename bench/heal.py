@@ -17,6 +17,7 @@ import runpy
 import sys
 import warnings
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -245,10 +246,6 @@ def times(tiny: bool, repeats: int) -> dict:
         print("\n".join(f"{name}: {why}" for name, why in missing.items()), "\n")
         out[str((N, V, d))] = dict(seconds=seconds, missing=missing)
     return out
-
-
-def median(x):
-    return sorted(x)[len(x) // 2]
 
 
 # ---- a round ---------------------------------------------------------------------------------------------------------
