@@ -102,6 +102,7 @@ class LoopConfig:
     patience: int = opt(3, "stop after this many rejected rounds in a row")
     think_tokens: int = opt(128, "tokens the model may think before the probe interrupts it")
     eval_batch: int = opt(152, "probe frames per forward pass")
+    batch_size: int = opt(0, "rows of every batch of answers and probe frames, for exact repeats; 0 = --gen-batch and --eval-batch")
     n_text: int = opt(48, "sampled answers to held-out prompts behind the free-text coherence")
     n_diary: int = opt(6, "held-out prompts answered greedily for the diary")
     steered_rows: Literal["first", "all"] = opt("all", "measure steering alone in the first round only, or in every round")
@@ -167,6 +168,8 @@ def parse(argv=None) -> list:
         for name, value in args.items():
             if isinstance(value, list) or isinstance(value, str) and "\0" in value:     # argparse makes [] of --name=--
                 raise ValueError(f"--{name.replace('_', '-')} {value!r:.60}: not a value it can have")
+        if args["batch_size"]:
+            args["gen_batch"] = args["eval_batch"] = args["batch_size"]
         configs = [cls(**{f.name: args[f.name] for f in dataclasses.fields(cls)}) for cls in GROUPS]
         refuse_contradictions(*configs)
     except (ValueError, OSError) as error:

@@ -2599,6 +2599,14 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert "python loop.py --kl-agg rmse" in readme and "python loop.py --kl-agg rmse --rounds 1" in ci
 
 
+def test_one_batch_size_stands_for_all(capsys):
+    cfg, scfg, _, _ = loop.parse(["--batch-size", "8"])
+    assert (cfg.eval_batch, scfg.gen_batch) == (8, 8)
+    with pytest.raises(SystemExit):
+        loop.parse(["--batch-size", "-1"])
+    assert "-1" in capsys.readouterr().err
+
+
 def test_the_readme_snippet_runs():
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
