@@ -47,6 +47,7 @@ def shape_of(config) -> dict:
     from transformers import AutoModelForCausalLM
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()                                     # transformers 5.0 leaves that out where nothing is loaded
     linears = [[m for m in block.modules() if isinstance(m, nn.Linear)] for block in steer.blocks(model)]
     if any(p.dim() > 2 for block in steer.blocks(model) for p in block.parameters()):
         raise ValueError(f"{config.model_type}: weights of three dimensions in its blocks; what share of a mixture's "
