@@ -97,8 +97,8 @@ def wide(x: Tensor) -> Tensor:
 def reverse_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """KL(student || reference) at each position: large where the student does what the reference would not.
 
-    logits, ref_logits: [N, V], any dtype, finite. Returns [N], nats, float32 (float64 stays float64).
-    Raises ValueError if the shapes differ.
+    logits, ref_logits: [N, V], any dtype, finite; ValueError if the shapes differ. Returns [N], nats, float32
+    (float64 stays float64).
     """
     if logits.shape != ref_logits.shape:
         raise ValueError(f"{list(logits.shape)} and {list(ref_logits.shape)}: expected one shape")
@@ -126,8 +126,7 @@ AGGREGATES = {
 def aggregate(kl: Tensor, how: str) -> Tensor:
     """One number for the KL of a sample's positions; mean <= rmse <= max, and all four agree on a constant.
 
-    kl: [n], nats. how: mean, rmse, p95 or max. Returns a scalar, nats, float32 (float64 stays float64).
-    Raises ValueError for an unknown `how` or an empty kl.
+    kl: [n], nats. Returns a scalar, nats, float32 (float64 stays float64). ValueError: unknown how, empty kl.
     """
     if how not in AGGREGATES:
         raise ValueError(f"how={how!r}: expected {', '.join(AGGREGATES)}")
@@ -267,8 +266,8 @@ class Passes:
             raise ValueError("no samples: nothing to measure or train on")
         for i, s in enumerate(samples):
             if not 1 <= s.n_prompt < len(s.ids):
-                raise ValueError(f"sample {i}: n_prompt={s.n_prompt} of {len(s.ids)} ids; expected a prompt of one "
-                                 "or more, which predicts the first completion token, and a completion")
+                raise ValueError(f"sample {i}: n_prompt={s.n_prompt} of {len(s.ids)} ids; expected a "
+                                 "prompt, which predicts the first completion token, and a completion")
         if reg not in DIVERGENCES:
             raise ValueError(f"reg={reg!r}: expected {', '.join(DIVERGENCES)}")
         if ref_samples and [s.answer for s in samples] != [s.answer for s in ref_samples]:
@@ -460,7 +459,7 @@ def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], referenc
         bad_in_a_row = 0 if is_finite else bad_in_a_row + 1
         if bad_in_a_row == 3 or (not is_finite and not steps and step == len(plan) - 1):
             raise RuntimeError(f"step {step}: {bad_in_a_row} steps in a row without finite loss and gradient "
-                               f"(nll {nll.mean():.3g}, D {div.max():.3g}, gnorm {gnorm:.3g}); lower {cfg.lr=}")
+                               f"(nll {nll.mean():.3g}, D {div.max():.3g}, gnorm {gnorm:.3g}); lower lr {cfg.lr}")
         if not is_finite:
             skipped.append(step)
             continue                                        # nothing but the record below is left out
@@ -478,7 +477,7 @@ def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], referenc
         warning = (f"the barrier never fired: the largest D was {max(s['div_max'] for s in steps):.3g} nats, "
                    f"tau is {tau:.3g}; this was plain nll, lower tau")
     elif lam > 0 and all(s["fired"] == 1 for s in last):
-        warning = f"the barrier always fired: all D of the last epoch were over tau = {tau:.3g}; raise tau or lam"
+        warning = f"the barrier always fired: all D of the last epoch > tau = {tau:.3g}; raise tau or lam"
     if warning:
         warnings.warn(warning, stacklevel=2)
     return {"steps": steps, "skipped": skipped, "nll_first": nll[0], "nll_last": nll[1],
