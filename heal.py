@@ -206,7 +206,7 @@ class TokenLosses(torch.autograd.Function):
             if not is_forward:
                 mean = shrink * mean + delta.mul_(p).sum(1)                 # [N]
             if ctx.needs_input_grad[0]:
-                EW.mul_(shrink[:, None]).add_(wide((p * slope).to(W.dtype) @ W))    # [N, d]
+                EW.mul_(shrink[:, None]).add_(wide((p.mul_(slope) if cap else p).to(W.dtype) @ W))    # [N, d]
 
         W_t, slope = weight[targets], 1.0                                   # [N, d]
         z_t = (wide(h) * wide(W_t)).sum(1) + (0 if bias is None else bias[targets])     # [N]
@@ -232,7 +232,7 @@ class TokenLosses(torch.autograd.Function):
                     p -= (z - delta - lse0[:, None]).exp_()                 # [n, T]  p - q
                 else:
                     p *= delta - mean[:, None]                              # [n, T]
-                d_kl += wide((p * slope).to(W.dtype) @ W)                   # [n, d]
+                d_kl += wide((p.mul_(slope) if cap else p).to(W.dtype) @ W)                   # [n, d]
             grad[rows] += g_kl[rows, None] * d_kl
         return grad.to(known[0].dtype), *(None,) * 7
 
@@ -458,8 +458,8 @@ def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], referenc
 
         bad_in_a_row = 0 if is_finite else bad_in_a_row + 1
         if bad_in_a_row == 3 or (not is_finite and not steps and step == len(plan) - 1):
-            raise RuntimeError(f"step {step}: {bad_in_a_row} steps in a row without finite loss and gradient "
-                               f"(nll {nll.mean():.3g}, D {div.max():.3g}, gnorm {gnorm:.3g}); lower lr {cfg.lr}")
+            raise RuntimeError(f"step {step}: {bad_in_a_row} steps in a row without finite loss and gradient (nll "
+                               f"{nll.mean():.3g}, D {div.max():.3g}, gnorm {gnorm:.3g}); lower lr {cfg.lr}")
         if not is_finite:
             skipped.append(step)
             continue                                        # nothing but the record below is left out

@@ -89,7 +89,7 @@ def tiny_model(tok, seed=0, dtype=torch.float32, layers=4, d=32):
     return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
 
 
-# ==== heal.py: the barrier and the round ==============================================================================
+# ==== heal.py: the barrier and the round ====================================================================
 
 def heal_case(dtype=torch.float32, history=0):
     """A tiny model, a stack with `history` folded rounds, seeded noise in the current round, six uneven samples."""
@@ -2760,12 +2760,12 @@ def test_two_arms_may_differ_in_one_field_only():
 # ---- the benchmarks, at sizes whose times mean nothing -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["heal", "round"])
+@pytest.mark.parametrize("name", ["losses", "round"])
 def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys):
     spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
-    bench.main(["--tiny", "--json", str(tmp_path / "out.json"), *(["--docs", str(tmp_path)] if name == "heal" else [])])
+    bench.main(["--tiny", "--json", str(tmp_path / "out.json"), *(["--docs", str(tmp_path)] if name == "losses" else [])])
     assert capsys.readouterr().out.count("|") > 20
     result = json.loads((tmp_path / "out.json").read_text())
     if name == "round":
@@ -2774,7 +2774,7 @@ def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys):
     assert all(x["value"] < 1e-10 and x["grad"] < 1e-10 for key, x in result["accuracy"].items() if "bf16" not in key)
     assert {"ours", "naive autograd", "original"} <= set(result["memory"]["peak"]) and len(list(tmp_path.glob("*.svg"))) == 6
     losses = result["round"]["barrier on at every step"]["losses"]
-    assert len(losses) >= 7 and max(losses.values()) - min(losses.values()) < 1e-5      # the same steps, or nothing is compared
+    assert len(losses) >= 5 and max(losses.values()) - min(losses.values()) < 1e-5      # the same steps, or nothing is compared
     for peer in ("TRL", "torchtune", "Liger"):                  # a peer that cannot run says so instead of vanishing
         assert any(peer in key for key in [*result["memory"]["peak"], *result["memory"]["missing"]])
 
