@@ -1,15 +1,15 @@
-"""Folder: a run on the disk and on the terminal; its journal, its lock, its signals, and the one reader of it.
+"""Folder: a run on the disk and on the terminal: journal, lock, signals, and the one reader of it.
 
     run.json         options, command, versions, status; rewritten whole
-    events.jsonl     the journal: one whole line per event, flushed; an artefact is on the disk before its event
-    rounds/NN/       vectors.safetensors and adapter.safetensors; rejected.safetensors if the gate refused the round
+    events.jsonl     the journal: one whole line per event; an artefact is on the disk before its event
+    rounds/NN/       vectors.safetensors and adapter.safetensors, or rejected.safetensors if the gate refused
 
-`Folder.once(stage, round, work)` gives a stage's event from the journal, or does the work and writes it down. Whatever
-later stages need of a stage is in its event or its file and is taken from there at once, so a run that was killed at
-any point and goes on reads the same numbers as one that was never stopped, and repeats one stage at most.
+`Folder.once(stage, round, work)` gives a stage's event from the journal, or does the work and writes it down.
+What later stages need of a stage is in its event or its file and is taken from there at once, so a run that
+was killed at any point and goes on reads the numbers of an unbroken one, and repeats one stage at most.
 
-Everything that a model or a user wrote passes `inert` on its way to a reader. Needs torch and safetensors; knows
-nothing of options, models or stages.
+Everything that a model or a user wrote passes `inert` on its way to a reader. Needs torch and safetensors;
+knows nothing of options, models or stages.
 """
 import contextlib
 import dataclasses
@@ -36,22 +36,24 @@ from safetensors import SafetensorError, safe_open
 
 try:
     import fcntl
-except ImportError:                                             # not on Windows: there, nothing keeps a second process out
+except ImportError:                                     # Windows: nothing keeps a second process out
     fcntl = None
 
-FORMAT = 2                                                      # of the journal: another one cannot be continued
+FORMAT = 2                                              # of the journal: another one cannot be continued
 
-# control characters, marks that reorder or hide text, tag characters, lone surrogates; joiners stay: scripts need them
-UNSEEN = ("[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-          "\ud800-\udfff\U000e0000-\U000e007f]")
+# control characters, marks that reorder or hide text, tags, lone surrogates; joiners stay: scripts need them
+UNSEEN = ("[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+          "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]")
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------
+# ---- text ------------------------------------------------------------------------------------------------
 
 
 def inert(text, to: str = "terminal", limit: int | None = None) -> str:
-    """Any text for a reader: to = terminal, html (content or attribute) or markdown. Nothing in it is markup, moves the
-    cursor or turns a line; over `limit` characters it is cut, and says so."""
+    """Any text for a reader; to = terminal, html (content or attribute) or markdown.
+
+    Nothing in it is markup, moves the cursor or turns a line. What is over `limit` characters is cut and counted.
+    """
     text = str(text)
     if to == "html":
         text = re.sub(r"\n{4,}", lambda match: f" ↵×{len(match.group())} ", text)
@@ -59,14 +61,15 @@ def inert(text, to: str = "terminal", limit: int | None = None) -> str:
     text = text[:limit]
     if to == "terminal":
         return re.sub(UNSEEN + "+", " ", text) + rest
-    if to == "html":                                            # what is unseen is shown
+    if to == "html":                                    # what is unseen is shown
         def show(match):
             code = ord(match.group())
-            return {9: " ", 10: " ↵ "}.get(code) or (chr(0x2400 + code) if code < 32 else f"⟨U+{code:04X}⟩")
+            known = {9: " ", 10: " ↵ "} | {n: chr(0x2400 + n) for n in (*range(9), *range(11, 32))}
+            return known.get(code, f"⟨U+{code:04X}⟩")
         return html.escape(re.sub(UNSEEN, show, text), quote=True) + rest
     if to != "markdown":
         raise ValueError(f"to={to!r}: expected terminal, html or markdown")
-    text = " ".join(re.sub(UNSEEN, " ", text).split())          # one line
+    text = " ".join(re.sub(UNSEEN, " ", text).split())  # one line
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*_{}\[\]()#+!|~:@-])", r"\\\1", text)
     return re.sub(r"(?i)\bwww\.", r"www\\.", text) + rest
@@ -90,11 +93,11 @@ def plain(x):
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------
 
 
 def write_whole(path, content: bytes) -> None:
-    """Write to a temporary file beside `path` and rename it: a reader sees the old file or the new one, never half."""
+    """Write a temporary file beside `path`, rename it: a reader sees the old file or the new, never half."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -103,12 +106,12 @@ def write_whole(path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if hasattr(os, "O_DIRECTORY"):                          # the new name survives a power cut too; not on Windows
+        if hasattr(os, "O_DIRECTORY"):                  # the new name survives a power cut too
             folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
             os.fsync(folder)
             os.close(folder)
     finally:
-        temporary.unlink(missing_ok=True)                       # still there only if something went wrong
+        temporary.unlink(missing_ok=True)               # still there only if something went wrong
 
 
 def save_tensors(path, tensors: dict[str, torch.Tensor], notes: dict = {}) -> None:
@@ -126,7 +129,7 @@ def read_tensors(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise ValueError(f"{path}: not a whole safetensors file ({one_line(error)})") from None
 
 
-# ---- the reader ------------------------------------------------------------------------------------------------------
+# ---- the reader ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -162,12 +165,13 @@ class Record:
         return (self.of("dose", rnd) or {}).get("trials", [])
 
     def adapters(self, last: int | None = None) -> dict[int, Path]:
-        """The adapter file of each accepted round, up to round `last`, which must be one of them; ValueError if none is."""
+        """The adapter file of each accepted round up to `last`, which must be one; ValueError if none is."""
         files = {rnd: self.path / "rounds" / f"{rnd:02d}" / "adapter.safetensors" for rnd in self.accepted}
         if not files:
             raise ValueError(f"{self.path} has no accepted round")
         if last is not None and last not in files:
-            raise ValueError(f"--round {last}: the accepted rounds of {self.path} are {', '.join(map(str, files))}")
+            rounds = ", ".join(map(str, files))
+            raise ValueError(f"--round {last}: the accepted rounds of {self.path} are {rounds}")
         files = {rnd: path for rnd, path in files.items() if last is None or rnd <= last}
         if missing := [path for path in files.values() if not path.is_file()]:
             raise ValueError(f"{missing[0]} is missing: the run accepted this round")
@@ -175,7 +179,7 @@ class Record:
 
 
 def read(path) -> Record:
-    """A run folder, of an unfinished run too; ValueError if it is none, or if a line but the last is no event."""
+    """A run folder, finished or not; ValueError if it is none, or if a line but the last is no event."""
     path = Path(path)
     try:
         run = json.loads((path / "run.json").read_bytes().decode("utf-8-sig"))
@@ -204,23 +208,24 @@ def read(path) -> Record:
     if not events:
         notes.append("The run has no events yet.")
     if run.get("format") != FORMAT:
-        notes.append("The run was written by another version of this code: what that one named otherwise is missing here.")
+        notes.append("It was written by another version of this code: what that named otherwise is not shown.")
     return Record(path, run, events, notes)
 
 
-# ---- the terminal ----------------------------------------------------------------------------------------------------
+# ---- the terminal ----------------------------------------------------------------------------------------
 
 
 class Screen:
-    """A line per event: time, round, stage, text. On a terminal also one live line that says how far a stage is."""
+    """A line per event: time, round, stage, text. On a terminal also a live line: how far the stage is."""
 
     def __init__(self):
-        self.start = time.time()                                # of the run, in all its sittings
+        self.start = time.time()                        # of the run, in all its sittings
         self.is_live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self.has_colour = self.is_live and not os.environ.get("NO_COLOR")
 
     def line(self, stage: str, rnd: int | None, text: str) -> str:
-        return f"{time.time() - self.start:6.0f} s  {'setup' if rnd is None else f'r{rnd}':5s}  {stage:9s}  {text}"
+        where = "setup" if rnd is None else f"r{rnd}"
+        return f"{time.time() - self.start:6.0f} s  {where:5s}  {stage:9s}  {text}"
 
     def say(self, stage: str, rnd: int | None, text: str, colour: str = "") -> None:
         code = {"green": 32, "red": 31, "yellow": 33}.get(colour) if self.has_colour else None
@@ -228,9 +233,9 @@ class Screen:
 
     @contextlib.contextmanager
     def watch(self, stage: str, rnd: int | None, what: str, total: int, model=None):
-        """The live line: `what`, how much of `total` is done, rate and time left if it takes more than five seconds.
+        """The live line: `what`, how much of `total` (which may be too high) is done, rate, time left.
 
-        Gives a function to call at each step; with a model, its forward passes are the steps. total may be too high.
+        Gives a function to call at each step; with a model, its forward passes are the steps.
         """
         begin = shown = time.time()
         done, width = 0, shutil.get_terminal_size().columns - 1
@@ -253,7 +258,7 @@ class Screen:
                 print("\r" + " " * width + "\r", end="", flush=True)
 
 
-# ---- the run folder --------------------------------------------------------------------------------------------------
+# ---- the run folder --------------------------------------------------------------------------------------
 
 
 class RunDied(RuntimeError):
@@ -261,11 +266,11 @@ class RunDied(RuntimeError):
 
 
 class Folder:
-    """The run folder while a run writes it; a context manager, so that the run ends in order whatever happens in it.
+    """The run folder while a run writes it.
 
-    path: the folder to continue, None to make one. on_end: called with the path when the run stops early. Inside the
-    `with`, a first Ctrl-C or SIGTERM waits for the current write, a second one ends the process at once, and a run that
-    stops early is marked in run.json.
+    path: the folder to continue, None to make one. on_end: called with the path when the run stops early.
+    Inside its `with`, a first Ctrl-C or SIGTERM waits for the current write, a second one ends the process at
+    once, and a run that stops early is marked in run.json.
     """
 
     def __init__(self, path: Path | None, screen: Screen, on_end=lambda path: None):
@@ -279,7 +284,7 @@ class Folder:
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                if hasattr(signal, name):                       # no SIGHUP on Windows
+                if hasattr(signal, name):               # no SIGHUP on Windows
                     self.old_handlers[name] = signal.signal(getattr(signal, name), self._on_signal)
         try:
             if self.path:
@@ -316,7 +321,7 @@ class Folder:
             raise KeyboardInterrupt
 
     def _lock(self) -> None:
-        """Keep other processes out for as long as this one lives; the system lets go of the lock when it dies."""
+        """Keep other processes out while this one lives; the system lets go of the lock when it dies."""
         with self.writing(self.path / ".lock"):
             lock = open(self.path / ".lock", "a+", encoding="utf-8", errors="replace")
             lock.seek(0)
@@ -326,9 +331,9 @@ class Folder:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.close()
-                raise ValueError(f"{self.path} is in use by {owner}: wait for it, or end it and try again") from None
+                raise ValueError(f"{self.path} is in use by {owner}: wait for it, or end it") from None
             except OSError as error:
-                self.screen.say("lock", None, f"this file system keeps none ({error.strerror}): one process at a time, please")
+                self.screen.say("lock", None, f"the file system keeps none ({error.strerror}): one process, please")
             if owner:
                 self.screen.say("lock", None, f"left behind by {owner}, which is gone: taken over")
             self.lock = lock
@@ -339,7 +344,7 @@ class Folder:
 
     def _leave(self) -> None:
         if self.lock:
-            with contextlib.suppress(OSError):                  # a full disk or a deleted folder is no reason to stay
+            with contextlib.suppress(OSError):          # a full disk or a deleted folder is no reason to stay
                 self.lock.truncate(0)
             self.lock.close()
             self.lock = None
@@ -347,17 +352,17 @@ class Folder:
             signal.signal(getattr(signal, name), handler)
 
     def __exit__(self, kind, error, trace) -> None:
-        """After an error or a signal: say in run.json how the run ended, keep an unexpected traceback, say how to go on."""
+        """After an error or a signal: run.json says how it ended, error.txt what was not foreseen."""
         try:
             if error is None or not self.run:
                 return
             is_signal, why = kind is KeyboardInterrupt, one_line(error)
-            with contextlib.suppress(OSError):                  # the reason itself may be a full disk
+            with contextlib.suppress(OSError):          # the reason itself may be a full disk
                 if not isinstance(error, (ValueError, RuntimeError, OSError, KeyboardInterrupt)):
-                    what = "its events.jsonl does not fit this code, or is damaged" if self.is_resumed else "unexpected"
+                    what = "its events.jsonl does not fit this code" if self.is_resumed else "unexpected"
                     why = f"{what}: {kind.__name__} {why}; the traceback is in {self.path}/error.txt"
-                    lines = traceback.format_exception(kind, error, trace)
-                    write_whole(self.path / "error.txt", "".join(lines).encode(errors="backslashreplace"))
+                    lines = "".join(traceback.format_exception(kind, error, trace))
+                    write_whole(self.path / "error.txt", lines.encode(errors="backslashreplace"))
                 self.save(status="interrupted" if is_signal else "failed", reason="" if is_signal else why)
                 self.on_end(self.path)
             if self.path.exists():
@@ -386,23 +391,21 @@ class Folder:
         self.save(format=FORMAT, status="running", started=time.time(), **record)
 
     def reopen(self) -> dict:
-        """The folder as the last sitting left it, without a line that was cut off; returns its run.json, not yet
-        marked as running. ValueError if this code cannot continue it."""
-        record = read(self.path)
+        """The folder as the last sitting left it, without a line that was cut off; returns its run.json.
+
+        ValueError if this code cannot continue it."""
+        record, path = read(self.path), self.path / "events.jsonl"
         if record.run.get("format") != FORMAT:
-            raise ValueError(f"--resume {self.path}: that run was written by another version of this code (its run.json says "
-                             "format and commit), which alone can continue it")
-        path = self.path / "events.jsonl"
-        with self.writing(path):
-            whole, _, torn = path.read_bytes().rpartition(b"\n")
-            if torn:
-                self.screen.say("resume", None, f"events.jsonl: its last line was cut off after {len(torn)} bytes and is "
-                                "left out", "yellow")
-                write_whole(path, whole + b"\n" if whole else b"")
+            raise ValueError(f"--resume {self.path}: another version of this code wrote that run and is needed to "
+                             "continue it; its run.json names the commit")
+        self.events = record.events
+        if torn := path.read_bytes().rpartition(b"\n")[2]:
+            self.screen.say("resume", None, f"events.jsonl: its last line, cut off after {len(torn)} bytes, is out")
+            self.cut(len(self.events))
+        with self.writing(self.path):
             for file in [*self.path.glob(".*"), *self.path.glob("rounds/*/.*")]:
-                if re.fullmatch(r"\..+\.\d+", file.name):       # temporary files of write_whole
+                if re.fullmatch(r"\..+\.\d+", file.name):       # temporary file of write_whole
                     file.unlink()
-        self.events = read(self.path).events
         self.screen.start = time.time() - max((e["t"] for e in self.events), default=0)
         n_done = sum(e["stage"] == "gate" for e in self.events)
         self.screen.say("resume", None, f"{len(self.events)} events read back, {n_done} rounds finished")
@@ -418,9 +421,10 @@ class Folder:
 
     def event(self, stage: str, rnd: int | None = None, **more) -> dict:
         """Append an event, all or none of it, and return it as a reader will see it."""
-        line = json.dumps(plain(dict(t=round(time.time() - self.screen.start, 2), round=rnd, stage=stage) | more)) + "\n"
+        seconds = round(time.time() - self.screen.start, 2)
+        line = json.dumps(plain(dict(t=seconds, round=rnd, stage=stage) | more)) + "\n"
         path = self.path / "events.jsonl"
-        with self.writing(path), open(path, "r+b", buffering=0) as file:       # r+: a removed file is not begun anew
+        with self.writing(path), open(path, "r+b", buffering=0) as file:    # r+: no removed file begins anew
             end = file.seek(0, os.SEEK_END)
             try:
                 left = memoryview(line.encode())
@@ -435,10 +439,11 @@ class Folder:
 
     def recall(self, stage: str, rnd: int | None = None, **match) -> dict | None:
         """The event of a finished stage, None before it is."""
-        return next((e for e in self.events if (e["stage"], e["round"]) == (stage, rnd) and match.items() <= e.items()), None)
+        match |= dict(stage=stage, round=rnd)
+        return next((e for e in self.events if match.items() <= e.items()), None)
 
     def once(self, stage: str, rnd: int | None, work, **match) -> dict:
-        """The event of a finished stage, or what work() gives, written down; work writes its files itself, before."""
+        """The event of a finished stage, or what work() gives, written down; work() has written its files."""
         return self.recall(stage, rnd, **match) or self.event(stage, rnd, **match, **work())
 
     def cut(self, n: int) -> None:
@@ -446,7 +451,8 @@ class Folder:
         self.events = self.events[:n]
         rounds = {f"{e['round']:02d}" for e in self.events if e["round"] is not None}
         with self.writing(self.path / "events.jsonl"):
-            write_whole(self.path / "events.jsonl", "".join(json.dumps(e) + "\n" for e in self.events).encode())
+            lines = "".join(json.dumps(e) + "\n" for e in self.events)
+            write_whole(self.path / "events.jsonl", lines.encode())
             for file in self.path.glob("rounds/*/*.safetensors"):
                 if file.parent.name not in rounds:
                     file.unlink()
