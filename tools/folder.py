@@ -52,7 +52,7 @@ UNSEEN = ("[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2
 def inert(text, to: str = "terminal", limit: int | None = None) -> str:
     """Any text for a reader; to = terminal, html (content or attribute) or markdown.
 
-    Nothing in it is markup, moves the cursor or turns a line. What is over `limit` characters is cut and counted.
+    Nothing in it is markup, moves the cursor or turns a line. What is over `limit` characters is cut off.
     """
     text = str(text)
     if to == "html":
@@ -208,7 +208,7 @@ def read(path) -> Record:
     if not events:
         notes.append("The run has no events yet.")
     if run.get("format") != FORMAT:
-        notes.append("It was written by another version of this code: what that named otherwise is not shown.")
+        notes.append("Another version of this code wrote it: what that named otherwise is not shown.")
     return Record(path, run, events, notes)
 
 
@@ -333,7 +333,7 @@ class Folder:
                 lock.close()
                 raise ValueError(f"{self.path} is in use by {owner}: wait for it, or end it") from None
             except OSError as error:
-                self.screen.say("lock", None, f"the file system keeps none ({error.strerror}): one process, please")
+                self.screen.say("lock", None, f"not on this file system ({error.strerror}): run one process")
             if owner:
                 self.screen.say("lock", None, f"left behind by {owner}, which is gone: taken over")
             self.lock = lock
@@ -396,11 +396,11 @@ class Folder:
         ValueError if this code cannot continue it."""
         record, path = read(self.path), self.path / "events.jsonl"
         if record.run.get("format") != FORMAT:
-            raise ValueError(f"--resume {self.path}: another version of this code wrote that run and is needed to "
-                             "continue it; its run.json names the commit")
+            raise ValueError(f"--resume {self.path}: another version of this code wrote that run and is needed "
+                             "to continue it; its run.json names the commit")
         self.events = record.events
         if torn := path.read_bytes().rpartition(b"\n")[2]:
-            self.screen.say("resume", None, f"events.jsonl: its last line, cut off after {len(torn)} bytes, is out")
+            self.screen.say("resume", None, f"the last line of events.jsonl was cut off after {len(torn)} bytes")
             self.cut(len(self.events))
         with self.writing(self.path):
             for file in [*self.path.glob(".*"), *self.path.glob("rounds/*/.*")]:
