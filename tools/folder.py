@@ -21,12 +21,12 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import signal
-import sys
+import subprocess
 import threading
 import time
 import traceback
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +34,14 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from tools.screen import Screen
+
 try:
     import fcntl
 except ImportError:                                     # Windows: nothing keeps a second process out
     fcntl = None
 
+ROOT = Path(__file__).resolve().parents[1]
 FORMAT = 2                                              # of the journal: another one cannot be continued
 
 # control characters, marks that reorder or hide text, tags, lone surrogates; joiners stay: scripts need them
@@ -212,53 +215,42 @@ def read(path) -> Record:
     return Record(path, run, events, notes)
 
 
-# ---- the terminal ----------------------------------------------------------------------------------------
-
-
-class Screen:
-    """A line per event: time, round, stage, text. On a terminal also a live line: how far the stage is."""
-
-    def __init__(self):
-        self.start = time.time()                        # of the run, in all its sittings
-        self.is_live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-        self.has_colour = self.is_live and not os.environ.get("NO_COLOR")
-
-    def line(self, stage: str, rnd: int | None, text: str) -> str:
-        where = "setup" if rnd is None else f"r{rnd}"
-        return f"{time.time() - self.start:6.0f} s  {where:5s}  {stage:9s}  {text}"
-
-    def say(self, stage: str, rnd: int | None, text: str, colour: str = "") -> None:
-        code = {"green": 32, "red": 31, "yellow": 33}.get(colour) if self.has_colour else None
-        print(self.line(stage, rnd, f"\x1b[{code}m{text}\x1b[0m" if code else text), flush=True)
-
-    @contextlib.contextmanager
-    def watch(self, stage: str, rnd: int | None, what: str, total: int, model=None):
-        """The live line: `what`, how much of `total` (which may be too high) is done, rate, time left.
-
-        Gives a function to call at each step; with a model, its forward passes are the steps.
-        """
-        begin = shown = time.time()
-        done, width = 0, shutil.get_terminal_size().columns - 1
-
-        def tick(*_):
-            nonlocal done, shown
-            done, now = done + 1, time.time()
-            if self.is_live and now - shown > 0.2:
-                shown, left = now, max(total - done, 0) * (now - begin) / done
-                pace = f"  {done / (now - begin):.1f}/s  {left:.0f} s left" if now - begin + left > 5 else ""
-                line = self.line(stage, rnd, f"{what}  {done}/{total}{pace}")
-                print("\r" + line[:width].ljust(width), end="", flush=True)
-        handle = model.register_forward_hook(tick) if model is not None and self.is_live else None
-        try:
-            yield tick
-        finally:
-            if handle:
-                handle.remove()
-            if shown != begin:
-                print("\r" + " " * width + "\r", end="", flush=True)
+def read_for_more(path) -> Record:
+    """A run that this code can continue; ValueError if it is none."""
+    record = read(path)
+    if record.run.get("format") != FORMAT:
+        raise ValueError(f"--resume {path}: another version of this code wrote that run and is needed to continue "
+                         "it; its run.json names the commit")
+    return record
 
 
 # ---- the run folder --------------------------------------------------------------------------------------
+
+
+def check_out(out: Path) -> None:
+    """The run folder can be made: asked before hours of work, not after."""
+    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "read-only" if there.is_dir() else "a file, not a folder"
+        raise ValueError(f"--out {out}: {there} is {what}; choose another folder")
+
+
+def surroundings(model, code: tuple[str, ...]) -> dict:
+    """What else a number depends on: versions, threads, device, and the files of this code that are named."""
+    from importlib.metadata import version
+    read = b"".join((ROOT / f"{name}.py").read_bytes() for name in code)
+
+    def git(*words):
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+    commit = ""
+    with contextlib.suppress(FileNotFoundError):        # + if files differ from the commit; "" outside git
+        commit = git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
+    return dict(versions=dict(python=platform.python_version(), torch=torch.__version__,
+                              transformers=version("transformers")),
+                machine=dict(system=platform.platform(), device=str(model.device), dtype=str(model.dtype),
+                             threads=torch.get_num_threads(), gpu=torch.cuda.get_device_name(model.device)
+                             if model.device.type == "cuda" else ""),
+                git=commit, code=f"{zlib.crc32(read):08x}")
 
 
 class RunDied(RuntimeError):
@@ -390,14 +382,22 @@ class Folder:
         self._lock()
         self.save(format=FORMAT, status="running", started=time.time(), **record)
 
-    def reopen(self) -> dict:
+    def reopen(self, facts: dict, around: dict) -> dict:
         """The folder as the last sitting left it, without a line that was cut off; returns its run.json.
 
-        ValueError if this code cannot continue it."""
-        record, path = read(self.path), self.path / "events.jsonl"
-        if record.run.get("format") != FORMAT:
-            raise ValueError(f"--resume {self.path}: another version of this code wrote that run and is needed "
-                             "to continue it; its run.json names the commit")
+        facts: what must be as it was. around: what should be, {versions, machine, code}. ValueError if this code
+        cannot continue the run."""
+        record, path = read_for_more(self.path), self.path / "events.jsonl"
+        before, shape = record.run, dict(argv=list, command=str, versions=dict, machine=dict, started=float)
+        if bad := [name for name, kind in shape.items() if not isinstance(before.get(name), kind)]:
+            raise ValueError(f"{self.path}/run.json: {', '.join(bad)} missing or of another type; it is damaged")
+        if differ := [name for name in facts if before.get(name) != facts[name]]:
+            raise ValueError(f"--resume {self.path}: that run was made with other {' and other '.join(differ)}; "
+                             "start a new run")
+        then, now = ({**x["versions"], **x["machine"], "code": x.get("code")} for x in (before, around))
+        for name in [name for name in now if now[name] != then.get(name)]:
+            self.screen.say("warning", None, f"{name} was {then.get(name)} and is {now[name]}: numbers may differ "
+                            "from an unbroken run's", "yellow")
         self.events = record.events
         if torn := path.read_bytes().rpartition(b"\n")[2]:
             self.screen.say("resume", None, f"the last line of events.jsonl was cut off after {len(torn)} bytes")
@@ -409,7 +409,8 @@ class Folder:
         self.screen.start = time.time() - max((e["t"] for e in self.events), default=0)
         n_done = sum(e["stage"] == "gate" for e in self.events)
         self.screen.say("resume", None, f"{len(self.events)} events read back, {n_done} rounds finished")
-        return record.run
+        self.run = before
+        return before | dict(resumed=[*before.get("resumed", []), dict(time=time.time(), **around)])
 
     # ---- the journal
 
@@ -461,10 +462,3 @@ class Folder:
     def record(self) -> Record:
         """The run so far, as `read` would give it."""
         return Record(self.path, self.run, self.events, [])
-
-    def round_path(self, rnd: int, name: str) -> Path:
-        """Where a file of a round lies; its folder is made."""
-        path = self.path / "rounds" / f"{rnd:02d}" / name
-        with self.writing(path):
-            path.parent.mkdir(exist_ok=True)
-        return path
