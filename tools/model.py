@@ -128,9 +128,6 @@ def config_of(name: str, revision: str = ""):
     if config.is_encoder_decoder:
         raise refusal(name, f"{config.model_type} is an encoder and a decoder, and the blocks that are steered and adapted "
                       "here are those of a decoder alone")
-    if not getattr(config.get_text_config(), "num_attention_heads", None):
-        raise refusal(name, f"{config.model_type} has no attention, and left-padded batches need an attention mask; take a "
-                      "transformer or a hybrid")
     # an image-text model under its own class, so that modules have the names that the checkpoint gives them
     kind = (config.architectures or [""])[0]
     is_own = kind.endswith("ForConditionalGeneration") and hasattr(transformers, kind)
@@ -250,23 +247,31 @@ def load(name: str, *, revision: str = "", dtype: str = "auto", device: str = "a
     return model, tok
 
 
+@torch.no_grad()
 def try_out(name: str, model, tok, dtype: torch.dtype) -> None:
-    """Two prompts of unlike length, two tokens each, with a hook that adds nothing: what is wrong is seen here."""
-    kind, prompts = type(model).__name__, ["Hi", "What is 1 + 1?"]
-    with named_errors(name):
-        layers = steer.blocks(model)
-    ids, n_tokens = max(map(max, steer.encode(tok, prompts, ["", ""]))), model.get_input_embeddings().num_embeddings
-    if ids >= n_tokens:
-        raise refusal(name, f"its tokenizer writes token {ids}, the model has {n_tokens}")
-    row = torch.tensor(steer.encode(tok, prompts[:1], [""]), device=steer.device_of(model))         # [1, T]
-    with torch.no_grad(), named_errors(name, f"the architecture {kind} does not run"):
-        logits = model(input_ids=row, logits_to_keep=1).logits                  # [1, 1, V]
-    if not logits.isfinite().all():
+    """ValueError if decoding as it is done here, padded, cached and with rows that leave, is not what the model says alone."""
+    kind = type(model).__name__
+    rows = steer.encode(tok, ["Hi", "What is 1 + 1?"], ["", ""])
+    most, n_tokens = max(map(max, rows)), model.get_input_embeddings().num_embeddings
+    if most >= n_tokens:
+        raise refusal(name, f"its tokenizer writes token {most}, the model has {n_tokens}")
+    with named_errors(name, f"the architecture {kind}"):
+        last = len(steer.blocks(model)) - 1
+        alone = model(input_ids=torch.tensor(rows[:1], device=steer.device_of(model)), logits_to_keep=1).logits[0, -1].float()   # [V]
+    if not alone.isfinite().all():
         hint = "its weights are broken: download it again" if dtype == torch.float32 else "try --dtype float32"
         raise ValueError(f"model {name!r}: its first logits are not finite in {str(dtype).removeprefix('torch.')}; {hint}")
-    nothing = {len(layers) - 1: torch.zeros(model.config.get_text_config().hidden_size)}
-    with named_errors(name, f"the architecture {kind} does not decode padded batches with a cache of keys and values"):
-        steer.generate(model, tok, prompts, vectors=nothing, coeffs=[1.0, 1.0], greedy=True, max_new_tokens=2)
+    ids, attn, position_ids = steer.left_pad([rows[1][:-1], rows[0][:-1]], most, steer.device_of(model))         # [2, T] each
+    nothing = {last: torch.zeros(model.config.get_text_config().hidden_size)}
+    with named_errors(name, f"the architecture {kind} cannot be steered and decoded in batches"), steer.steered(model, nothing, 1.0):
+        forward, cache = steer.cached_forward(model, ids.shape[1] + 1)
+        forward(ids, attn, position_ids)
+        cache.reorder_cache(torch.tensor([1], device=ids.device))           # the longer row leaves
+        token = torch.tensor([rows[0][-1:]], device=ids.device)             # [1, 1]
+        logits = forward(token, torch.cat([attn[1:], torch.ones_like(token)], 1), position_ids[1:, -1:] + 1)[0, -1].float()      # [V]
+        likeness = torch.cosine_similarity(alone - alone.mean(), logits - logits.mean(), dim=0)
+        if not likeness > (0.999 if dtype == torch.float32 else 0.9):       # 1 but for rounding, which flips experts in half precision
+            raise RuntimeError(f"a padded row with a cache gives other logits than alone (cosine {likeness:.2f})")
 
 
 def fingerprint(model) -> str:
