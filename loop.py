@@ -56,7 +56,7 @@ from tools.student import Student, stage_seed, why_dropped
 from tools.table import has_moved, tally, to_results
 
 WORDS = ("plan", "chat", "export", "report")            # python loop.py WORD ...: tools/WORD.py
-CODE = ("loop", "steer", "lora", "heal", "evalmfv", "tools/student", "tools/model", "tools/inputs")     # numbers depend on
+CODE = ("loop", "steer", "lora", "heal", "evalmfv", "tools/student", "tools/model", "tools/inputs")
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def gate(now: dict, last: dict, base: dict, cfg: LoopConfig) -> list[str]:
 
 
 def n_standing(record: Record, cfg: LoopConfig) -> int:
-    """How many events stand if the gates are asked again with these options: those before the first to turn."""
+    """How many events stand if the gates are asked again with these options: all before the first to turn."""
     last = base = record.of("row")
     for n, e in enumerate(record.events):
         days = [row for row in record.rows("healed") if row["round"] == e["round"]]
@@ -216,7 +216,7 @@ class Run:
     # ---- one round
 
     def one_round(self, rnd: int) -> dict:
-        """Steer, filter, heal, fold, measure; returns the gate's event. A stage is in the journal, or done now.
+        """Steer, filter, heal, fold, measure; returns the gate's event. Each stage is in the journal, or done.
 
         A round refused or broken leaves the student as it was. What breaks one is a RuntimeError: no dose
         survives, too little is kept, a number is not finite.
@@ -228,7 +228,7 @@ class Run:
             return past
         try:
             # ---- one round: each stage reads what it needs from the events and files of those before ---
-            with stack.gated(1, 0):                     # the round in training is zero still: skip its products
+            with stack.gated(1, 0):                     # the round in training is zero: skip its products
                 once("vector", rnd, lambda: self.vector(rnd))
                 once("dose", rnd, lambda: self.dose(rnd))
                 once("made", rnd, lambda: self.made(rnd))
@@ -256,8 +256,9 @@ class Run:
             files.save_tensors(self.path(rnd, name), tensors, notes)
 
     def load_round(self, rnd: int) -> None:
-        paths = [self.path(rnd, name) for name in ("adapter", "rejected")]      # renamed before its gate's event
-        self.stack.load_tensors(files.read_tensors(paths[not paths[0].exists()])[0])
+        path = self.path(rnd, "adapter")                # renamed, if the gate refused it and was not written down
+        path = path if path.exists() else self.path(rnd, "rejected")
+        self.stack.load_tensors(files.read_tensors(path)[0])
 
     def steering(self, rnd: int) -> dict:
         """{vectors, coeff} of a round whose dose is settled."""
@@ -292,18 +293,19 @@ class Run:
         dropped = Counter(e["verdict"]["rule"] for e in made if not e["verdict"]["kept"])
         kept = f"{len(made) - dropped.total()}/{len(made)}"
         rules = "  ".join(f"{rule} {n}" for rule, n in sorted(dropped.items()))
-        self.screen.say("filter", rnd, f"dose {steering['coeff']:.3f}  kept {kept}  {rules and 'dropped: ' + rules}")
+        rules = f"  dropped: {rules}" if rules else ""
+        self.screen.say("filter", rnd, f"dose {steering['coeff']:.3f}  kept {kept}{rules}")
         if len(made) - dropped.total() < n_min:
-            raise RuntimeError(f"kept {kept} completions at dose {steering['coeff']:.3f}, need {n_min}; raise "
-                               f"--n-make or --slack. {why_dropped(made)}")
+            raise RuntimeError(f"{kept} completions passed the filter at dose {steering['coeff']:.3f}, need "
+                               f"{n_min}; raise --n-make or --slack. {why_dropped(made)}")
         return dict(completions=made)
 
     def night(self, rnd: int) -> None:
         row = self.row("steered", rnd, f"steered, night {rnd}", **self.steering(rnd))
         if not has_moved(row):
             self.screen.say("steered", rnd, f"warning: this moves the trait by {row['trait']:+.3f} nats (se "
-                            f"{row['trait_se']:.3f}), which may be nothing; another persona or --steer-band may do "
-                            "more", "yellow")
+                            f"{row['trait_se']:.3f}), which may be nothing; another persona or --steer-band may "
+                            "do more", "yellow")
 
     def tau(self, rnd: int, kept: list[steer.Completion]) -> float:
         """The barrier's set point in nats, calibrated in the first round that gets here."""
@@ -341,11 +343,14 @@ class Run:
         return event
 
     def say_healed(self, rnd: int, record: dict) -> None:
-        steps, skipped = record["steps"], len(record["skipped"])
+        steps, skipped, fired = record["steps"], len(record["skipped"]), "no barrier"
         val = "  val {val_nll_before:.3f} -> {val_nll_after:.3f}".format(**record) if record["n_val"] else ""
-        fired = f"fired in {record['fired_share']:.0%} of {len(steps)} steps" if record["lam_eff"] else "no barrier"
+        if record["lam_eff"]:
+            fired = f"fired in {record['fired_share']:.0%} of {len(steps)} steps"
+        if skipped:
+            fired += f"  skipped {skipped} steps that were not finite"
         self.screen.say("heal", rnd, f"nll {record['nll_first']:.3f} -> {record['nll_last']:.3f}{val}  "
-                        f"D {steps[-1]['div']:.4f}  {fired}" + f"  skipped {skipped}, not finite" * bool(skipped))
+                        f"D {steps[-1]['div']:.4f}  {fired}")
         if record["warning"]:
             by = f"--tau-scale, now {self.cfg.tau_scale:g}" if self.hcfg.tau is None else "--tau"
             self.screen.say("heal", rnd, f"warning: {record['warning']} ({by})", "yellow")
@@ -400,6 +405,7 @@ def begin(run: Run, argv: list[str], values: dict, facts: dict, around: dict) ->
 def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
     """Runs the rounds, prints the table, returns the exit code: 0 if a round was accepted, 3 if none was."""
     given = inputs.load(cfg.persona, prompts=cfg.prompts, vignettes=cfg.vignettes, pos=cfg.pos, neg=cfg.neg)
+    notes = given.pop("notes")
     files.check_out(Path(cfg.resume or cfg.out))
     date = files.read(cfg.resume).run.get("date", "") if cfg.resume else models.today()
     screen = Screen()
@@ -414,14 +420,14 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         facts = dict(weights=models.fingerprint(model), template=models.template_id(tok), date=date,
                      texts=f"{zlib.crc32(texts):08x}", persona=given["persona"],
                      items={side: given[side] for side in ("train", "held_out")})
-        begin(run, argv, values | {"resume": ""}, plain(facts), files.surroundings(model, CODE))
+        around = files.surroundings(model, CODE) | dict(commit=models.commit_of(model))
+        begin(run, argv, values | {"resume": ""}, plain(facts), around)
         print(folder.run["command"])
         n_trained, adapted = sum(p.numel() for p in run.stack.parameters()), run.layers["lora"]
         screen.say("model", None, f"{cfg.model}: {len(steer.blocks(model))} blocks of width "
-                   f"{model.config.get_text_config().hidden_size}, {str(model.dtype).removeprefix('torch.')}, steer "
-                   f"{run.layers['steer']}, lora {adapted[0]}-{adapted[-1]} rank {lcfg.r}, {n_trained:,} trained "
-                   "parameters")
-        for note in [*models.template_notes(tok), run.stack.note]:
+                   f"{width}, {str(model.dtype).removeprefix('torch.')}, steer {run.layers['steer']}, lora "
+                   f"{adapted[0]}-{adapted[-1]} rank {lcfg.r}, {n_trained:,} trained parameters")
+        for note in [*notes, *models.template_notes(tok), run.stack.note]:
             if note:
                 screen.say("note", None, note)
         run.measure_base()

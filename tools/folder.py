@@ -219,8 +219,8 @@ def read_for_more(path) -> Record:
     """A run that this code can continue; ValueError if it is none."""
     record = read(path)
     if record.run.get("format") != FORMAT:
-        raise ValueError(f"--resume {path}: another version of this code wrote that run and is needed to continue "
-                         "it; its run.json names the commit")
+        raise ValueError(f"--resume {path}: another version of this code wrote that run and is needed to go on "
+                         "with it; its run.json names the commit")
     return record
 
 
@@ -385,22 +385,23 @@ class Folder:
     def reopen(self, facts: dict, around: dict) -> dict:
         """The folder as the last sitting left it, without a line that was cut off; returns its run.json.
 
-        facts: what must be as it was. around: what should be, {versions, machine, code}. ValueError if this code
-        cannot continue the run."""
+        facts: what must be as it was. around: what should be, {versions, machine, code, ...}. ValueError if
+        this code cannot continue the run.
+        """
         record, path = read_for_more(self.path), self.path / "events.jsonl"
         before, shape = record.run, dict(argv=list, command=str, versions=dict, machine=dict, started=float)
         if bad := [name for name, kind in shape.items() if not isinstance(before.get(name), kind)]:
-            raise ValueError(f"{self.path}/run.json: {', '.join(bad)} missing or of another type; it is damaged")
+            raise ValueError(f"{self.path}/run.json: {', '.join(bad)} missing or of another type")
         if differ := [name for name in facts if before.get(name) != facts[name]]:
-            raise ValueError(f"--resume {self.path}: that run was made with other {' and other '.join(differ)}; "
-                             "start a new run")
+            raise ValueError(f"--resume {self.path}: that run was made with other {', '.join(differ)}; start a "
+                             "new run")
         then, now = ({**x["versions"], **x["machine"], "code": x.get("code")} for x in (before, around))
         for name in [name for name in now if now[name] != then.get(name)]:
-            self.screen.say("warning", None, f"{name} was {then.get(name)} and is {now[name]}: numbers may differ "
-                            "from an unbroken run's", "yellow")
+            self.screen.say("warning", None, f"{name} was {then.get(name)} and is {now[name]}: numbers may "
+                            "differ from an unbroken run's", "yellow")
         self.events = record.events
         if torn := path.read_bytes().rpartition(b"\n")[2]:
-            self.screen.say("resume", None, f"the last line of events.jsonl was cut off after {len(torn)} bytes")
+            self.screen.say("resume", None, f"the last event was cut off after {len(torn)} bytes: left out")
             self.cut(len(self.events))
         with self.writing(self.path):
             for file in [*self.path.glob(".*"), *self.path.glob("rounds/*/.*")]:

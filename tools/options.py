@@ -1,7 +1,7 @@
 """Options: dataclasses as one command line, and their values as a run's record gives them back.
 
-A field is an option: its name, type, default and help. Types are bool, int, float, str, Literal, a pair of floats,
-or one of these or None, which no command line can say.
+A field is an option: its name, type, default and help. Types are bool, int, float, str, Literal, a pair of
+floats, or one of these or None, which no command line can say.
 """
 import argparse
 import dataclasses
@@ -15,8 +15,9 @@ def kinds(groups) -> dict[str, tuple]:
     for cls in groups:
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
-            args = typing.get_args(hints[f.name])
-            found[f.name] = args if type(None) in args and typing.get_origin(hints[f.name]) is not Literal else (hints[f.name],)
+            kind = hints[f.name]
+            is_union = type(None) in typing.get_args(kind)
+            found[f.name] = typing.get_args(kind) if is_union else (kind,)
     return found
 
 
@@ -45,7 +46,7 @@ def tidy(args: dict) -> dict:
     """What argparse gave: pairs as tuples, and a ValueError for what no option can mean."""
     args = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
     for name, value in args.items():
-        if value == () or isinstance(value, str) and "\0" in value:             # argparse makes [] of --name=--
+        if value == () or isinstance(value, str) and "\0" in value:           # argparse makes [] of --name=--
             raise ValueError(f"--{name.replace('_', '-')} {value!r:.60}: not a value it can have")
     return args
 

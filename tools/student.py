@@ -1,7 +1,7 @@
-"""Student: the model with its folded rounds: what it answers, how that scores under the base, a row of the table.
+"""Student: the model with its folded rounds: what it answers, how the base scores that, a row of the table.
 
-Every score of an answer is read under the untouched base, whatever is folded: the one yardstick of coherence. A
-stage's draws are seeded by (seed, round, stage), so an evaluation that is added changes no other stage's samples.
+Every answer is scored under the untouched base, whatever is folded: the one yardstick of coherence. A stage's
+draws are seeded by (seed, round, stage), so an evaluation that is added changes no other stage's samples.
 """
 import contextlib
 import dataclasses
@@ -35,10 +35,11 @@ def why_dropped(judged: list[dict]) -> str:
 
 
 class Student:
-    """Takes a model, a stack of adapters, a persona and its texts; sampling: the keywords of `steer.generate`."""
+    """Takes a model, its stack, a persona and the texts; sampling: the keywords of `steer.generate`."""
 
-    def __init__(self, model, tok, stack, screen: Screen, *, persona: dict, train: list[str], held_out: list[str],
-                 vignettes: list[dict], contexts: list[str], seed: int, sampling: dict, think_tokens: int, n_text: int):
+    def __init__(self, model, tok, stack, screen: Screen, *, persona: dict, train: list[str],
+                 held_out: list[str], vignettes: list[dict], contexts: list[str], seed: int, sampling: dict,
+                 think_tokens: int, n_text: int):
         self.model, self.tok, self.stack, self.screen, self.seed = model, tok, stack, screen, seed
         self.persona, self.train, self.held_out = persona, train, held_out
         self.vignettes, self.contexts = vignettes, contexts
@@ -56,8 +57,8 @@ class Student:
                                      ("think-tokens", [probe], self.think_tokens)):
             n_asked = max(map(len, steer.encode(self.tok, asked, [self.persona["pos"][0]] * len(asked))))
             if n_asked + n_new > room:
-                raise ValueError(f"--{option} {n_new}: with the longest question of {n_asked} tokens it does not "
-                                 f"fit into the model's {room}")
+                raise ValueError(f"--{option} {n_new}: with the longest question of {n_asked} tokens it does "
+                                 f"not fit into the model's {room}")
 
     # ---- answers and their scores
 
@@ -66,7 +67,7 @@ class Student:
         name, of = draws or (stage, rnd or 0)
         n_passes = math.ceil(len(prompts) / self.sampling["batch_size"]) * self.sampling["max_new_tokens"]
         with self.screen.watch(stage, rnd, f"{len(prompts)} answers, tokens", n_passes, self.model):
-            return steer.generate(self.model, self.tok, prompts, system=system, vectors=vectors, greedy=greedy,
+            return steer.generate(self.model, self.tok, prompts, system=system, greedy=greedy, vectors=vectors,
                                   coeffs=[coeff] * len(prompts) if vectors else None,
                                   seed=stage_seed(self.seed, of, name), **self.sampling)
 
@@ -86,7 +87,8 @@ class Student:
 
     def judged(self, completions, limits: steer.Limits) -> list[dict]:
         """Each completion with its verdict, as it stands in the journal."""
-        found = steer.judge(completions, self.base_nll(completions), limits, patterns=self.persona["patterns"])
+        found = steer.judge(completions, self.base_nll(completions), limits,
+                            patterns=self.persona["patterns"])
         return [plain(dict(prompt=c.prompt % len(self.train), coeff=c.coeff, finished=c.finished, ids=c.ids,
                            text=c.text, verdict=v)) for c, v in zip(completions, found)]
 
@@ -96,7 +98,7 @@ class Student:
                                  e["text"]) for e in judged if e["verdict"]["kept"]]
 
     def calibrate(self, n: int, scfg) -> dict:
-        """The filter's limits, from n answers of the base to the training prompts, and n of the prompted base."""
+        """The filter's limits, from n answers of the base to training prompts and n of the prompted base."""
         own = self.answers(self.spread(n), "own", None)
         # the trait itself is no incoherence: what the prompted base says must pass the filter too
         voiced = self.answers(self.spread(n), "own", None, system=self.persona["pos"][0])
@@ -107,8 +109,11 @@ class Student:
                     voiced=[c.text for c in voiced])
 
     def survival(self, rnd: int, vectors: dict, limits: steer.Limits, trials: list, last: list):
-        """What `steer.find_dose` asks: the share of a dose's answers that pass, all doses of a step in one batch with
-        the same draws. Appends {coeff, survive, ppl} to trials and keeps the last dose's judged answers in `last`."""
+        """What `steer.find_dose` asks: the share of a dose's answers that pass the filter.
+
+        All doses of a step are one batch with the same draws. Appends {coeff, survive, ppl} to trials, and keeps
+        the answers to the last dose in `last`.
+        """
         rng = torch.Generator().manual_seed(stage_seed(self.seed, rnd, "probed prompts"))
         order = torch.randperm(len(self.train), generator=rng).tolist()
         probed = [self.train[i] for i in order[:steer.N_PROBE]]
@@ -117,8 +122,9 @@ class Student:
         def survive(coeffs):
             n_passes = self.sampling["max_new_tokens"]
             with self.screen.watch("dose", rnd, f"{len(coeffs)} doses, tokens", n_passes, self.model):
-                tried = steer.generate(self.model, self.tok, probed * len(coeffs), vectors=vectors, n_draws=n, seed=seed,
-                                       coeffs=[coeff for coeff in coeffs for _ in probed], **self.sampling)
+                tried = steer.generate(self.model, self.tok, probed * len(coeffs), vectors=vectors, n_draws=n,
+                                       coeffs=[coeff for coeff in coeffs for _ in probed], seed=seed,
+                                       **self.sampling)
             found = self.judged(tried, limits)
             for i, coeff in enumerate(coeffs):
                 last[:] = found[i * n:(i + 1) * n]
@@ -133,7 +139,7 @@ class Student:
     def measured(self, kind, rnd, label, *, own, base, prompted, system="", vectors=None, coeff=0.0) -> dict:
         """What is measured on held-out items, the same for every row: the probe, free text, the diary.
 
-        own: token ids and nats of the base's own answers. base, prompted: those rows, None before they are there.
+        own: token ids and nats of the base's own answers. base, prompted: those rows, None before they exist.
         """
         sampler = dict(draws=("text", 0), system=system, vectors=vectors, coeff=coeff)
         batch_size = self.sampling["batch_size"]
@@ -163,25 +169,25 @@ class Student:
     def label_free(self, texts, asked, base, prompted) -> dict:
         """The trait of a persona without a foundation, from sampled answers to held-out prompts.
 
-        persona_ratio: how much likelier the base finds an answer under pos than under neg, in nats per token. The
-        trait is its move from the base's own answers; share is that move, the persona prompt's being 1.
+        persona_ratio: how much likelier the base finds an answer under pos than under neg, in nats per token.
+        The trait is its move from the base's own answers; share is that move, the persona prompt's being 1.
         """
-        pos, neg = ([nll.mean().item() for nll in self.base_nll(self.under(self.persona[side][0], texts, asked))]
-                    for side in ("pos", "neg"))
-        ratios = torch.tensor(neg) - torch.tensor(pos)                          # [n_text]
-        moved = ratios - torch.tensor(base["ratios"]) if base else 0 * ratios   # [n_text]  paired: the same prompts
+        pos, neg = (torch.stack([nll.mean() for nll in self.base_nll(self.under(text, texts, asked))])  # [n_text]
+                    for text in (self.persona["pos"][0], self.persona["neg"][0]))
+        ratios = neg - pos                                                      # [n_text]
+        moved = ratios - torch.tensor(base["ratios"]) if base else 0 * ratios   # [n_text]  on the same prompts
         trait, n = moved.mean().item(), len(moved)
         share = trait / prompted["trait"] if prompted and prompted["trait"] else float(base is not None)
-        return dict(trait=trait, trait_se=(moved.std() / n ** 0.5).item() if n > 1 else 0.0, shift=None, share=share,
-                    ratios=ratios, persona_ratio=ratios.mean())
+        return dict(trait=trait, trait_se=(moved.std() / n ** 0.5).item() if n > 1 else 0.0, shift=None,
+                    share=share, ratios=ratios, persona_ratio=ratios.mean())
 
     # ---- what surrounds the healing
 
     def persona_distance(self, kept, how: str, reg: str) -> float:
-        """How far the persona prompt alone takes the base from itself, on the kept completions: mean D, in nats.
+        """How far the persona prompt alone takes the base from itself, on the kept completions: mean D, nats.
 
-        It makes tau a set point: a healed model may stand about as far from the base as the prompted base does. Both
-        readings are of the same completion tokens; only the system prompt in front of them differs.
+        It makes tau a set point: a healed model may stand about as far from the base as the prompted base does.
+        Both readings are of the same completion tokens; only the system prompt in front of them differs.
         """
         def behind(front):
             read = self.under(front, kept, self.train)
@@ -191,11 +197,11 @@ class Student:
                                    ref_samples=behind(""), reg=reg, pad_id=self.pad_id)
         return sum(heal.aggregate(kl, how).item() for kl in kls) / len(kls)
 
-    def worst_kept(self, samples, reference, vectors: dict, coeff: float, *, reg: str, pass_tokens: int) -> dict:
-        """The kept completion that the student leaves furthest from the reference (rmse): its KL at every token.
+    def worst_kept(self, samples, reference, vectors: dict, coeff: float, *, reg: str, **how) -> dict:
+        """The kept completion that the student leaves furthest from the reference (rmse), token by token.
 
-        `before` is the student as the round began, `night` that one steered. Returns {prompt, tokens, day, before,
-        night}, the last three [n] in nats.
+        Returns {prompt, tokens, day, before, night}, the last three its KL [n] in nats: the student's, as it was
+        when the round began, and of that one steered.
         """
         def before():
             return self.stack.gated(1, 0)
@@ -206,15 +212,15 @@ class Student:
                 yield
 
         def kl(of, against, reg):
-            return heal.divergences(self.model, of, against, reg=reg, pass_tokens=pass_tokens, pad_id=self.pad_id)
+            return heal.divergences(self.model, of, against, reg=reg, pad_id=self.pad_id, **how)
         kls = kl(samples, reference, reg)
         worst = max(range(len(kls)), key=lambda i: heal.aggregate(kls[i], "rmse").item())
         sample = samples[worst]
         with before():
             start = kl([sample], reference, reg)[0]                             # [n]
-        with reference():                               # the other way round, so that only the dream is steered
+        with reference():                               # the other way round: only the dream is steered
             night = kl([sample], dreaming, "kl_rev" if reg == "kl_fwd" else "kl_fwd")[0]        # [n]
         ids = sample.ids[sample.n_prompt:]
         texts = [self.tok.decode(ids[:n]) for n in range(len(ids) + 1)]     # a token alone may lose its space
-        return dict(prompt=sample.group, tokens=[b[len(a):] for a, b in zip(texts, texts[1:])], day=kls[worst],
-                    before=start, night=night)
+        return dict(prompt=sample.group, tokens=[b[len(a):] for a, b in zip(texts, texts[1:])],
+                    day=kls[worst], before=start, night=night)

@@ -14,8 +14,9 @@ def tally(record: Record, seconds: float) -> None:
     for row in rows:
         verdict, move = "accepted" if row["round"] in record.accepted else "rolled back", row["shift"]
         target = f"{row['nats'][move['target']]:.3f} | {move['off_target']:.3f}" if move else "- | -"
-        print(f"| {row['label']} | {row['coeff']:.2f} | {row['trait']:+.3f} ± {row['trait_se']:.3f} | {target} | "
-              f"{row['coherence']:.4f} | {row['text']:.3f} | {verdict if row['kind'] == 'healed' else ''} |")
+        trait = f"{row['trait']:+.3f} ± {row['trait_se']:.3f}"
+        print(f"| {row['label']} | {row['coeff']:.2f} | {trait} | {target} | {row['coherence']:.4f} | "
+              f"{row['text']:.3f} | {verdict if row['kind'] == 'healed' else ''} |")
     share = ""
     if nights and nights[0]["trait"] > 0:
         share = f", {final['trait'] / nights[0]['trait']:.0%} of steering's in round {nights[0]['round']}"
@@ -25,8 +26,8 @@ def tally(record: Record, seconds: float) -> None:
     if nights and not any(map(has_moved, nights)):
         best = max(nights, key=lambda row: abs(row["trait"]))
         print(f"The trait did not move at any dose: steering's largest move is {best['trait']:+.3f} nats (se "
-              f"{best['trait_se']:.3f}). Either this model does not read the persona, or the probe does not see "
-              "it: read the diary, or try another --persona.")
+              f"{best['trait_se']:.3f}). Either this model does not read the persona, or the probe does not "
+              "see it: read the diary, or try another --persona.")
 
 
 def to_results(record: Record, seconds: float) -> None:
