@@ -216,7 +216,7 @@ class Run:
     # ---- one round
 
     def one_round(self, rnd: int) -> dict:
-        """Steer, filter, heal, fold, measure; returns the gate's event. Each stage is in the journal, or done.
+        """Steer, filter, heal, fold, measure; returns the gate's event. A stage is in the journal, or done.
 
         A round refused or broken leaves the student as it was. What breaks one is a RuntimeError: no dose
         survives, too little is kept, a number is not finite.
@@ -256,7 +256,7 @@ class Run:
             files.save_tensors(self.path(rnd, name), tensors, notes)
 
     def load_round(self, rnd: int) -> None:
-        path = self.path(rnd, "adapter")                # renamed, if the gate refused it and was not written down
+        path = self.path(rnd, "adapter")                # renamed, if refused and then killed
         path = path if path.exists() else self.path(rnd, "rejected")
         self.stack.load_tensors(files.read_tensors(path)[0])
 
@@ -304,8 +304,8 @@ class Run:
         row = self.row("steered", rnd, f"steered, night {rnd}", **self.steering(rnd))
         if not has_moved(row):
             self.screen.say("steered", rnd, f"warning: this moves the trait by {row['trait']:+.3f} nats (se "
-                            f"{row['trait_se']:.3f}), which may be nothing; another persona or --steer-band may "
-                            "do more", "yellow")
+                            f"{row['trait_se']:.3f}), which may be nothing; try another persona or "
+                            "--steer-band", "yellow")
 
     def tau(self, rnd: int, kept: list[steer.Completion]) -> float:
         """The barrier's set point in nats, calibrated in the first round that gets here."""

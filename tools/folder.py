@@ -219,8 +219,8 @@ def read_for_more(path) -> Record:
     """A run that this code can continue; ValueError if it is none."""
     record = read(path)
     if record.run.get("format") != FORMAT:
-        raise ValueError(f"--resume {path}: another version of this code wrote that run and is needed to go on "
-                         "with it; its run.json names the commit")
+        raise ValueError(f"--resume {path}: another version of this code wrote that run and is needed to "
+                         "go on with it; its run.json names the commit")
     return record
 
 
@@ -393,8 +393,8 @@ class Folder:
         if bad := [name for name, kind in shape.items() if not isinstance(before.get(name), kind)]:
             raise ValueError(f"{self.path}/run.json: {', '.join(bad)} missing or of another type")
         if differ := [name for name in facts if before.get(name) != facts[name]]:
-            raise ValueError(f"--resume {self.path}: that run was made with other {', '.join(differ)}; start a "
-                             "new run")
+            raise ValueError(f"--resume {self.path}: that run was made with other {', '.join(differ)}; start "
+                             "a new run")
         then, now = ({**x["versions"], **x["machine"], "code": x.get("code")} for x in (before, around))
         for name in [name for name in now if now[name] != then.get(name)]:
             self.screen.say("warning", None, f"{name} was {then.get(name)} and is {now[name]}: numbers may "

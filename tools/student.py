@@ -67,8 +67,8 @@ class Student:
         name, of = draws or (stage, rnd or 0)
         n_passes = math.ceil(len(prompts) / self.sampling["batch_size"]) * self.sampling["max_new_tokens"]
         with self.screen.watch(stage, rnd, f"{len(prompts)} answers, tokens", n_passes, self.model):
-            return steer.generate(self.model, self.tok, prompts, system=system, greedy=greedy, vectors=vectors,
-                                  coeffs=[coeff] * len(prompts) if vectors else None,
+            return steer.generate(self.model, self.tok, prompts, system=system, greedy=greedy,
+                                  vectors=vectors, coeffs=[coeff] * len(prompts) if vectors else None,
                                   seed=stage_seed(self.seed, of, name), **self.sampling)
 
     def spread(self, n: int) -> list[str]:
@@ -111,8 +111,8 @@ class Student:
     def survival(self, rnd: int, vectors: dict, limits: steer.Limits, trials: list, last: list):
         """What `steer.find_dose` asks: the share of a dose's answers that pass the filter.
 
-        All doses of a step are one batch with the same draws. Appends {coeff, survive, ppl} to trials, and keeps
-        the answers to the last dose in `last`.
+        All doses of a step are one batch with the same draws. Appends {coeff, survive, ppl} to trials, and
+        keeps the answers at the last dose in `last`.
         """
         rng = torch.Generator().manual_seed(stage_seed(self.seed, rnd, "probed prompts"))
         order = torch.randperm(len(self.train), generator=rng).tolist()
@@ -172,10 +172,10 @@ class Student:
         persona_ratio: how much likelier the base finds an answer under pos than under neg, in nats per token.
         The trait is its move from the base's own answers; share is that move, the persona prompt's being 1.
         """
-        pos, neg = (torch.stack([nll.mean() for nll in self.base_nll(self.under(text, texts, asked))])  # [n_text]
-                    for text in (self.persona["pos"][0], self.persona["neg"][0]))
+        pos, neg = (torch.stack([nll.mean() for nll in self.base_nll(self.under(text, texts, asked))])
+                    for text in (self.persona["pos"][0], self.persona["neg"][0]))       # [n_text] each
         ratios = neg - pos                                                      # [n_text]
-        moved = ratios - torch.tensor(base["ratios"]) if base else 0 * ratios   # [n_text]  on the same prompts
+        moved = ratios - torch.tensor(base["ratios"]) if base else 0 * ratios   # [n_text]  same prompts
         trait, n = moved.mean().item(), len(moved)
         share = trait / prompted["trait"] if prompted and prompted["trait"] else float(base is not None)
         return dict(trait=trait, trait_se=(moved.std() / n ** 0.5).item() if n > 1 else 0.0, shift=None,
@@ -186,7 +186,7 @@ class Student:
     def persona_distance(self, kept, how: str, reg: str) -> float:
         """How far the persona prompt alone takes the base from itself, on the kept completions: mean D, nats.
 
-        It makes tau a set point: a healed model may stand about as far from the base as the prompted base does.
+        It makes tau a set point: a healed model may stand about as far from the base as the prompted one.
         Both readings are of the same completion tokens; only the system prompt in front of them differs.
         """
         def behind(front):
@@ -200,8 +200,8 @@ class Student:
     def worst_kept(self, samples, reference, vectors: dict, coeff: float, *, reg: str, **how) -> dict:
         """The kept completion that the student leaves furthest from the reference (rmse), token by token.
 
-        Returns {prompt, tokens, day, before, night}, the last three its KL [n] in nats: the student's, as it was
-        when the round began, and of that one steered.
+        Returns {prompt, tokens, day, before, night}, the last three its KL [n] in nats: the student's, the
+        one's as the round began, and that one's steered.
         """
         def before():
             return self.stack.gated(1, 0)
