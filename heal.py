@@ -7,26 +7,24 @@ the reference and pushes back beyond it. D is a root mean square and not a mean 
 outlier: a short loop hides in the mean of a long and otherwise clean completion (`python heal.py`).
 
 Needs torch only; copy this file alone. Knows nothing of steering, LoRA or chat templates: it gets token ids,
-a model that answers `model(input_ids=, attention_mask=).logits`, the tensors to train, and a callable giving a
-context manager under which the model IS the reference. With a peft model, for example:
+a model that answers `model(input_ids=, attention_mask=).logits`, the tensors to train, and a callable giving
+a context manager under which the model IS the reference. With a peft model, for example:
 
     params = [p for p in model.parameters() if p.requires_grad]
     samples = [Sample(prompt + answer, len(prompt), i) for i, (prompt, answer) in enumerate(pairs_of_ids)]
     record = heal(model, params, samples, model.disable_adapter, HealConfig(lr=1e-4, tau=0.5))
 
-All losses are float32 and in nats. D belongs to one sample: neither its batch nor its padding changes it.
-A vocabulary is a hundred times as wide as a hidden state, and the reference says the same in every epoch: so
-the losses come from hidden states, a tile of the vocabulary at a time, and the reference reads a sample once.
+All losses are float32, in nats; D belongs to one sample, whatever its batch and padding. They come from
+hidden states, a tile of the vocabulary at a time; the reference reads a sample once (fast=False: plainly).
 
 Known gaps: a reference logit of -inf gives a KL of nan; a trained, adapted or hooked head takes the plain
-passes of `fast=False`, with several float32 tensors of [N, V], N = the completion positions of one pass.
+passes, with several float32 tensors of [N, V], N = the completion positions of one pass.
 
 References
   reverse KL is mode-seeking: Gu et al. 2023, MiniLLM, arXiv:2306.08543
-  online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867; no logits: Wijmans et al. 2024, arXiv:2411.09009
+  online softmax: Milakov, Gimelshein 2018, arXiv:1805.02867; no logits: Wijmans et al. 2024, arXiv:2411.09009
   recipe: github.com/wassname/steer-heal-love
 """
-import contextlib
 import math
 import warnings
 from dataclasses import dataclass, field, fields
@@ -89,7 +87,7 @@ class Sample(NamedTuple):
         return self.ids[self.n_prompt:]
 
 
-# ---- the barrier, as pure tensor functions 
+# ---- the barrier, as pure tensor functions -------------------------------------------------------
 
 def wide(x: Tensor) -> Tensor:
     """float32, or float64 if it came as that: KL from a bfloat16 log_softmax is noisy and can go negative."""
@@ -99,8 +97,8 @@ def wide(x: Tensor) -> Tensor:
 def reverse_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """KL(student || reference) at each position: large where the student does what the reference would not.
 
-    logits, ref_logits: [N, V], any dtype, finite. Returns [N], nats, float32 (float64 stays float64).
-    Raises ValueError if the shapes differ.
+    logits, ref_logits: [N, V], any dtype, finite; ValueError if the shapes differ. Returns [N], nats, float32
+    (float64 stays float64).
     """
     if logits.shape != ref_logits.shape:
         raise ValueError(f"{list(logits.shape)} and {list(ref_logits.shape)}: expected one shape")
@@ -128,8 +126,7 @@ AGGREGATES = {
 def aggregate(kl: Tensor, how: str) -> Tensor:
     """One number for the KL of a sample's positions; mean <= rmse <= max, and all four agree on a constant.
 
-    kl: [n], nats. how: mean, rmse, p95 or max. Returns a scalar, nats, float32 (float64 stays float64).
-    Raises ValueError for an unknown `how` or an empty kl.
+    kl: [n], nats. Returns a scalar, nats, float32 (float64 stays float64). ValueError: unknown how, empty kl.
     """
     if how not in AGGREGATES:
         raise ValueError(f"how={how!r}: expected {', '.join(AGGREGATES)}")
@@ -144,16 +141,15 @@ def naive_losses(logits: Tensor, ref_logits: Tensor, targets: Tensor, reg: str =
     return nll, DIVERGENCES[reg](logits.detach() if reg == "nll" else logits, ref_logits)  # [N] each
 
 
-# ---- the same without logits 
+# ---- the same without logits ---------------------------------------------------------------------
 
 def token_losses(hidden: Tensor, ref_hidden: Tensor, weight: Tensor, targets: Tensor, *,
                  bias: Tensor | None = None, cap: float = 0.0, reg: str = "kl_rev", tile: int = TILE):
     """What `naive_losses` gives for logits = hidden @ weight.T + bias, holding a tile of [N, V] at a time.
 
-    hidden, ref_hidden: [N, d], student and reference at the positions that predict targets [N]. weight [V, d],
-    bias [V]: the frozen head of both. cap: logits are cap * tanh(logits / cap); 0 = they are not. Returns nll [N]
-    and kl [N], nats, float32 (float64 stays float64), exact: put any aggregator on top. Raises ValueError for
-    unfit shapes or a head that wants a gradient.
+    hidden, ref_hidden: [N, d], student and reference where they predict targets [N]. weight [V, d], bias [V]:
+    the frozen head of both. cap: logits are cap * tanh(logits / cap); 0 = not. Returns nll and kl, [N] each,
+    nats, float32 (float64 stays float64), exact. ValueError: unfit shapes, unknown reg, a head to be trained.
 
     With z, z0 the logits of student and reference, delta = z - z0, p and q their softmax:
         nll        = lse(z) - z[target]                     d nll / dh = E_p[W] - W[target]
@@ -167,7 +163,7 @@ def token_losses(hidden: Tensor, ref_hidden: Tensor, weight: Tensor, targets: Te
     N, d = hidden.shape
     if weight.shape[1:] != (d,) or targets.shape != (N,) or ref_hidden.shape != (N, d):
         shapes = [list(x.shape) for x in (hidden, ref_hidden, weight, targets)]
-        raise ValueError(f"hidden, ref_hidden, weight, targets {shapes}: expected [N, d], [N, d], [V, d], [N]")
+        raise ValueError(f"hidden, ref_hidden, weight, targets: {shapes}, not [N, d], [N, d], [V, d], [N]")
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("the head requires a gradient, and this function has none for it: use naive_losses")
     if reg not in DIVERGENCES:
@@ -180,8 +176,7 @@ def tiles(h: Tensor, dh: Tensor, weight: Tensor, bias: Tensor | None, cap: float
     for at in range(0, len(weight), tile):
         W, slope = weight[at:at + tile], 1.0                                # [T, d]
         z, delta = wide(h @ W.T), wide(dh @ W.T)                            # [N, T] each
-        if bias is not None:
-            z = z.add_(bias[at:at + tile])
+        z = z if bias is None else z.add_(bias[at:at + tile])
         if cap:
             uncapped, z = z, cap * (z / cap).tanh_()
             delta = z - cap * ((uncapped - delta) / cap).tanh_()
@@ -190,7 +185,7 @@ def tiles(h: Tensor, dh: Tensor, weight: Tensor, bias: Tensor | None, cap: float
 
 
 def absorb(z: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The softmax so far of a tile z [N, T], in its place; lse [N] with it; what earlier means shrink by [N]."""
+    """The softmax so far of a tile z [N, T], in its place; lse [N] with it; how older means shrink [N]."""
     top = lse.maximum(z.amax(1))                                            # [N]
     p = z.sub_(top[:, None]).exp_()                                         # [N, T]
     new = top + ((lse - top).exp() + p.sum(1)).log()                        # [N]
@@ -198,8 +193,6 @@ def absorb(z: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class TokenLosses(torch.autograd.Function):
-    """See token_losses."""
-
     @staticmethod
     def forward(ctx, h, h0, weight, bias, targets, cap, is_forward, tile):
         lse = lse0 = wide(h).new_full(h.shape[:1], -math.inf)               # [N] each
@@ -213,7 +206,7 @@ class TokenLosses(torch.autograd.Function):
             if not is_forward:
                 mean = shrink * mean + delta.mul_(p).sum(1)                 # [N]
             if ctx.needs_input_grad[0]:
-                EW.mul_(shrink[:, None]).add_(wide((p * slope).to(W.dtype) @ W))    # [N, d]
+                EW.mul_(shrink[:, None]).add_(wide((p.mul_(slope) if cap else p).to(W.dtype) @ W))    # [N, d]
 
         W_t, slope = weight[targets], 1.0                                   # [N, d]
         z_t = (wide(h) * wide(W_t)).sum(1) + (0 if bias is None else bias[targets])     # [N]
@@ -239,23 +232,16 @@ class TokenLosses(torch.autograd.Function):
                     p -= (z - delta - lse0[:, None]).exp_()                 # [n, T]  p - q
                 else:
                     p *= delta - mean[:, None]                              # [n, T]
-                d_kl += wide((p * slope).to(W.dtype) @ W)                   # [n, d]
+                d_kl += wide((p.mul_(slope) if cap else p).to(W.dtype) @ W)                   # [n, d]
             grad[rows] += g_kl[rows, None] * d_kl
         return grad.to(known[0].dtype), *(None,) * 7
 
 
-# ---- from samples to losses 
+# ---- from samples to losses ----------------------------------------------------------------------
 
-class Head(NamedTuple):
-    """The map from a hidden state to logits, cap * tanh((W (scale * h) + bias) / cap); cap 0 = not capped."""
-    linear: nn.Linear
-    scale: float
-    bias: Tensor | None
-    cap: float
-
-
-def find_head(model) -> Head | None:
-    """A transformers model's frozen head and what its config says of the logits; None if there is more to it."""
+def find_head(model) -> tuple[nn.Linear, float, dict] | None:
+    """(linear, scale, {bias, cap}) of a transformers model whose frozen head and config make its logits
+    cap * tanh((W (scale * h) + bias) / cap), cap 0 = not capped; None if there is more to it."""
     linear = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if type(linear) is not nn.Linear or linear.weight.requires_grad or "forward" in vars(linear) \
             or linear._forward_hooks or linear._forward_pre_hooks:
@@ -264,19 +250,28 @@ def find_head(model) -> Head | None:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     bias = linear.bias if linear.bias is None or scale == 1 else scale * linear.bias        # [V]
-    return Head(linear, scale, bias, getattr(config, "final_logit_softcapping", None) or 0.0)
+    return linear, scale, dict(bias=bias, cap=getattr(config, "final_logit_softcapping", None) or 0.0)
 
 
 class Passes:
     """The forward passes of one round, over samples that are known by their index.
 
-    Where the model's head can be read (`head` is not None) it does not run: its input goes to token_losses, and
-    the reference's is kept for the whole round. ref_samples: what the reference reads, if not the samples: the
-    same completions behind other prompts.
+    Where the model's head can be read (`head` is not None) it does not run: its input goes to token_losses,
+    and the reference's is kept. ref_samples: what the reference reads, the same completions, other prompts.
     """
 
     def __init__(self, model: nn.Module, samples: list[Sample], reference: Callable, *, reg: str = "kl_rev",
                  ref_samples: list[Sample] | None = None, pad_id: int = 0, fast: bool = True):
+        if not samples:
+            raise ValueError("no samples: nothing to measure or train on")
+        for i, s in enumerate(samples):
+            if not 1 <= s.n_prompt < len(s.ids):
+                raise ValueError(f"sample {i}: n_prompt={s.n_prompt} of {len(s.ids)} ids; expected a "
+                                 "prompt, which predicts the first completion token, and a completion")
+        if reg not in DIVERGENCES:
+            raise ValueError(f"reg={reg!r}: expected {', '.join(DIVERGENCES)}")
+        if ref_samples and [s.answer for s in samples] != [s.answer for s in ref_samples]:
+            raise ValueError("samples and ref_samples: expected the same completions in the same order")
         self.model, self.samples, self.ref_samples = model, samples, ref_samples or samples
         self.reference, self.reg, self.pad_id = reference, reg, pad_id
         embeds = hasattr(model, "get_input_embeddings")     # in an image-text model not the first weight
@@ -287,60 +282,57 @@ class Passes:
             self.head = self.proven(head, [Sample(samples[0].ids[:16], 1, 0)])
 
     @torch.no_grad()
-    def proven(self, head: Head, probe: list[Sample]) -> Head | None:
+    def proven(self, head: tuple, probe: list[Sample]) -> tuple | None:
         """The head if it makes the model's logits, but for the order of sums: the config may not tell all."""
-        logits, self.head = self.rows(probe), head                          # [n, V]
+        (logits,), self.head, weight = self.rows(probe), head, head[0].weight       # [n, V]
         try:
-            z = F.linear(self.rows(probe), head.linear.weight, head.bias)   # [n, V]
+            h, = self.rows(probe)                                           # [n, d]
         except IndexError:                                  # the model edits single logits; there is but one
             return None
-        z = head.cap * (z / head.cap).tanh() if head.cap else z
+        _, z, _, _ = next(tiles(h, h, weight, **head[2], tile=len(weight)))     # [n, V]
         tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(logits.dtype, 2e-2)
         return head if (z - logits).abs().max() <= tolerance * logits.abs().max() else None
 
-    def rows(self, batch: list[Sample]) -> Tensor:
-        """What predicts the completion tokens of the batch: the head's input [N, d], without a head logits [N, V]."""
-        T, caught = max(len(s.ids) for s in batch), []
+    def rows(self, batch: list[Sample]) -> list[Tensor]:
+        """What predicts each sample's completion: the head's scaled input [n_i, d], or logits [n_i, V]."""
+        T, caught, (linear, scale, _) = max(len(s.ids) for s in batch), [], self.head or (None, 1.0, {})
         ids = [s.ids + [self.pad_id] * (T - len(s.ids)) for s in batch]     # right padded
         attn = [[1] * len(s.ids) + [0] * (T - len(s.ids)) for s in batch]
         ids, attn = torch.tensor([ids, attn], device=self.device)           # [B, T] each
         try:
-            if self.head:
-                self.head.linear.forward = lambda h: caught.append(h) or h[..., :1]     # [B, T, 1]  nobody reads it
-            logits = self.model(input_ids=ids, attention_mask=attn, **self.extra).logits    # [B, T, V]
+            if linear:                                      # [B, T, 1] goes on, and nobody reads it
+                linear.forward = lambda h: caught.append(scale * h) or h[..., :1]
+            x = self.model(input_ids=ids, attention_mask=attn, **self.extra).logits         # [B, T, V]
         finally:
-            if self.head:
-                del self.head.linear.forward                # the class's own again
-        x = caught[0] if self.head else logits                              # [B, T, d] or [B, T, V]
-        x = torch.cat([row[s.n_prompt - 1:len(s.ids) - 1] for row, s in zip(x, batch)])     # [N, d] or [N, V]
-        return x if not self.head or self.head.scale == 1 else self.head.scale * x
+            if linear:
+                del linear.forward                          # the class's own again
+        return [x[s.n_prompt - 1:len(s.ids) - 1] for x, s in zip(caught[0] if linear else x, batch)]
 
-    def reference_rows(self, batch: list[int]) -> Tensor:
+    def reference_rows(self, batch: list[int]) -> list[Tensor]:
         """The same of the reference, without a gradient."""
         new = [i for i in batch if i not in self.ref_rows]
         if new:
             with torch.no_grad(), self.reference():
-                rows = self.rows([self.ref_samples[i] for i in new])        # [N, d] or [N, V]
+                rows = self.rows([self.ref_samples[i] for i in new])
             if not self.head:
                 return rows                                 # logits would be too many to keep
-            self.ref_rows |= zip(new, rows.split([len(self.samples[i].answer) for i in new]))
-        return torch.cat([self.ref_rows[i] for i in batch])                 # [N, d]
+            self.ref_rows |= {i: x.clone() for i, x in zip(new, rows)}      # [n_i, d] without the prompt
+        return [self.ref_rows[i] for i in batch]
 
     def losses(self, batch: list[int]) -> tuple[list[Tensor], list[Tensor]]:
         """nll and KL at every completion position, in nats: one [n_i] per sample of the batch."""
-        ref = self.reference_rows(batch)                                    # [N, d] or [N, V]
-        rows = self.rows([self.samples[i] for i in batch])                  # [N, d] or [N, V]
         answers = [self.samples[i].answer for i in batch]
+        ref = torch.cat(self.reference_rows(batch))                         # [N, d] or [N, V]
+        rows = torch.cat(self.rows([self.samples[i] for i in batch]))       # [N, d] or [N, V]
         targets = torch.tensor(sum(answers, []), device=rows.device)        # [N]
         if self.head:
-            weight, rest = self.head.linear.weight, dict(bias=self.head.bias, cap=self.head.cap, reg=self.reg)
-            nll, kl = token_losses(rows, ref, weight, targets, **rest)      # [N] each
+            nll, kl = token_losses(rows, ref, self.head[0].weight, targets, reg=self.reg, **self.head[2])
         else:
             nll, kl = naive_losses(rows, ref, targets, self.reg)            # [N] each
         return nll.split(list(map(len, answers))), kl.split(list(map(len, answers)))    # [n_i] each
 
     def pieces(self, batch: list[int], pass_tokens: int) -> list[list[int]]:
-        """The batch in its order, in pieces that, padded, have at most pass_tokens tokens or are one sample."""
+        """The batch in order, in pieces that, padded, have at most pass_tokens tokens or are one sample."""
         out = []
         while batch:
             n = max(1, pass_tokens // max(len(self.samples[i].ids) for i in batch))
@@ -357,29 +349,13 @@ class Passes:
 @torch.no_grad()
 def divergences(model, samples: list[Sample], reference: Callable, *, ref_samples: list[Sample] | None = None,
                 reg: str = "kl_rev", pass_tokens: int = 2048, pad_id: int = 0) -> list[Tensor]:
-    """How far the model, as it is now, stands from its reference at each completion position.
+    """KL at each completion position of the model as it is now, one [n_i] per sample, nats, on the CPU.
 
-    ref_samples: what the reference reads instead, the same completions behind other prompts. Returns one [n_i]
-    per sample, nats, on the CPU. Raises ValueError for an unknown reg, a sample without a completion, or
-    completions that differ.
+    ref_samples: as in Passes. Raises ValueError for an unknown reg or completions that are missing or differ.
     """
-    if reg not in DIVERGENCES:
-        raise ValueError(f"reg={reg!r}: expected {', '.join(DIVERGENCES)}")
-    check(samples)
-    if ref_samples and [s.answer for s in samples] != [s.answer for s in ref_samples]:
-        raise ValueError("samples and ref_samples: expected the same completions in the same order")
     passes = Passes(model, samples, reference, reg=reg, ref_samples=ref_samples, pad_id=pad_id)
     batches = passes.pieces(list(range(len(samples))), pass_tokens)
     return [kl.cpu() for batch in batches for kl in passes.losses(batch)[1]]
-
-
-def check(samples: list[Sample]) -> None:
-    if not samples:
-        raise ValueError("no samples: nothing to measure or train on")
-    for i, s in enumerate(samples):
-        if not 1 <= s.n_prompt < len(s.ids):
-            raise ValueError(f"sample {i}: n_prompt={s.n_prompt} of {len(s.ids)} ids; expected one prompt token or "
-                             "more, which predicts the first completion token, and one completion token or more")
 
 
 def split(samples: list[Sample], share: float, rng: torch.Generator) -> tuple[list[int], list[int]]:
@@ -399,17 +375,7 @@ def lr_factor(step: int, n_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - n_warm) / (n_steps - n_warm)))
 
 
-def barrier_warning(steps: list[dict], last_epoch: list[dict], tau: float) -> str | None:
-    """A barrier that never or always pushes is not the constraint it is taken for."""
-    if all(s["fired"] == 0 for s in steps):
-        return (f"the barrier never fired: the largest D was {max(s['div_max'] for s in steps):.3g} nats, "
-                f"tau is {tau:.3g}; this was plain nll, lower tau")
-    if all(s["fired"] == 1 for s in last_epoch):
-        return f"the barrier always fired: every D of the last epoch was over tau = {tau:.3g}; raise tau or lam"
-    return None
-
-
-# ---- one round 
+# ---- one round -----------------------------------------------------------------------------------
 
 def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], reference: Callable, cfg: HealConfig,
          *, rnd: int = 0, seed: int = 0, spectral: Callable | None = None, pad_id: int = 0,
@@ -419,41 +385,38 @@ def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], referenc
     One optimiser step minimises, over its samples i with n_i completion tokens,
         sum_i n_i * (nll_i + lam_eff * relu(D_i - tau)) / sum_i n_i  +  cfg.spectral * spectral()
     reference: callable giving a context manager under which `model` is the reference. cfg.tau and cfg.lr must
-    be numbers: who calls calibrates. rnd: the round, for lam_eff. spectral: callable giving the penalty's scalar.
-    log: called with each step's record. `model` is put in eval mode: no dropout parts student and reference.
+    be numbers: who calls calibrates. rnd: the round, for lam_eff. spectral: gives the penalty's scalar. log:
+    called with each step's record. `model` is put in eval mode: no dropout parts student and reference.
 
     Returns {steps, skipped, nll_first, nll_last, val_nll_before, val_nll_after, fired_share, lam_eff, tau,
-    n_train, n_val, n_tokens, warning, shortcuts}. `steps` are dicts {step, epoch, tokens, nll, div, div_max,
-    fired, gnorm, lr}: nll and div are means over the step's tokens, fired is the share of samples over tau.
-    nll_first and nll_last are means over the tokens of the first and last epoch, fired_share is the share of
-    steps in which any sample fired, n_tokens counts what is trained on, warning (also issued) is None or says
-    that the barrier never or always fired, shortcuts is whether those of cfg.fast were taken.
-
-    Out of memory halves pass_tokens and repeats the step. Raises ValueError for bad arguments, RuntimeError
-    after three steps in a row without a finite loss and gradient.
+    n_train, n_val, n_tokens, warning, shortcuts}. `steps` are dicts {step, epoch, tokens, lr, nll, div,
+    div_max, fired, gnorm}: nll, div are means over the step's tokens, fired is the share of samples over tau.
+    nll_first, nll_last: over the tokens of the first and last epoch. fired_share: steps in which any fired.
+    n_tokens: trained on in an epoch. warning (also issued): None, or the barrier never or always fired.
+    shortcuts: whether those of cfg.fast were taken. Out of memory halves pass_tokens and repeats the step.
+    Raises ValueError for bad arguments, RuntimeError after three steps in a row without finite numbers.
     """
-    check(samples)
     params, tau = list(params), cfg.tau
-    if not params or any(not p.requires_grad or p.dtype not in (torch.float32, torch.float64) for p in params):
-        raise ValueError(f"params: got {len(params)} tensors of {sorted({str(p.dtype) for p in params})}; expected "
+    if not params or not all(p.requires_grad and p.dtype in (torch.float32, torch.float64) for p in params):
+        raise ValueError(f"params: got {len(params)} of {sorted({str(p.dtype) for p in params})}; expected "
                          "float32 with requires_grad (half precision rounds small updates away)")
     if tau is None or cfg.lr is None:
-        raise ValueError(f"cfg.tau={tau}, cfg.lr={cfg.lr}: None is for the caller to calibrate; pass numbers, like "
-                         "dataclasses.replace(cfg, tau=0.5, lr=0.2 / width)")
+        raise ValueError(f"cfg.tau={tau}, cfg.lr={cfg.lr}: None is for the caller to calibrate; pass "
+                         "numbers, like dataclasses.replace(cfg, tau=0.5, lr=0.2 / width)")
     if cfg.spectral and spectral is None:
-        raise ValueError(f"cfg.spectral={cfg.spectral} needs spectral=, a callable that gives a scalar tensor")
+        raise ValueError(f"cfg.spectral={cfg.spectral} needs spectral=, a callable giving a scalar tensor")
 
-    rng = torch.Generator().manual_seed(seed)
-    train, val = split(samples, VAL_SHARE, rng)
     lam = 0.0 if cfg.reg == "nll" else cfg.lam * (1 + rnd) ** cfg.lam_round_pow
     model.eval()
+    passes = Passes(model, samples, reference, reg=cfg.reg, pad_id=pad_id, fast=cfg.fast)
+    rng = torch.Generator().manual_seed(seed)
+    train, val = split(samples, VAL_SHARE, rng)
+    val_before = passes.mean_nll(val, cfg.pass_tokens)
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     optimizer.zero_grad()
-    passes = Passes(model, samples, reference, reg=cfg.reg, pad_id=pad_id, fast=cfg.fast)
-    val_before = passes.mean_nll(val, cfg.pass_tokens)
 
     def accumulate(batch, pass_tokens):
-        """Add a step's gradient to the params' .grad; returns each sample's nll, D and share of the tokens."""
+        """Add a step's gradient to .grad; returns nll, D and share of the tokens of each sample."""
         n, parts = sum(len(samples[i].answer) for i in batch), []
         for piece in passes.pieces(batch, pass_tokens):
             nlls, kls = passes.losses(piece)
@@ -466,17 +429,14 @@ def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], referenc
         return torch.cat(parts, 1)                                          # [3, b]
 
     steps, skipped, bad_in_a_row, pass_tokens = [], [], 0, cfg.pass_tokens
-    steps_per_epoch = math.ceil(len(train) / cfg.heal_batch)
-    n_steps = cfg.epochs * steps_per_epoch
-    for step in range(n_steps):
-        epoch, i = divmod(step, steps_per_epoch)
-        if i == 0:
-            order = torch.randperm(len(train), generator=rng).tolist()
-        batch = [train[j] for j in order[i * cfg.heal_batch:(i + 1) * cfg.heal_batch]]
+    orders = [torch.randperm(len(train), generator=rng).tolist() for _ in range(cfg.epochs)]
+    plan = [(epoch, [train[j] for j in order[at:at + cfg.heal_batch]])
+            for epoch, order in enumerate(orders) for at in range(0, len(train), cfg.heal_batch)]
+    for step, (epoch, batch) in enumerate(plan):
         batch.sort(key=lambda j: -len(samples[j].ids))      # pieces of similar length, the longest first
 
-        # ---- one optimiser step ------------------------------------------------------------------------------
-        lr = optimizer.param_groups[0]["lr"] = cfg.lr * lr_factor(step, n_steps)
+        # ---- one optimiser step ----------------------------------------------------------------------------
+        lr = optimizer.param_groups[0]["lr"] = cfg.lr * lr_factor(step, len(plan))
         while True:
             try:
                 nll, div, share = accumulate(batch, pass_tokens)            # [b] each
@@ -494,29 +454,33 @@ def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], referenc
         if is_finite:
             optimizer.step()
         optimizer.zero_grad()
-        # ------------------------------------------------------------------------------------------------------
+        # ----------------------------------------------------------------------------------------------------
 
         bad_in_a_row = 0 if is_finite else bad_in_a_row + 1
-        if bad_in_a_row == 3 or (not is_finite and not steps and step == n_steps - 1):
-            raise RuntimeError(f"step {step}: {bad_in_a_row} steps in a row without a finite loss and gradient "
-                               f"(nll {nll.mean():.3g}, D {div.max():.3g}, gnorm {gnorm:.3g}); lower lr={cfg.lr}")
+        if bad_in_a_row == 3 or (not is_finite and not steps and step == len(plan) - 1):
+            raise RuntimeError(f"step {step}: {bad_in_a_row} steps in a row without finite loss and gradient (nll "
+                               f"{nll.mean():.3g}, D {div.max():.3g}, gnorm {gnorm:.3g}); lower lr {cfg.lr}")
         if not is_finite:
             skipped.append(step)
             continue                                        # nothing but the record below is left out
         values = [(share * nll).sum(), (share * div).sum(), div.max(), (div > tau).float().mean(), gnorm]
         row = dict(zip(("nll", "div", "div_max", "fired", "gnorm"), torch.stack(values).tolist()))
-        n_tokens = sum(len(samples[j].answer) for j in batch)
-        steps.append({"step": step, "epoch": epoch, "tokens": n_tokens, "lr": lr, **row})
+        tokens = sum(len(samples[j].answer) for j in batch)
+        steps.append({"step": step, "epoch": epoch, "tokens": tokens, "lr": lr, **row})
         if log:
             log(steps[-1])
 
     first, last = ([s for s in steps if s["epoch"] == end["epoch"]] for end in (steps[0], steps[-1]))
-    nll_first, nll_last = (sum(s["tokens"] * s["nll"] for s in ends) / sum(s["tokens"] for s in ends)
-                           for ends in (first, last))
-    warning = barrier_warning(steps, last, tau) if lam > 0 else None
+    nll = [sum(s["tokens"] * s["nll"] for s in x) / sum(s["tokens"] for s in x) for x in (first, last)]
+    warning = None                                          # always or never pushing is no constraint
+    if lam > 0 and all(s["fired"] == 0 for s in steps):
+        warning = (f"the barrier never fired: the largest D was {max(s['div_max'] for s in steps):.3g} nats, "
+                   f"tau is {tau:.3g}; this was plain nll, lower tau")
+    elif lam > 0 and all(s["fired"] == 1 for s in last):
+        warning = f"the barrier always fired: all D of the last epoch > tau = {tau:.3g}; raise tau or lam"
     if warning:
         warnings.warn(warning, stacklevel=2)
-    return {"steps": steps, "skipped": skipped, "nll_first": nll_first, "nll_last": nll_last,
+    return {"steps": steps, "skipped": skipped, "nll_first": nll[0], "nll_last": nll[1],
             "val_nll_before": val_before, "val_nll_after": passes.mean_nll(val, cfg.pass_tokens),
             "fired_share": sum(s["fired"] > 0 for s in steps) / len(steps), "lam_eff": lam, "tau": tau,
             "n_train": len(train), "n_val": len(val), "n_tokens": sum(len(samples[i].answer) for i in train),
@@ -532,5 +496,5 @@ if __name__ == "__main__":
     print("D (nats)   coherent trait shift   4-token loop in 60   ratio   barrier at tau = 0.5")
     for how in AGGREGATES:
         low, high = (aggregate(kl, how).item() for kl in kls)
-        verdict = "lets the loop through" if high < 0.5 else "stops the loop" + ", not the shift" * (low < 0.5)
+        verdict = "lets the loop through" if high < 0.5 else "stops it" + ", not the shift" * (low < 0.5)
         print(f"{how:8s} {low:22.3f} {high:20.3f} {high / low:6.0f}x   {verdict}")

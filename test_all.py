@@ -15,6 +15,7 @@ import math
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -52,7 +53,7 @@ import steer                                                    # noqa: E402
 import world                                                    # noqa: E402
 from evalmfv import FOUNDATIONS                                 # noqa: E402
 from heal import (AGGREGATES, HealConfig, Passes, Sample, aggregate, divergences, forward_kl, heal,  # noqa: E402
-                  lr_factor, mean_nll, naive_losses, pieces, reverse_kl, split, token_losses)
+                  lr_factor, naive_losses, reverse_kl, split, token_losses)
 from lora import LoraConfig, attach, blocks                     # noqa: E402
 from steer import (Completion, Limits, SteerConfig, band, calibrate_limits, choose, find_dose, fit_vectors, generate,  # noqa: E402
                    judge, readings, render, repeats, steered, token_nll)
@@ -88,20 +89,18 @@ def tiny_model(tok, seed=0, dtype=torch.float32, layers=4, d=32):
     return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
 
 
-# ==== heal.py: the barrier and the round ==============================================================================
+# ==== heal.py: the barrier and the round ====================================================================
 
 def heal_case(dtype=torch.float32, history=0):
     """A tiny model, a stack with `history` folded rounds, seeded noise in the current round, six uneven samples."""
     model = tiny_model(tiny_tokenizer(), dtype=dtype)
-    if dtype == torch.float64:                                              # transformers' norm rounds to float32
+    if dtype == torch.float64:                                  # transformers' norm rounds to float32
         for name, norm in [(name, m) for name, m in model.named_modules() if name.endswith("norm")]:
             exact = torch.nn.RMSNorm(len(norm.weight), eps=norm.variance_epsilon, dtype=dtype).requires_grad_(False)
-            model.set_submodule(name, exact)                                # the weights are ones in both
+            model.set_submodule(name, exact)                    # the weights are ones in both
     stack = attach(model, r=4, alpha=8, layers=[1, 2])
     for rnd in range(history + 1):
-        rng = torch.Generator().manual_seed(rnd)
-        for p in stack.parameters():
-            p.data.copy_(0.1 * torch.randn(p.shape, generator=rng))
+        heal_noise(stack, seed=rnd)
         if rnd < history:
             stack.fold()
     rng = torch.Generator().manual_seed(9)
@@ -110,39 +109,58 @@ def heal_case(dtype=torch.float32, history=0):
     return model, stack, samples
 
 
+def heal_noise(stack, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    for p in stack.parameters():
+        p.data.copy_(0.1 * torch.randn(p.shape, generator=rng))
+
+
 def heal_base(stack):
     return lambda: stack.gated(0, 0)
 
 
 def heal_nll(model, stack, samples):
-    return mean_nll(Passes(model, samples, heal_base(stack)), samples, 50)
+    return Passes(model, samples, heal_base(stack)).mean_nll(list(range(len(samples))), 50)
 
 
 def heal_logits(n=5, V=7, seed=0, dtype=torch.float64, size=3.0):
     return size * torch.randn(n, V, generator=torch.Generator().manual_seed(seed), dtype=dtype)     # [n, V]
 
 
-def heal_run(model, stack, samples, tau=0.0, seed=0, **options):
-    """heal() with its warnings silenced: most tests look at something else."""
-    cfg = HealConfig(**{"val_share": 0.0, "lr": 1e-3, **options})
+def heal_flat(tensors):
+    return torch.cat([x.detach().flatten() for x in tensors])
+
+
+def heal_run(model, stack, samples, tau=0.0, seed=0, rnd=0, held_out=False, **options):
+    """heal() without its warnings and, as one prompt is never held out, without validation: most tests look elsewhere."""
+    cfg = HealConfig(**{"tau": tau, "lr": 1e-3, **options})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return heal(model, stack.parameters(), samples, heal_base(stack), cfg, tau=tau, seed=seed,
-                    spectral=stack.spectral if cfg.spectral else None)
+        return heal(model, stack.parameters(), samples if held_out else [s._replace(group=0) for s in samples],
+                    heal_base(stack), cfg, seed=seed, rnd=rnd, spectral=stack.spectral if cfg.spectral else None)
+
+
+def heal_numbers(record, keys=("nll", "div", "gnorm")):
+    return torch.tensor([[s[key] for key in keys] for s in record["steps"]])
+
+
+def heal_double_loop(logits, ref_logits):
+    """KL(student || reference) at each position, number by number."""
+    out = []
+    for z, z0 in zip(logits.tolist(), ref_logits.tolist()):
+        total, total0 = sum(map(math.exp, z)), sum(map(math.exp, z0))
+        out.append(sum(math.exp(a) / total * math.log((math.exp(a) / total) / (math.exp(b) / total0))
+                       for a, b in zip(z, z0)))
+    return out
 
 
 def test_heal_reverse_kl_equals_a_double_loop_and_torch_distributions():
     p, q = heal_logits(seed=0), heal_logits(seed=1)
-    naive = []
-    for z, z0 in zip(p.tolist(), q.tolist()):
-        total, total0 = sum(map(math.exp, z)), sum(map(math.exp, z0))
-        naive.append(sum(math.exp(a) / total * math.log((math.exp(a) / total) / (math.exp(b) / total0))
-                         for a, b in zip(z, z0)))
+    naive = torch.tensor(heal_double_loop(p, q), dtype=torch.float64)
     peer = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=p),
                                              torch.distributions.Categorical(logits=q))
-    assert torch.allclose(reverse_kl(p, q), torch.tensor(naive, dtype=torch.float64), atol=1e-12)
-    assert torch.allclose(reverse_kl(p, q), peer, atol=1e-12)
-    assert torch.allclose(forward_kl(q, p), peer, atol=1e-12)               # directions: forward is the swap
+    assert torch.allclose(reverse_kl(p, q), naive, atol=1e-12) and torch.allclose(reverse_kl(p, q), peer, atol=1e-12)
+    assert torch.allclose(forward_kl(q, p), peer, atol=1e-12)   # directions: forward is the swap
     assert not torch.allclose(forward_kl(p, q), peer, atol=1e-2)
 
 
@@ -151,35 +169,25 @@ def test_heal_kl_is_computed_in_float32_when_logits_are_bfloat16():
     q = (p.float() + 0.05 * heal_logits(4, 5000, seed=1, dtype=torch.float32, size=1.0)).bfloat16()
     kl, exact = reverse_kl(p, q), reverse_kl(p.double(), q.double())
     assert kl.dtype == torch.float32 and (kl.double() - exact).abs().max() < 1e-6
-    with pytest.raises(ValueError, match="one shape"):
-        reverse_kl(p, q[:1])
 
 
 @pytest.mark.parametrize("how", AGGREGATES)
-@pytest.mark.parametrize("divergence", [reverse_kl, forward_kl])
-def test_heal_gradcheck_of_every_aggregate_of_both_divergences(how, divergence):
-    q = heal_logits(seed=1)
-    assert torch.autograd.gradcheck(lambda p: aggregate(divergence(p, q), how), heal_logits().requires_grad_())
-
-
-@pytest.mark.parametrize("how", AGGREGATES)
-def test_heal_gradient_is_finite_and_zero_where_student_and_reference_agree(how):
-    p = heal_logits(dtype=torch.float32).requires_grad_()
-    div = aggregate(reverse_kl(p, p.detach().clone()), how)
-    div.backward()
-    assert div.item() == 0 and p.grad.abs().max() < 1e-7                    # nan fails this too
-
-
-@pytest.mark.parametrize("how", AGGREGATES)
-def test_heal_gradient_of_the_barrier_is_exactly_zero_below_tau(how):
+def test_heal_gradients_of_the_barrier(how):
+    """Right in float64, finite where student and reference agree, exactly zero below tau."""
     p, q = heal_logits().requires_grad_(), heal_logits(seed=1)
+    for divergence in (reverse_kl, forward_kl):
+        assert torch.autograd.gradcheck(lambda x: aggregate(divergence(x, q), how), p)
+    same = heal_logits(dtype=torch.float32).requires_grad_()
+    div = aggregate(reverse_kl(same, same.detach().clone()), how)
+    div.backward()
+    assert div.item() == 0 and same.grad.abs().max() < 1e-7     # nan fails this too
     div = aggregate(reverse_kl(p, q), how)
     for tau, is_zero in ((div.item() * 1.001, True), (div.item() * 0.999, False)):
         grad, = torch.autograd.grad(torch.relu(div - tau), p, retain_graph=True)
         assert torch.equal(grad, torch.zeros_like(grad)) == is_zero, (tau, grad)
 
 
-def test_heal_aggregates_are_ordered_and_agree_on_a_constant():
+def test_heal_aggregates_are_ordered_and_agree_on_a_constant_and_rmse_sees_a_short_loop():
     rng = torch.Generator().manual_seed(0)
     for n in (1, 2, 7, 60):
         kl = torch.rand(n, generator=rng) ** 4
@@ -188,32 +196,21 @@ def test_heal_aggregates_are_ordered_and_agree_on_a_constant():
         assert values["p95"] <= values["max"]
         for how in AGGREGATES:
             assert abs(aggregate(torch.full((n,), 0.3), how).item() - 0.3) < 1e-6, how
-
-
-def test_heal_rmse_opens_the_barrier_that_mean_leaves_shut():
-    kl = torch.zeros(60); kl[:4] = 5.7                                      # a four-token loop in a clean completion
+    kl = torch.zeros(60); kl[:4] = 5.7                          # a four-token loop in a clean completion
     assert aggregate(kl, "mean") < 0.5 < aggregate(kl, "rmse")
     assert abs(aggregate(kl, "rmse").item() - 5.7 * (4 / 60) ** 0.5) < 1e-6
 
 
-def test_heal_unknown_or_empty_aggregates_raise():
-    with pytest.raises(ValueError, match="how='median': expected mean, rmse, p95, max"):
-        aggregate(torch.ones(3), "median")
-    for kl in (torch.ones(0), torch.ones(2, 3)):                            # [2, 3] would pool two samples
-        with pytest.raises(ValueError, match="one sample"):
-            aggregate(kl, "rmse")
-
-
 def test_heal_losses_are_those_of_each_sample_run_alone():
     model, stack, samples = heal_case()
-    nlls, kls = Passes(model, samples, heal_base(stack)).losses(samples)
-    for sample, nll, kl in zip(samples, nlls, kls):
-        ids = torch.tensor([sample.ids])                                    # [1, T], no padding and no mask
+    nlls, kls = Passes(model, samples, heal_base(stack)).losses([4, 0, 3, 2, 1])
+    for sample, nll, kl in zip([samples[i] for i in (4, 0, 3, 2, 1)], nlls, kls, strict=True):
+        ids = torch.tensor([sample.ids])                        # [1, T], no padding and no mask
         with torch.no_grad():
-            logp = model(input_ids=ids).logits[0].log_softmax(-1)           # [T, V]
+            logp = model(input_ids=ids).logits[0].log_softmax(-1)                   # [T, V]
             with stack.gated(0, 0):
-                logq = model(input_ids=ids).logits[0].log_softmax(-1)       # [T, V]
-        want = range(sample.n_prompt - 1, len(sample.ids) - 1)              # position t predicts token t + 1
+                logq = model(input_ids=ids).logits[0].log_softmax(-1)               # [T, V]
+        want = range(sample.n_prompt - 1, len(sample.ids) - 1)  # position t predicts token t + 1
         alone = torch.tensor([-logp[t, sample.ids[t + 1]] for t in want])
         assert torch.allclose(nll, alone, atol=1e-4), (nll - alone).abs().max()
         alone = torch.stack([(logp[t].exp() * (logp[t] - logq[t])).sum() for t in want])
@@ -229,7 +226,7 @@ def test_heal_batch_composition_and_padding_do_not_change_a_sample():
             assert torch.allclose(a, b, atol=1e-10), (a - b).abs().max()
     assert [len(kl) for kl in alone] == [5, 1, 9, 12, 3, 7] and all(kl.min() > 0 for kl in alone)
     passes = Passes(model, samples, heal_base(stack))
-    assert abs(mean_nll(passes, samples, 1) - mean_nll(passes, samples, 60)) < 1e-10
+    assert abs(passes.mean_nll([0, 1, 2, 3], 1) - passes.mean_nll([2, 3, 0, 1], 60)) < 1e-10
 
 
 @pytest.mark.parametrize("reg, lam", [("nll", 0.0), ("kl_rev", 3.0), ("kl_fwd", 3.0)])
@@ -239,26 +236,25 @@ def test_heal_passes_of_any_size_add_up_to_one_step(reg, lam):
         model, stack, samples = heal_case(torch.float64, history=1)
         record = heal_run(model, stack, samples, tau=0.05, reg=reg, lam=lam, heal_batch=6, pass_tokens=pass_tokens,
                           epochs=3, spectral=0.1)
-        rows.append([[s[k] for k in ("nll", "div", "gnorm", "grad_nll", "grad_barrier")] for s in record["steps"]])
-        weights.append(torch.cat([p.detach().flatten() for p in stack.parameters()]))
+        rows.append(heal_numbers(record))
+        weights.append(heal_flat(stack.parameters()))
     for other_rows, other in zip(rows[1:], weights[1:]):
-        assert torch.allclose(torch.tensor(rows[0]), torch.tensor(other_rows), rtol=1e-4)
-        assert torch.allclose(weights[0], other, atol=1e-5)                 # float32 weights after three Adam steps
+        assert torch.allclose(rows[0], other_rows, rtol=1e-4)
+        assert torch.allclose(weights[0], other, atol=1e-5)     # float32 weights after three Adam steps
 
 
 def test_heal_loss_is_the_documented_one():
     """The gradient of the formula, written out sample by sample, is what one step reports as its norm."""
     model, stack, samples = heal_case(torch.float64)
-    params, tau, lam = stack.parameters(), 0.2, 5.0 * 3 ** 0.5              # round 2: lam * (1 + 2) ** 0.5
-    total = 0
+    tau, lam, total = 0.2, 5.0 * 3 ** 0.5, 0                    # round 2: lam * (1 + 2) ** 0.5
     for s in samples:
-        (nll,), (kl,) = Passes(model, [s], heal_base(stack)).losses([s])
+        (nll,), (kl,) = Passes(model, [s], heal_base(stack)).losses([0])
         total = total + len(kl) * (nll.mean() + lam * torch.relu((kl.square().mean()).sqrt() - tau))
-    loss = total / sum(len(s.ids) - s.n_prompt for s in samples) + 0.3 * stack.spectral()
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)]).norm().item()
-    cfg = HealConfig(lr=1e-3, lam=5.0, lam_round_pow=0.5, heal_batch=6, pass_tokens=30, epochs=1, val_share=0.0, spectral=0.3)
-    record = heal(model, params, samples, heal_base(stack), cfg, tau=tau, rnd=2, spectral=stack.spectral)
-    assert abs(record["steps"][0]["gnorm"] - expected) < 1e-4 * expected    # the reported norm is before clipping
+    loss = total / sum(len(s.answer) for s in samples) + 0.3 * stack.spectral()
+    expected = heal_flat(torch.autograd.grad(loss, stack.parameters())).norm().item()
+    record = heal_run(model, stack, samples, tau=tau, rnd=2, lam=5.0, lam_round_pow=0.5, heal_batch=6, pass_tokens=30,
+                      epochs=1, spectral=0.3)
+    assert abs(record["steps"][0]["gnorm"] - expected) < 1e-4 * expected            # reported before clipping
     assert abs(record["lam_eff"] - lam) < 1e-12 and 0 < record["steps"][0]["fired"] < 1
 
 
@@ -266,10 +262,10 @@ def test_heal_loss_is_the_documented_one():
 def test_heal_gradient_of_any_round_equals_finite_differences(history):
     """float64 base, float32 adapters: every perturbed value is a float32, so the step is measured, not assumed."""
     model, stack, samples = heal_case(torch.float64, history=history)
-    params, sizes = stack.parameters(), [len(s.ids) - s.n_prompt for s in samples]
+    params, sizes = stack.parameters(), [len(s.answer) for s in samples]
 
     def loss():
-        nlls, kls = Passes(model, samples, heal_base(stack)).losses(samples)
+        nlls, kls = Passes(model, samples, heal_base(stack)).losses(list(range(6)))
         each = [n * (nll.mean() + 5.0 * torch.relu(aggregate(kl, "rmse") - 0.05))
                 for n, nll, kl in zip(sizes, nlls, kls)]
         return sum(each) / sum(sizes)
@@ -286,7 +282,7 @@ def test_heal_gradient_of_any_round_equals_finite_differences(history):
                 ends.append((flat[i].item(), loss().item()))
         flat[i] = start
         slope, grad = (ends[1][1] - ends[0][1]) / (ends[1][0] - ends[0][0]), p.grad.view(-1)[i].item()
-        assert abs(slope - grad) < 1e-4 * abs(slope) + 1e-6, (slope, grad)  # the step's own error is of order 1e-6
+        assert abs(slope - grad) < 1e-4 * abs(slope) + 1e-6, (slope, grad)          # the step's own error: 1e-6
 
 
 def test_heal_leaves_the_base_without_gradient_and_unchanged_bit_for_bit():
@@ -306,42 +302,49 @@ def test_heal_lowers_nll_and_a_tight_barrier_keeps_D_lower_than_nll_alone():
     ends = {}
     for reg in ("nll", "kl_rev"):
         model, stack, samples = heal_case()
-        stack.drop()                                                        # the round starts at the base
+        stack.drop()                                            # the round starts at the base
+        before = heal_nll(model, stack, samples)
         record = heal_run(model, stack, samples, tau=0.02, reg=reg, lam=30.0, lr=5e-3, epochs=10)
         div = [aggregate(kl, "rmse").item() for kl in divergences(model, samples, heal_base(stack))]
-        ends[reg] = record["nll_first"], heal_nll(model, stack, samples), max(div)
-        assert record["steps"][0]["div"] == 0                               # B = 0: the student is the reference
+        ends[reg] = before, heal_nll(model, stack, samples), max(div)
+        assert record["steps"][0]["div"] == 0                   # B = 0: the student is the reference
     assert ends["nll"][1] < ends["nll"][0] - 1 and ends["kl_rev"][1] < ends["kl_rev"][0] - 0.2, ends
     assert ends["kl_rev"][2] < 0.2 * ends["nll"][2], ends
 
 
-def test_heal_holds_out_whole_prompts_and_reports_their_nll():
+def test_heal_holds_out_whole_prompts_and_reports_nll_of_tokens_before_and_after():
     model, stack, samples = heal_case()
-    twice = samples + [s._replace(ids=s.ids[:-1] + [9]) for s in samples if len(s.ids) - s.n_prompt > 1]
-    train, val = split(twice, 0.3, torch.Generator().manual_seed(0))
+    twice = samples + [s._replace(ids=s.ids[:-1] + [9]) for s in samples if len(s.answer) > 1]
+    train, val = ([twice[i] for i in part] for part in split(twice, 0.15, torch.Generator().manual_seed(0)))
     assert not {s.group for s in train} & {s.group for s in val}
-    assert len({s.group for s in val}) == 2 and len(train) + len(val) == len(twice)
+    assert len({s.group for s in val}) == 1 and len(train) + len(val) == len(twice)
     start = [p.detach().clone() for p in stack.parameters()]
-    record = heal_run(model, stack, twice, val_share=0.3, epochs=1, seed=0)
+    record = heal_run(model, stack, twice, epochs=1, held_out=True)
     after = heal_nll(model, stack, val)
     for p, value in zip(stack.parameters(), start):
         p.data.copy_(value)
     assert abs(record["val_nll_before"] - heal_nll(model, stack, val)) < 1e-5
     assert abs(record["val_nll_after"] - after) < 1e-5
-    assert record["n_train"] == len(train) and record["n_tokens"] == sum(len(s.ids) - s.n_prompt for s in train)
-    alone = heal_run(model, stack, [samples[0]], val_share=0.3, epochs=1)   # a lone prompt is trained on
+    assert record["n_train"] == len(train) and record["n_tokens"] == sum(len(s.answer) for s in train)
+    still = heal_run(model, stack, twice, epochs=2, held_out=True, lr=1e-12)        # an epoch's mean, not a batch's
+    assert still["nll_first"] == pytest.approx(heal_nll(model, stack, train), abs=1e-5) == still["nll_last"]
+    alone = heal_run(model, stack, [samples[0]], epochs=1)      # a lone prompt is trained on
     assert alone["n_train"] == 1 and alone["val_nll_before"] is None
 
 
-def test_heal_every_sample_is_seen_once_an_epoch_and_a_short_last_batch_is_a_step():
+@pytest.mark.parametrize("fast", [True, False])
+def test_heal_sees_every_sample_once_an_epoch_and_the_reference_once_a_round(fast):
     model, stack, samples = heal_case()
-    seen = []
-    model.register_forward_pre_hook(lambda module, args, given: seen.extend(given["attention_mask"].sum(1).tolist()),
-                                    with_kwargs=True)
-    record = heal_run(model, stack, samples, heal_batch=4, epochs=2)
-    assert [s["step"] for s in record["steps"]] == [0, 1, 2, 3]             # 4 + 2 samples, twice
-    probes = 2 * [len(samples[0].ids)] + 3 * [max(len(s.ids) for s in samples)]         # the start: which shortcuts hold here
-    assert sorted(seen) == sorted([len(s.ids) for s in samples] * 3 + probes)           # the student twice, the reference once
+    seen = {True: [], False: []}
+
+    def count(module, args, given):
+        seen[stack.layers["model.layers.1.self_attn.q_proj"].current == 0] += given["attention_mask"].sum(1).tolist()
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    record = heal_run(model, stack, samples, heal_batch=4, epochs=3, fast=fast)
+    assert [(s["step"], s["epoch"]) for s in record["steps"]] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2)]
+    lengths = [len(s.ids) for s in samples]                     # 4 + 2 samples: a short last batch is a step
+    assert sorted(seen[False]) == sorted(3 * lengths + fast * 2 * [lengths[0]])     # + two probes of the head
+    assert sorted(seen[True]) == sorted((1 if fast else 3) * lengths)
 
 
 def test_heal_is_reproduced_by_its_seed_and_leaves_the_global_generator_alone():
@@ -351,28 +354,28 @@ def test_heal_is_reproduced_by_its_seed_and_leaves_the_global_generator_alone():
         state = torch.get_rng_state()
         heal_run(model, stack, samples, heal_batch=2, epochs=2, seed=seed)
         assert torch.equal(torch.get_rng_state(), state)
-        ends.append(torch.cat([p.detach().flatten() for p in stack.parameters()]))
+        ends.append(heal_flat(stack.parameters()))
     assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
 
 
 def test_heal_learning_rate_warms_up_then_falls_and_no_step_is_idle():
-    factors = [lr_factor(step, 40, 0.1) for step in range(40)]
+    factors = [lr_factor(step, 40) for step in range(40)]
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and factors[4:] == sorted(factors[4:], reverse=True)
-    assert 0 < factors[-1] < 0.01 and abs(lr_factor(22, 40, 0.1) - 0.5) < 1e-12
-    assert lr_factor(0, 1, 0.1) == 1 and lr_factor(0, 1, 0.0) == 1
+    assert 0 < factors[-1] < 0.01 and abs(lr_factor(22, 40) - 0.5) < 1e-12
+    assert lr_factor(0, 1) == 1
 
 
 def test_heal_warns_of_a_barrier_that_never_or_always_fired():
     model, stack, samples = heal_case()
     for tau, message in ((1e3, "never fired"), (1e-9, "always fired")):
         with pytest.warns(UserWarning, match=message):
-            record = heal(model, stack.parameters(), samples, heal_base(stack), HealConfig(lr=1e-3, epochs=1), tau=tau)
+            record = heal(model, stack.parameters(), samples, heal_base(stack), HealConfig(lr=1e-3, tau=tau, epochs=1))
         assert message in record["warning"] and record["fired_share"] == (tau < 1)
-    with warnings.catch_warnings():                                         # nll has no barrier, D is measured
+    cfg = HealConfig(lr=1e-3, tau=1e3, epochs=1, reg="nll")     # no barrier, but D is measured
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
-        record = heal(model, stack.parameters(), samples, heal_base(stack), HealConfig(lr=1e-3, epochs=1, reg="nll"), tau=1e3)
+        record = heal(model, stack.parameters(), samples, heal_base(stack), cfg)
     assert record["warning"] is None and record["lam_eff"] == 0 and record["steps"][0]["div"] > 0
-    assert record["steps"][0]["grad_barrier"] == 0
 
 
 def test_heal_skips_a_step_that_is_not_finite_and_gives_up_after_three_in_a_row():
@@ -380,7 +383,7 @@ def test_heal_skips_a_step_that_is_not_finite_and_gives_up_after_three_in_a_row(
         model, stack, samples = heal_case()
         calls = []
 
-        def spoil(module, args, output):                                    # one student forward of six rows per step
+        def spoil(module, args, output):                        # one student forward of six rows per step
             if stack.layers["model.layers.1.self_attn.q_proj"].current and len(output.last_hidden_state) == 6:
                 calls.append(0)
                 if len(calls) - 1 in bad:
@@ -396,9 +399,8 @@ def test_heal_skips_a_step_that_is_not_finite_and_gives_up_after_three_in_a_row(
 
 
 @pytest.mark.parametrize("options", [dict(reg="wd"), dict(kl_agg="median"), dict(lam=-1.0), dict(tau=math.inf),
-                                     dict(lr=-1.0), dict(epochs=0), dict(pass_tokens=0), dict(warmup=1.0),
-                                     dict(val_share=-0.1), dict(clip=0.0), dict(lam_round_pow=math.nan),
-                                     dict(spectral=math.nan)])
+                                     dict(lr=0.0), dict(epochs=0), dict(pass_tokens=0), dict(heal_batch=0),
+                                     dict(lam_round_pow=math.nan), dict(spectral=math.nan), dict(weight_decay=-1)])
 def test_heal_config_names_the_bad_option(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))}="):
         HealConfig(**options)
@@ -406,18 +408,28 @@ def test_heal_config_names_the_bad_option(options):
 
 def test_heal_refuses_bad_arguments_before_any_forward():
     model, stack, samples = heal_case()
-    params, base, cfg = stack.parameters(), heal_base(stack), HealConfig(lr=1e-3)
-    model.forward = None                                                    # a forward would be a TypeError
+    params, base, cfg = stack.parameters(), heal_base(stack), HealConfig(lr=1e-3, tau=1.0)
+    others, (h, h0, W, targets, _) = [s._replace(ids=s.ids[:-1] + [9]) for s in samples], heal_head()
+    model.forward = None                                        # a forward would be a TypeError
     for bad, message in (
-            (lambda: heal(model, params, [], base, cfg, tau=1.0), "no samples"),
-            (lambda: heal(model, params, [Sample([1, 2], 2, 0)], base, cfg, tau=1.0), "sample 0: n_prompt=2 of 2"),
-            (lambda: heal(model, params, [Sample([1, 2], 0, 0)], base, cfg, tau=1.0), "sample 0: n_prompt=0"),
-            (lambda: heal(model, [], samples, base, cfg, tau=1.0), "params: got 0"),
-            (lambda: heal(model, [params[0].bfloat16()], samples, base, cfg, tau=1.0), "bfloat16"),
-            (lambda: heal(model, params, samples, base, cfg, tau=math.nan), "tau=nan"),
-            (lambda: heal(model, params, samples, base, HealConfig(lr=1e-3, spectral=0.1), tau=1.0), "needs spectral="),
-            (lambda: heal(model, params, samples, base, HealConfig(), tau=1.0), "cfg.lr=0"),
-            (lambda: divergences(model, samples, base, reg="wd"), "reg='wd'")):
+            (lambda: heal(model, params, [], base, cfg), "no samples"),
+            (lambda: heal(model, params, [Sample([1, 2], 2, 0)], base, cfg), "sample 0: n_prompt=2 of 2"),
+            (lambda: heal(model, params, [Sample([1, 2], 0, 0)], base, cfg), "sample 0: n_prompt=0"),
+            (lambda: heal(model, [], samples, base, cfg), "params: got 0"),
+            (lambda: heal(model, [params[0].bfloat16()], samples, base, cfg), "bfloat16"),
+            (lambda: heal(model, params, samples, base, HealConfig(lr=1e-3)), "cfg.tau=None.*calibrate"),
+            (lambda: heal(model, params, samples, base, HealConfig(tau=1.0)), "cfg.lr=None.*calibrate"),
+            (lambda: heal(model, params, samples, base, HealConfig(lr=1e-3, tau=1, spectral=0.1)), "needs spectral="),
+            (lambda: divergences(model, samples, base, reg="wd"), "reg='wd'"),
+            (lambda: divergences(model, samples, base, ref_samples=others), "same completions"),
+            (lambda: aggregate(torch.ones(3), "median"), "how='median': expected mean, rmse, p95, max"),
+            (lambda: aggregate(torch.ones(0), "rmse"), "one sample"),
+            (lambda: aggregate(torch.ones(2, 3), "rmse"), "one sample"),            # would pool two samples
+            (lambda: reverse_kl(h, h0[:1]), "one shape"),
+            (lambda: token_losses(h, h0[:3], W, targets), r"\[3, 16\]"),
+            (lambda: token_losses(h, h0, W.T, targets), r"not \[N, d\]"),
+            (lambda: token_losses(h, h0, W.clone().requires_grad_(), targets), "head requires a gradient"),
+            (lambda: token_losses(h, h0, W, targets, reg="wd"), "reg='wd'")):
         with pytest.raises(ValueError, match=message):
             bad()
 
@@ -444,7 +456,7 @@ def test_heal_works_with_any_adapter_and_any_way_to_switch_it_off():
 
     model = Bag()
     samples = [Sample([1, 2, 3, 3, 3, 3], 2, g) for g in range(8)]
-    record = heal(model, [model.bias], samples, model.switched_off, HealConfig(lr=0.1, lam=0.5), tau=0.1)
+    record = heal(model, [model.bias], samples, model.switched_off, HealConfig(lr=0.1, lam=0.5, tau=0.1))
     assert record["val_nll_after"] < record["val_nll_before"] - 0.1 and model.bias.argmax() == 3
 
 
@@ -463,17 +475,17 @@ def heal_head(N=37, V=301, d=16, dtype=torch.float64, seed=0, shift=0.3):
 @pytest.mark.parametrize("reg", ["kl_rev", "kl_fwd"])
 def test_heal_token_losses_equal_naive_autograd_in_float64(reg, how):
     h, h0, W, targets, b = heal_head()
-    for bias, cap, lazy, tile in ((None, 0.0, False, 64), (b, 0.0, True, 50), (None, 5.0, False, 301), (b, 5.0, True, 7), (b, 5.0, False, 1000)):
+    for bias, cap, tile in ((None, 0.0, 64), (b, 0.0, 50), (None, 5.0, 301), (b, 5.0, 7), (b, 5.0, 1000)):
         values, grads = [], []
         for tiled in (True, False):
             x = h.clone().requires_grad_()
             if tiled:
-                nll, kl = token_losses(x, h0, W, targets, bias=bias, cap=cap, reg=reg, lazy=lazy, tile=tile)
+                nll, kl = token_losses(x, h0, W, targets, bias=bias, cap=cap, reg=reg, tile=tile)
             else:
                 logits = [z if bias is None else z + b for z in (x @ W.T, h0 @ W.T)]
                 nll, kl = naive_losses(*(z if not cap else cap * (z / cap).tanh() for z in logits), targets, reg)
             assert nll.dtype == kl.dtype == torch.float64
-            D = aggregate(kl[:20], "rmse" if how == "barrier alone" else how)           # the rest has no gradient in KL
+            D = aggregate(kl[:20], "rmse" if how == "barrier alone" else how)       # the rest: no gradient in KL
             loss = (how != "barrier alone") * nll.mean() + 5 * torch.relu(D - 0.1)
             values.append(torch.cat([nll, kl]))
             grads.append(torch.autograd.grad(loss, x)[0])
@@ -485,26 +497,26 @@ def test_heal_token_losses_survive_large_logits_and_agree_on_which_bits_are_zero
     h, h0, W, targets, _ = heal_head(dtype=torch.float32)
     for dtype in (torch.float32, torch.bfloat16):
         x = h.to(dtype).clone().requires_grad_()
-        nll, kl = token_losses(x, h.to(dtype), W.to(dtype), targets, tile=64)           # student = reference
+        nll, kl = token_losses(x, h.to(dtype), W.to(dtype), targets, tile=64)       # student = reference
         assert kl.eq(0).all() and nll.dtype == torch.float32
         (nll.sum() * 0 + aggregate(kl, "rmse")).backward()
         assert x.grad.eq(0).all() and x.grad.dtype == dtype
-    x = (60 * h).double().requires_grad_()                                              # logits of +-240
-    tiled, naive = token_losses(x, 60 * h0.double(), W.double(), targets, tile=64), naive_losses(x @ W.double().T, 60 * h0.double() @ W.double().T, targets)
+    x, x0, W = 60 * h.double(), 60 * h0.double(), W.double()    # logits of +-240
+    tiled, naive = token_losses(x, x0, W, targets, tile=64), naive_losses(x @ W.T, x0 @ W.T, targets)
     assert naive[1].max() > 100 and all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(tiled, naive))
 
 
-@pytest.mark.parametrize("shift, better", [(0.012, 400), (0.06, 15)])                   # mean KL about .003 and .07 nats
+@pytest.mark.parametrize("shift, better", [(0.012, 400), (0.06, 15)])               # mean KL about .003 and .07 nats
 def test_heal_token_losses_in_bfloat16_are_nearer_the_truth_than_a_bfloat16_softmax(shift, better):
     h, h0, W, targets, _ = heal_head(N=64, V=4096, d=128, dtype=torch.bfloat16, shift=shift)
-    W = W / 4                                                                           # logits of a few nats; exact
+    W = W / 4                                                   # logits of a few nats; exact
     x = h.double().requires_grad_()
     _, truth = naive_losses(x @ W.double().T, h0.double() @ W.double().T, targets)
     aggregate(truth, "rmse").backward()
     y = h.clone().requires_grad_()
     _, kl = token_losses(y, h0, W, targets, tile=512)
     aggregate(kl, "rmse").backward()
-    logp, logq = ((z @ W.T).log_softmax(-1) for z in (h, h0))                           # what the peers do
+    logp, logq = ((z @ W.T).log_softmax(-1) for z in (h, h0))   # what the peers do
     peers = (logp.exp() * (logp - logq)).sum(-1)
     error, theirs = ((k.double() - truth).abs().mean().item() for k in (kl, peers))
     assert theirs / error >= better, (truth.mean().item(), theirs, error, theirs / error)
@@ -523,27 +535,17 @@ def test_heal_token_losses_never_hold_more_than_a_tile_of_the_logits():
                 own = isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given
                 self.numel = max(self.numel, t.numel() if own else 0)
             return out
-    for lazy in (False, True):
-        h, h0, W, targets, _ = heal_head(N=40, V=5000, d=16, dtype=torch.bfloat16)
-        given, x = {W.untyped_storage().data_ptr()}, h.requires_grad_()
-        with Largest() as seen:
-            nll, kl = token_losses(x, h0, W, targets, tile=100, lazy=lazy)
-            (nll.mean() + kl.mean()).backward()
-        assert seen.numel == 40 * 100, seen.numel                                       # N * tile, of N * V = 200,000
-
-
-def test_heal_token_losses_refuse_what_they_would_get_wrong():
-    h, h0, W, targets, _ = heal_head()
-    for bad, message in ((lambda: token_losses(h, h0[:3], W, targets), r"\[3, 16\]"), (lambda: token_losses(h, h0, W.T, targets), "expected"),
-                         (lambda: token_losses(h, h0, W.clone().requires_grad_(), targets), "head requires a gradient"),
-                         (lambda: token_losses(h, h0, W, targets, reg="wd"), "reg='wd'")):
-        with pytest.raises(ValueError, match=message):
-            bad()
+    h, h0, W, targets, _ = heal_head(N=40, V=5000, d=16, dtype=torch.bfloat16)
+    given, x = {W.untyped_storage().data_ptr()}, h.requires_grad_()
+    with Largest() as seen:
+        nll, kl = token_losses(x, h0, W, targets, tile=100)
+        (nll.mean() + kl.mean()).backward()
+    assert seen.numel == 40 * 100, seen.numel                   # N * tile, of N * V = 200,000
 
 
 def heal_families():
-    from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM,
-                              PhiConfig, PhiForCausalLM)
+    from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig,
+                              GraniteForCausalLM, PhiConfig, PhiForCausalLM)
     tiny = dict(vocab_size=262, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
                 num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return {"soft-capped": (Gemma2ForCausalLM, Gemma2Config(**tiny, head_dim=8, final_logit_softcapping=3.0)),
@@ -552,171 +554,63 @@ def heal_families():
             "biased": (PhiForCausalLM, PhiConfig(**tiny | dict(num_key_value_heads=4)))}
 
 
-@pytest.mark.parametrize("name", ["soft-capped", "divided", "multiplied", "biased", "unknown", "hooked", "trained"])
+@pytest.mark.parametrize("name", ["soft-capped", "divided", "multiplied", "biased", "unknown", "edited", "hooked", "trained"])
 def test_heal_reads_any_head_as_the_model_does(name):
     """Exact without logits where the config tells the head; from the model's own logits where it does not."""
     torch.manual_seed(0)
-    cls, config = heal_families()["divided" if name in ("unknown", "hooked", "trained") else name]
+    families = heal_families()
+    cls, config = families.get(name, families["divided"])
     model = cls(config).eval().requires_grad_(False)
+    forward = model.forward
+
+    def other(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        if name == "unknown":
+            out.logits = out.logits.square()
+        else:
+            out.logits[..., [100, 200]] = -50.0                 # past the one column that an idle head would make
+        return out
     if name == "biased":
         model.lm_head.bias.data.normal_()
-    if name == "unknown":
-        model.config.logits_scaling = 1.0                       # the model divides by what it read when it was made
-        model.model.register_forward_hook(lambda m, a, out: None)
-        forward = model.forward
-
-        def other(*args, **kwargs):
-            out = forward(*args, **kwargs)
-            out.logits = out.logits.square()
-            return out
+    elif name in ("unknown", "edited"):
         model.forward = other
-    if name == "hooked":
+    elif name == "hooked":
         model.lm_head.register_forward_hook(lambda m, a, out: out + 1.0)
-    if name == "trained":
-        model.lm_head.weight.requires_grad_()
-    stack = attach(model, r=4, alpha=8, layers=[1, 2])
-    if name == "trained":
-        model.lm_head.weight.requires_grad_()
-    rng = torch.Generator().manual_seed(0)
-    for p in stack.parameters():
-        p.data.copy_(0.1 * torch.randn(p.shape, generator=rng))
-    samples = heal_case()[2]
-    results = []
-    for shortcuts in (True, False):
-        passes = Passes(model, samples, heal_base(stack), params=stack.parameters(), tiled=shortcuts, cache_reference=shortcuts,
-                        cache_below=shortcuts)
-        assert passes.tiled == (shortcuts and name in heal_families())
-        for _ in range(2):                                      # the second time from memory
-            nlls, kls = passes.losses(samples)
+    stack, samples, results = attach(model, r=4, alpha=8, layers=[1, 2]), heal_case()[2], []
+    model.lm_head.weight.requires_grad_(name == "trained")
+    heal_noise(stack)
+    for fast in (True, False):
+        passes = Passes(model, samples, heal_base(stack), fast=fast)
+        assert (passes.head is not None) == (fast and name in families)
+        for _ in range(2):                                      # the second time the reference from memory
+            nlls, kls = passes.losses(list(range(6)))
         loss = torch.cat(nlls).mean() + sum(aggregate(kl, "rmse") for kl in kls)
-        results.append((torch.cat([*nlls, *kls]).detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, stack.parameters())])))
+        results.append((heal_flat([*nlls, *kls]), heal_flat(torch.autograd.grad(loss, stack.parameters()))))
     for a, b in zip(*results):
         assert torch.allclose(a, b, atol=1e-4 * b.abs().max()), (a - b).abs().max()
-    s, logits = samples[0], model(input_ids=torch.tensor([samples[0].ids])).logits[0]
-    assert torch.allclose(nlls[0], torch.nn.functional.cross_entropy(logits[2:-1], torch.tensor(s.ids[3:]), reduction="none"), atol=1e-3)
+    logits, targets = model(input_ids=torch.tensor([samples[0].ids])).logits[0, 2:-1], torch.tensor(samples[0].answer)
+    assert torch.allclose(nlls[0], torch.nn.functional.cross_entropy(logits, targets, reduction="none"), atol=1e-3)
 
 
-@pytest.mark.parametrize("reg, how, tau", [("kl_rev", "rmse", 0.0), ("kl_rev", "rmse", 0.2), ("kl_rev", "p95", 0.1), ("kl_fwd", "rmse", 0.1), ("nll", "mean", 0.0)])
+@pytest.mark.parametrize("reg, how, tau", [("kl_rev", "rmse", 0.0), ("kl_rev", "rmse", 0.2), ("kl_rev", "p95", 0.1),
+                                           ("kl_fwd", "rmse", 0.1), ("nll", "mean", 0.0)])
 def test_heal_shortcuts_change_no_number_of_a_round(reg, how, tau):
-    names = ("tiled", "lazy_kl", "cache_reference", "cache_below")
     runs = []
-    for off in ([], *([n] for n in names), names):
+    for fast in (True, False):
         model, stack, samples = heal_case(history=1)
-        record = heal_run(model, stack, samples, tau=tau, reg=reg, kl_agg=how, heal_batch=2, epochs=3, **dict.fromkeys(off, False))
-        assert record["shortcuts"] == {"tiled": "tiled" not in off, "lazy_kl": "lazy_kl" not in off,
-                                       "cache_reference": "cache_reference" not in off, "cache_below": 0 if "cache_below" in off else 1}
-        runs.append(torch.tensor([[s[k] for k in ("nll", "div", "gnorm")] for s in record["steps"]]))
-    for other in runs[1:]:
-        assert torch.allclose(runs[0], other, rtol=1e-5, atol=1e-5), (runs[0] - other).abs().max()
-    assert len(runs[0]) == 9
-
-
-def test_heal_runs_the_reference_and_the_blocks_below_once_per_sample():
-    counts = {}
-    for on in (True, False):
-        model, stack, samples = heal_case(history=1)
-        rows = {"below": 0, "reference": 0}
-
-        def below(module, args, out):
-            rows["below"] += len(out)
-
-        def top(module, args, kwargs, out):
-            rows["reference"] += len(out) * (stack.layers["model.layers.1.self_attn.q_proj"].current == 0)
-        model.model.layers[0].mlp.register_forward_hook(below)
-        model.model.layers[3].register_forward_hook(top, with_kwargs=True)
-        heal_run(model, stack, samples, heal_batch=2, epochs=4, cache_reference=on, cache_below=on)
-        counts[on] = rows
-    assert counts[True]["reference"] == 6 and counts[False]["reference"] == 4 * 6
-    assert counts[True]["below"] - counts[True]["reference"] == 6 + 4 and counts[False]["below"] == 2 * 4 * 6 + 2       # + probes at the start
+        record = heal_run(model, stack, samples, tau=tau, reg=reg, kl_agg=how, heal_batch=2, epochs=3, fast=fast)
+        assert record["shortcuts"] is fast
+        runs.append(heal_numbers(record))
+    assert len(runs[0]) == 9 and torch.allclose(*runs, rtol=1e-5, atol=1e-5), (runs[0] - runs[1]).abs().max()
 
 
 def test_heal_leaves_the_model_as_it_was_also_after_an_exception():
     model, stack, samples = heal_case()
-    with pytest.raises(KeyboardInterrupt):
-        heal(model, stack.parameters(), samples, heal_base(stack), HealConfig(lr=1e-3, val_share=0.0), tau=0.0,
-             log=lambda row: (_ for _ in ()).throw(KeyboardInterrupt()))
-    assert not any("forward" in vars(m) for m in model.modules())
-    passes = Passes(model, samples, heal_base(stack), params=stack.parameters())
-    assert len(passes.below) == 1
+    passes = Passes(model, samples, heal_base(stack))
     model.model.layers[3].register_forward_hook(lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        passes.losses(samples)
-    assert not any("forward" in vars(m) for m in model.modules())
-
-
-def test_heal_a_block_that_is_steered_below_is_not_skipped():
-    model, stack, samples = heal_case()
-    with steer.steered(model, {0: torch.ones(32)}, 1.0):
-        passes = Passes(model, samples, heal_base(stack), params=stack.parameters())
-        assert passes.below == [] and passes.tiled
-    assert len(Passes(model, samples, heal_base(stack), params=stack.parameters()).below) == 1
-
-
-@pytest.mark.parametrize("odd", ["tuple", "skip", "expert"])
-def test_heal_blocks_that_pass_on_more_than_their_state_are_not_skipped(odd):
-    """What the next blocks read past the hidden state: a tuple's rest, a trained skip from block 0 that is still zero, a
-    trained part of a block that one sample reaches and another does not."""
-    class Block(torch.nn.Module):
-        def __init__(self, i):
-            super().__init__()
-            self.i, self.linear = i, torch.nn.Linear(16, 16, dtype=torch.float64).requires_grad_(False)
-            if i == (1 if odd == "expert" else 2):
-                self.train_me = torch.nn.Parameter(torch.zeros(16, 16, dtype=torch.float64))
-
-        def forward(self, h, ids, first, extra):
-            if hasattr(self, "train_me"):
-                seen = first if odd == "skip" else h
-                h = h + (seen @ self.train_me) * ((ids > 9)[..., None] if odd == "expert" else 1.0)
-            h = h + self.linear(h).tanh() + (extra if extra is not None else 0.0)
-            return (h, h.mean(1, keepdim=True)) if odd == "tuple" else h
-
-    class Odd(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.embed, self.head = torch.nn.Embedding(20, 16, dtype=torch.float64), torch.nn.Linear(16, 20, bias=False, dtype=torch.float64)
-            self.requires_grad_(False)
-            self.layers, self.on = torch.nn.ModuleList([Block(i) for i in range(4)]), True
-
-        def get_output_embeddings(self):
-            return self.head
-
-        def forward(self, input_ids, attention_mask):
-            h, extra, first = self.embed(input_ids), None, None
-            for block in self.layers:
-                out = block(h, input_ids, first, extra)
-                h, extra = out if odd == "tuple" else (out, None)
-                first = h if first is None else first
-            self.logits = self.head(h)
-            return self
-
-    samples = [Sample([3, 4, 5, 6, 7, 8, 3, 5, 2], 2, 0), Sample([3, 4, 12, 11, 15], 2, 1)]
-    runs = []
-    for on in (True, False):
-        model = Odd()
-        params = [p for p in model.parameters() if p.requires_grad]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            record = heal(model, params, samples, contextlib.nullcontext, HealConfig(lr=0.1, val_share=0.0, heal_batch=1, cache_below=on), tau=1.0)
-        runs.append(torch.cat([p.detach().flatten() for p in params]))
-        assert record["shortcuts"]["tiled"] and record["shortcuts"]["cache_below"] <= (1 if on and odd == "expert" else 0), record["shortcuts"]
-    assert runs[0].abs().max() > 0 and torch.allclose(*runs, atol=1e-9)
-
-
-def test_heal_a_model_that_edits_single_logits_takes_the_plain_path():
-    model, stack, samples = heal_case()
-    forward = model.forward
-
-    def edited(*args, **kwargs):
-        out = forward(*args, **kwargs)
-        out.logits[..., [100, 200]] = -50.0                     # an index past the one column that a caught head would make
-        return out
-    model.forward = edited
-    passes = Passes(model, samples, heal_base(stack), params=stack.parameters())
-    assert not passes.tiled and passes.below == []
-    nll = passes.losses(samples[:1])[0][0]
-    logits = model(input_ids=torch.tensor([samples[0].ids])).logits[0, 2:-1]
-    assert torch.allclose(nll, torch.nn.functional.cross_entropy(logits, torch.tensor(samples[0].ids[3:]), reduction="none"), atol=1e-5)
+        passes.losses([0])
+    assert passes.head and not any("forward" in vars(m) for m in model.modules())
 
 
 def test_heal_out_of_memory_halves_the_pass_and_changes_no_number():
@@ -726,46 +620,94 @@ def test_heal_out_of_memory_halves_the_pass_and_changes_no_number():
 
         def full(module, args, kwargs):
             if len(kwargs["input_ids"]) > limit:
-                raise [torch.OutOfMemoryError("no room"), RuntimeError("DefaultCPUAllocator: can't allocate memory: no room")][limit % 2]
+                cpu = RuntimeError("DefaultCPUAllocator: can't allocate memory: no room")
+                raise [torch.OutOfMemoryError("no room"), cpu][limit % 2]
         model.register_forward_pre_hook(full, with_kwargs=True)
-        record = heal_run(model, stack, samples, heal_batch=6, epochs=2)
-        results.append(torch.tensor([[s["nll"], s["div"], s["gnorm"]] for s in record["steps"]]))
+        results.append(heal_numbers(heal_run(model, stack, samples, heal_batch=6, epochs=2)))
     assert all(torch.allclose(results[0], other, rtol=1e-6) for other in results[1:])
-    model.register_forward_pre_hook(lambda m, a, k: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")), with_kwargs=True)
+    model.register_forward_pre_hook(lambda m, a: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
     with pytest.raises(torch.OutOfMemoryError):
         heal_run(model, stack, samples, heal_batch=6, epochs=2)
 
 
 def test_heal_pieces_fit_the_budget_and_lose_nothing():
+    model, stack, _ = heal_case()
     samples = [Sample([1] * n, 1, 0) for n in (9, 3, 3, 2, 40, 5)]
-    for budget in (1, 10, 27, 1000):
-        cut = pieces(samples, budget)
-        assert sum(cut, []) == samples and all(len(p) == 1 or len(p) * max(len(s.ids) for s in p) <= budget for p in cut)
-    assert [len(p) for p in pieces(samples, 10)] == [1, 3, 1, 1]
+    passes = Passes(model, samples, heal_base(stack))
+    for budget in (1, 10, 27, 90, 1000):
+        cut = passes.pieces([4, 0, 5, 1, 2, 3], budget)
+        assert sum(cut, []) == [4, 0, 5, 1, 2, 3]
+        assert all(len(p) == 1 or len(p) * max(len(samples[i].ids) for i in p) <= budget for p in cut)
+    assert [len(p) for p in passes.pieces([4, 0, 5, 1, 2, 3], 10)] == [1, 1, 2, 2]
 
 
 def test_heal_divergences_of_other_prompts_compare_the_same_completion():
     model, stack, samples = heal_case(torch.float64)
-    others = [Sample([7, 8, 9, *s.ids[s.n_prompt:]], 3, s.group) for s in samples]
+    others = [Sample([7, 8, 9, *s.answer], 3, s.group) for s in samples]
     with stack.gated(0, 0):
-        for s, other, kl in zip(samples, others, divergences(model, samples, contextlib.nullcontext, ref_samples=others)):
+        kls = divergences(model, samples, contextlib.nullcontext, ref_samples=others)
+        for s, other, kl in zip(samples, others, kls, strict=True):
             p, q = (model(input_ids=torch.tensor([x.ids])).logits[0, x.n_prompt - 1:-1] for x in (s, other))
             assert torch.allclose(kl, reverse_kl(p, q), atol=1e-10) and kl.max() > 0
-    with pytest.raises(ValueError, match="same completions"):
-        divergences(model, samples, contextlib.nullcontext, ref_samples=others[::-1])
 
 
-def test_heal_stands_alone_and_imports_the_standard_library_and_torch_only(tmp_path):
-    source = Path(heal_py.__file__).read_text()
-    names = {alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names) | {"torch"}, names
-    (tmp_path / "heal.py").write_text(source)
-    out = subprocess.run([sys.executable, "-E", "heal.py"], cwd=tmp_path, capture_output=True, text=True)
+def heal_alone(folder, *command):
+    """What python prints in a folder that holds nothing but heal.py."""
+    shutil.copy(heal_py.__file__, folder)
+    out = subprocess.run([sys.executable, "-E", *command], cwd=folder, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    table = {line.split()[0]: line.split()[1:4] for line in out.stdout.splitlines()[1:]}
-    assert table == {"mean": ["0.018", "0.379", "21x"], "rmse": ["0.026", "1.527", "58x"],
-                     "p95": ["0.049", "3.777", "77x"], "max": ["0.095", "8.081", "85x"]}
+    return out.stdout
+
+
+def test_heal_imports_the_standard_library_and_torch_only_and_its_demo_computes_its_table(tmp_path):
+    names = set()
+    for node in ast.walk(ast.parse(Path(heal_py.__file__).read_text())):            # nested imports too
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." * node.level + (node.module or "").split(".")[0])
+        assert getattr(node, "id", "") != "__import__" and getattr(node, "attr", "") != "import_module"
+    assert "torch" in names and names <= set(sys.stdlib_module_names) | {"torch"}, names
+
+    printed = {line.split()[0]: line.split()[1:] for line in heal_alone(tmp_path, "heal.py").splitlines()[1:]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        demo = runpy.run_path(heal_py.__file__, run_name="__main__")
+    expected = []
+    for logits in (demo["shift"], demo["loop"]):
+        kl = sorted(heal_double_loop(logits.double(), demo["base"].double()))
+        at = 0.95 * (len(kl) - 1)
+        low, high = kl[math.floor(at)], kl[math.ceil(at)]
+        expected.append({"mean": sum(kl) / len(kl), "rmse": math.sqrt(sum(x * x for x in kl) / len(kl)),
+                         "p95": low + (at - math.floor(at)) * (high - low), "max": kl[-1]})
+    assert set(printed) == set(expected[0])
+    for how, (shift, loop, ratio, *verdict) in printed.items():
+        assert float(shift) == pytest.approx(expected[0][how], abs=6e-4), how
+        assert float(loop) == pytest.approx(expected[1][how], abs=6e-4), how
+        assert ("lets" in verdict) == (expected[1][how] < 0.5) and float(shift) < 0.5
+
+
+def test_heal_alone_heals_a_peft_model_by_its_docstring(tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
+    code = heal_py.__doc__.split("for example:\n\n")[1].split("\n\n")[0]
+    print_it = heal_alone(tmp_path, "-c", f"""
+import sys, torch
+sys.path.insert(0, ".")                                         # -E keeps the folder out where -c is given
+from heal import HealConfig, Sample, heal
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                     num_attention_heads=2, num_key_value_heads=2))
+model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+pairs_of_ids = [([3, 4 + i], [7, 8, 9, 7, 8, 9]) for i in range(8)]
+if True:
+{code}
+with model.disable_adapter():
+    assert record["steps"][0]["div"] == 0
+assert record["shortcuts"] and record["n_val"] == 1
+print(record["nll_first"] > record["nll_last"], record["val_nll_before"] > record["val_nll_after"])
+""")
+    assert print_it.split() == ["True", "True"]
 
 
 # ==== lora.py: the gated accumulator ==================================================================================
@@ -2818,12 +2760,12 @@ def test_two_arms_may_differ_in_one_field_only():
 # ---- the benchmarks, at sizes whose times mean nothing -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["heal", "round"])
+@pytest.mark.parametrize("name", ["losses", "round"])
 def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys):
     spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
-    bench.main(["--tiny", "--json", str(tmp_path / "out.json"), *(["--docs", str(tmp_path)] if name == "heal" else [])])
+    bench.main(["--tiny", "--json", str(tmp_path / "out.json"), *(["--docs", str(tmp_path)] if name == "losses" else [])])
     assert capsys.readouterr().out.count("|") > 20
     result = json.loads((tmp_path / "out.json").read_text())
     if name == "round":
@@ -2832,7 +2774,7 @@ def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys):
     assert all(x["value"] < 1e-10 and x["grad"] < 1e-10 for key, x in result["accuracy"].items() if "bf16" not in key)
     assert {"ours", "naive autograd", "original"} <= set(result["memory"]["peak"]) and len(list(tmp_path.glob("*.svg"))) == 6
     losses = result["round"]["barrier on at every step"]["losses"]
-    assert len(losses) >= 7 and max(losses.values()) - min(losses.values()) < 1e-5      # the same steps, or nothing is compared
+    assert len(losses) >= 5 and max(losses.values()) - min(losses.values()) < 1e-5      # the same steps, or nothing is compared
     for peer in ("TRL", "torchtune", "Liger"):                  # a peer that cannot run says so instead of vanishing
         assert any(peer in key for key in [*result["memory"]["peak"], *result["memory"]["missing"]])
 

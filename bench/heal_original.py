@@ -25,13 +25,14 @@ def original_round(model, params, samples, reference, cfg, tau: float, whole_seq
     whole_sequence: logits and log_softmax of every position, then the mask; False: completion rows, float32 softmax.
     """
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
-    rng, per_epoch, loss = torch.Generator().manual_seed(0), len(samples) // cfg.heal_batch, 0.0
-    samples, _ = heal.split(samples, 0.0, rng)                  # the same draws as heal.heal, so the same batches
+    rng, loss = torch.Generator().manual_seed(0), 0.0
+    train, _ = heal.split(samples, heal.VAL_SHARE, rng)         # the same draws as heal.heal, so the same batches
+    samples, per_epoch = [samples[i] for i in train], len(train) // cfg.heal_batch
     n_steps = cfg.epochs * per_epoch
     for step in range(n_steps):
         if step % per_epoch == 0:
             order = torch.randperm(len(samples), generator=rng).tolist()
-        optimizer.param_groups[0]["lr"] = cfg.lr * heal.lr_factor(step, n_steps, cfg.warmup)
+        optimizer.param_groups[0]["lr"] = cfg.lr * heal.lr_factor(step, n_steps)
         at = step % per_epoch * cfg.heal_batch
         batch, loss = [samples[i] for i in order[at:at + cfg.heal_batch]], 0.0
         n_tokens = sum(len(s.ids) - s.n_prompt for s in batch)
@@ -49,7 +50,7 @@ def original_round(model, params, samples, reference, cfg, tau: float, whole_seq
             part = len(targets) / n_tokens * (nll.mean() + cfg.lam * torch.relu(heal.aggregate(kl, cfg.kl_agg) - tau))
             part.backward()
             loss += part.item()
-        torch.nn.utils.clip_grad_norm_(params, cfg.clip)
+        torch.nn.utils.clip_grad_norm_(params, heal.CLIP)
         optimizer.step()
         optimizer.zero_grad()
     return loss

@@ -1,8 +1,8 @@
-"""Bench of heal.py: its losses against every peer's, a round piece by piece, and how both grow.
+"""Bench of heal.py: its losses against every peer's, a round in its fast and its plain passes, and how both grow.
 
-    python bench/heal.py                    all of it: accuracy, memory, time, round, scale (about 20 minutes, two cores)
-    python bench/heal.py --only round       one part
-    python bench/heal.py --tiny             seconds, for CI: the same code at sizes whose times mean nothing
+    python bench/losses.py                  all of it: accuracy, memory, time, round, scale (about 20 minutes, two cores)
+    python bench/losses.py --only round     one part
+    python bench/losses.py --tiny           seconds, for CI: the same code at sizes whose times mean nothing
 
 Every table interleaves its entries in one process. Times are taken with malloc told to keep its pages, so that they
 compare arithmetic and not page faults (measure.keep_pages). Peers are measured where they are installed
@@ -12,6 +12,7 @@ logits of the whole sequence, log_softmax in the model's dtype, then the mask; t
 """
 import argparse
 import contextlib
+import dataclasses
 import importlib.metadata
 import runpy
 import sys
@@ -55,8 +56,8 @@ def barrier(nll, kl, how="rmse", tau=TAU_OPEN):
     return nll.mean() + LAM * torch.relu(heal.aggregate(kl, how) - tau)
 
 
-def ours(c, how="rmse", tau=TAU_OPEN, lazy=False):
-    barrier(*heal.token_losses(c.h, c.h0, c.W, c.targets, lazy=lazy), how, tau).backward()
+def ours(c, how="rmse", tau=TAU_OPEN):
+    barrier(*heal.token_losses(c.h, c.h0, c.W, c.targets), how, tau).backward()
 
 
 def naive(c):
@@ -134,8 +135,8 @@ def _version(package: str) -> str:
 
 def everyone() -> tuple[dict, dict]:
     fns, missing = peers()
-    return {"ours": ours, "ours, barrier shut": lambda c: ours(c, tau=TAU_SHUT, lazy=True),
-            "ours, max": lambda c: ours(c, how="max", lazy=True), "ours, p95": lambda c: ours(c, how="p95", lazy=True),
+    return {"ours": ours, "ours, barrier shut": lambda c: ours(c, tau=TAU_SHUT),
+            "ours, max": lambda c: ours(c, how="max"), "ours, p95": lambda c: ours(c, how="p95"),
             "naive autograd": naive, "original": original, "checkpoint, chunks of 64": checkpointed, **fns}, missing
 
 
@@ -161,16 +162,14 @@ def accuracy(tiny: bool) -> dict:
     N, V, d = (16, 300, 16) if tiny else (64, 5000, 64)
     for how in [*heal.AGGREGATES, "barrier alone"]:
         for reg in ("kl_rev", "kl_fwd"):
-            worst_value = worst_grad = 0.0
-            for lazy in (False, True):
-                c = Case(N, V, d, torch.float64, shift=0.3)
-                agg = "rmse" if how == "barrier alone" else how
-                got = heal.token_losses(c.h, c.h0, c.W, c.targets, reg=reg, lazy=lazy, tile=V // 7)
-                want = heal.naive_losses(c.h @ c.W.T, c.h0 @ c.W.T, c.targets, reg)
-                grads = [torch.autograd.grad((how != "barrier alone") * nll.mean() + LAM * heal.aggregate(kl, agg), c.h)[0]
-                         for nll, kl in (got, want)]
-                worst_value = max(worst_value, *((a - b).abs().max().item() for a, b in zip(got, want)))
-                worst_grad = max(worst_grad, ((grads[0] - grads[1]).abs().max() / grads[1].abs().max()).item())
+            c = Case(N, V, d, torch.float64, shift=0.3)
+            agg = "rmse" if how == "barrier alone" else how
+            got = heal.token_losses(c.h, c.h0, c.W, c.targets, reg=reg, tile=V // 7)            # [N], [N]
+            want = heal.naive_losses(c.h @ c.W.T, c.h0 @ c.W.T, c.targets, reg)                 # [N], [N]
+            grads = [torch.autograd.grad((how != "barrier alone") * nll.mean() + LAM * heal.aggregate(kl, agg), c.h)[0]
+                     for nll, kl in (got, want)]                                                # [N, d] each
+            worst_value = max((a - b).abs().max().item() for a, b in zip(got, want))
+            worst_grad = ((grads[0] - grads[1]).abs().max() / grads[1].abs().max()).item()
             rows.append({"float64": how, "reg": reg, "value, largest error": f"{worst_value:.0e}", "gradient, relative": f"{worst_grad:.0e}"})
             out[f"{how} {reg}"] = dict(value=worst_value, grad=worst_grad)
     print(table(rows), "\n")
@@ -262,7 +261,8 @@ def small_llama(vocabulary: int, width: int, n_blocks: int, seed: int = 0):
 
 def make_samples(n: int, n_prompt: int, n_new: int, vocabulary: int) -> list:
     rng = torch.Generator().manual_seed(1)
-    return [heal.Sample(torch.randint(3, vocabulary, (n_prompt + n_new,), generator=rng).tolist(), n_prompt, i) for i in range(n)]
+    ids = torch.randint(3, vocabulary, (n, n_prompt + n_new), generator=rng)                    # [n, T]
+    return [heal.Sample(row, n_prompt, 0) for row in ids.tolist()]      # one prompt: nothing is held out
 
 
 def peft_twin(model, layers, stack):
@@ -280,20 +280,17 @@ def peft_twin(model, layers, stack):
 
 
 def a_round(tiny: bool, repeats: int) -> dict:
-    """Where a round's time goes: the same optimiser steps, one shortcut after the other."""
+    """Where a round's time goes: the same optimiser steps in plain and in fast passes, one sample and several a pass."""
     V, width, n_blocks, n_samples, n_prompt, n_new = (300, 32, 5, 8, 4, 6) if tiny else (16384, 256, 8, 16, 32, 64)
     model = small_llama(V, width, n_blocks)
     layers = list(range(n_blocks // 5, n_blocks - n_blocks // 5))
     stack = lora.attach(model, r=8, alpha=16, layers=layers)
     samples = make_samples(n_samples, n_prompt, n_new, V)
-    off = dict(tiled=False, lazy_kl=False, cache_reference=False, cache_below=False, pass_tokens=1)
-    cfg = heal.HealConfig(lr=2e-3, lam=LAM, epochs=2 if tiny else 5, heal_batch=4, val_share=0.0)
-    steps = {"hooks of ours, completion rows": {}, "+ head without logits": dict(tiled=True),
-             "+ reference once": dict(tiled=True, cache_reference=True),
-             "+ blocks below once": dict(tiled=True, cache_reference=True, cache_below=True),
-             "+ several samples per pass": dict(tiled=True, cache_reference=True, cache_below=True, pass_tokens=2048),
-             "+ KL gradient where it is asked for (the default)": dict(tiled=True, cache_reference=True, cache_below=True,
-                                                                       pass_tokens=2048, lazy_kl=True)}
+    cfg = heal.HealConfig(lr=2e-3, lam=LAM, epochs=2 if tiny else 5, heal_batch=4)
+    steps = {"hooks of ours, plain passes": dict(fast=False, pass_tokens=1),
+             "+ no logits, reference once": dict(fast=True, pass_tokens=1),
+             "+ several samples per pass (the default)": dict(fast=True, pass_tokens=2048),
+             "several samples per pass alone": dict(fast=False, pass_tokens=2048)}
     out, missing = {}, {}
     try:
         twin, twin_params = peft_twin(model, layers, stack)
@@ -309,7 +306,7 @@ def a_round(tiny: bool, repeats: int) -> dict:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     last = heal.heal(model, stack.parameters(), samples, lambda: stack.gated(0, 0),
-                                     heal.HealConfig(**{**vars(cfg), **off, **options}), tau=tau)["steps"][-1]
+                                     dataclasses.replace(cfg, tau=tau, **options))["steps"][-1]
                 losses[name] = last["nll"] + LAM * max(last["div"] - tau, 0.0)
             return go
 
@@ -326,7 +323,7 @@ def a_round(tiny: bool, repeats: int) -> dict:
             fns[f"peft {_version('peft')}, completion rows"] = run_peft
         fns |= {name: run_ours(name, options) for name, options in steps.items()}
         seconds = interleave(fns, repeats, warm_up=not tiny)
-        rows = rows_of(seconds, "original", None if tiny else {name: peak_bytes(fn) for name, fn in list(fns.items())[::len(fns) - 1]})
+        rows = rows_of(seconds, "original", None if tiny else {name: peak_bytes(fn) for name, fn in fns.items()})
         for row in rows:
             row["last loss"] = f"{losses[row['']]:.6f}"
             if not missing:
@@ -361,7 +358,7 @@ def scale(tiny: bool, repeats: int, docs: Path | None) -> dict:
         print(table([{axis: f"{a[axis]:,}", "ours s": f"{a['s']:.3f}", "naive s": f"{b['s']:.3f}", "ours MiB": megabytes(a["peak"]),
                       "naive MiB": megabytes(b["peak"])} for a, b in zip(*lines.values())]), "\n")
     V, width, n_blocks = (300, 32, 5) if tiny else (8192, 256, 8)
-    cfg = heal.HealConfig(lr=1e-3, epochs=1, heal_batch=64, val_share=0.0)
+    cfg = heal.HealConfig(lr=1e-3, tau=0.1, epochs=1, heal_batch=64)
     model = small_llama(V, width, n_blocks)
     stack = lora.attach(model, r=8, alpha=16, layers=list(range(1, n_blocks - 1)))
 
@@ -372,7 +369,7 @@ def scale(tiny: bool, repeats: int, docs: Path | None) -> dict:
             stack.drop()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                heal.heal(model, stack.parameters(), samples, lambda: stack.gated(0, 0), cfg, tau=0.1)
+                heal.heal(model, stack.parameters(), samples, lambda: stack.gated(0, 0), cfg)
         return go
     ns = (2, 4) if tiny else (4, 8, 16, 32, 64)
     seconds = interleave({str(n): step_of(n) for n in ns}, repeats)
