@@ -53,8 +53,8 @@ import world                                                    # noqa: E402
 from evalmfv import FOUNDATIONS                                 # noqa: E402
 from heal import (AGGREGATES, HealConfig, Passes, Sample, aggregate, divergences, forward_kl, heal,  # noqa: E402
                   lr_factor, mean_nll, naive_losses, pieces, reverse_kl, split, token_losses)
-from lora import LoraConfig, attach, blocks                     # noqa: E402
-from steer import (Completion, Limits, SteerConfig, band, calibrate_limits, choose, find_dose, fit_vectors, generate,  # noqa: E402
+from lora import LoraConfig, attach                             # noqa: E402
+from steer import (Completion, Limits, SteerConfig, band, blocks, calibrate_limits, choose, find_dose, fit_vectors, generate,  # noqa: E402
                    judge, readings, render, repeats, steered, token_nll)
 
 torch.set_num_threads(1)                                        # small models: a second thread costs more than it gives
@@ -894,6 +894,9 @@ def test_lora_gated_restores_the_gates_after_an_exception_and_keeps_rounds_folde
     with stack.gated(1, 1):
         lora_noise(stack, 7); stack.fold()
     assert {l.history for l in stack.layers.values()} == {(0.5, 0.0, 1.0)}
+    with stack.gated(1, 1):
+        stack.unfold()
+    assert {l.history for l in stack.layers.values()} == {(0.5, 0.0)}
 
 
 def test_lora_history_built_under_inference_mode_still_serves_training():
@@ -904,15 +907,13 @@ def test_lora_history_built_under_inference_mode_still_serves_training():
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in stack.parameters())
 
 
-def test_lora_order_of_rounds_and_their_gates_does_not_matter(tmp_path):
+def test_lora_order_of_rounds_and_their_gates_does_not_matter():
     model, stack = lora_case(rounds=3)
-    ids, files = lora_ids(), [tmp_path / f"{k}.safetensors" for k in range(3)]
-    for k, file in enumerate(files):
-        stack.save(file, rounds=[k])
+    ids, saved = lora_ids(), [stack.tensors([k]) for k in range(3)]
     stack.gates([0.2, 0.5, 0.9])
     expected = lora_logits(model, ids)
     model, other = lora_case()
-    other.load(files[2], files[0], files[1])
+    other.load_tensors(saved[2], saved[0], saved[1])
     other.gates([0.9, 0.2, 0.5])
     assert torch.allclose(lora_logits(model, ids), expected, atol=1e-4)
     other.gates([0.2, 0.5, 0.9])                                            # gates belong to rounds: another model
@@ -925,7 +926,7 @@ def test_lora_base_gets_no_gradient_and_adapters_are_float32_under_a_bfloat16_ba
     model(input_ids=lora_ids()).logits.float().square().mean().backward()
     assert all(p.grad is None for p in model.parameters())
     assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in stack.parameters())
-    assert all(t.dtype == torch.float32 for l in stack.layers.values() for pair in l.rounds for t in pair)
+    assert all(t.dtype == torch.float32 for l in stack.layers.values() for A, B, _ in l.rounds for t in (A, B))
 
 
 def test_lora_spectral_equals_matrix_norm_and_so_does_its_gradient():
@@ -941,8 +942,11 @@ def test_lora_spectral_equals_matrix_norm_and_so_does_its_gradient():
     for A, B, l in pairs:
         assert torch.allclose(l.A.grad.double(), A.grad, rtol=1e-4, atol=1e-5)              # float32 against float64
         assert torch.allclose(l.B.grad.double(), B.grad, rtol=1e-4, atol=1e-5)
-    norm = sum(delta.square().sum() for delta in lora_deltas(stack).values()).sqrt().item()
+    deltas = lora_deltas(stack)
+    norm = sum(delta.square().sum() for delta in deltas.values()).sqrt().item()
     assert abs(stack.norm() - norm) < 1e-5 * norm
+    for name, found in stack.singular_values().items():
+        assert torch.allclose(found, torch.linalg.svdvals(deltas[name])[:4], rtol=1e-4), name
 
 
 def test_lora_spectral_at_zero_B_is_zero_with_zero_gradient_and_draws_no_random_numbers():
@@ -954,62 +958,84 @@ def test_lora_spectral_at_zero_B_is_zero_with_zero_gradient_and_draws_no_random_
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_lora_save_and_load_round_trip_bit_for_bit_and_a_resumed_stack_starts_the_same_round(tmp_path):
-    model, stack = lora_case(rounds=2)
-    ids, path = lora_ids(), tmp_path / "rounds.safetensors"
-    stack.save(path, metadata={"note": "two rounds"})
+def test_lora_unfold_takes_a_fold_back_bit_for_bit_and_training_goes_on_from_there():
+    model, stack = lora_case(rounds=1, alpha=10, r=3)                       # a scale that is no power of two
+    ids, params = lora_ids(), stack.parameters()
+    lora_noise(stack, 5)
+    before, kept = lora_logits(model, ids), [p.detach().clone() for p in params]
+    stack.fold()
+    folded = lora_logits(model, ids)
+    stack.unfold()
+    assert all(a is b and torch.equal(a, c) for a, b, c in zip(params, stack.parameters(), kept)) and stack.n_rounds == 1
+    assert torch.equal(lora_logits(model, ids), before) and torch.allclose(folded, before, atol=1e-4)
+    model(input_ids=ids).logits.sum().backward()
+    with torch.no_grad():
+        for p in params:
+            p -= 1e-3 * p.grad
+    trained = lora_logits(model, ids)
+    stack.fold()                                                            # not what was folded the first time
+    assert torch.allclose(lora_logits(model, ids), trained, atol=1e-3) and not torch.allclose(trained, folded, atol=1e-2)
+    stack.unfold()
+    stack.drop()                                                            # a refused round: the student before it
+    fresh, again = lora_case(rounds=1, alpha=10, r=3)
+    assert torch.equal(lora_logits(model, ids), lora_logits(fresh, ids))
+    assert all(torch.equal(a, b) for a, b in zip(stack.parameters(), again.parameters()))
+
+
+def test_lora_unfold_takes_a_loaded_round_too_and_refuses_what_would_change_the_model():
+    model, stack = lora_case(rounds=1)                                      # scale 2: exact in the file too
     fresh, loaded = lora_case()
-    loaded.load(path)
+    loaded.load_tensors(stack.tensors())
+    stack.unfold(), loaded.unfold()
+    assert all(torch.equal(a, b) for a, b in zip(stack.parameters(), loaded.parameters()))
+    with pytest.raises(RuntimeError, match="expected a folded round"):
+        loaded.unfold()                                                     # none left
+    loaded.fold()
+    with loaded.gated(0.5, 1), pytest.raises(RuntimeError, match="open gates"):
+        loaded.unfold()
+    lora_noise(loaded, 3)
+    with pytest.raises(RuntimeError, match="not trained yet"):
+        loaded.unfold()
+    wide = lora_case(r=5)[1]
+    wide.load_tensors(lora_case(rounds=1)[1].tensors())
+    with pytest.raises(RuntimeError, match="rank 4, here it is 5"):
+        wide.unfold()
+    assert wide.n_rounds == 1
+
+
+def test_lora_tensors_come_back_bit_for_bit_and_a_resumed_stack_starts_the_same_round():
+    model, stack = lora_case(rounds=2)
+    ids, tensors = lora_ids(), stack.tensors()
+    fresh, loaded = lora_case()
+    loaded.load_tensors(tensors)
     assert loaded.n_rounds == 2 and torch.equal(lora_logits(fresh, ids), lora_logits(model, ids))
     for a, b in zip(stack.layers.values(), loaded.layers.values()):
         assert torch.equal(a.A, b.A)
-        assert all(torch.equal(s, t) for p, q in zip(a.rounds, b.rounds) for s, t in zip(p, q))
-    tensors = safetensors.torch.load_file(path)
+        assert all(torch.equal(p[0], q[0]) and torch.equal(p[2] * p[1], q[2] * q[1]) for p, q in zip(a.rounds, b.rounds))
     A, B = (tensors[f"model.layers.1.self_attn.q_proj.1.{x}"] for x in "AB")
-    scaled = loaded.layers["model.layers.1.self_attn.q_proj"].rounds[1]
-    assert torch.equal(B @ A, scaled[1] @ scaled[0]) and len(tensors) == 14 * 2 * 2
-    assert safetensors.safe_open(path, "pt").metadata() == {"note": "two rounds"}
+    old = stack.layers["model.layers.1.self_attn.q_proj"].rounds[1]
+    assert torch.equal(B @ A, old[2] * old[1] @ old[0]) and len(tensors) == 14 * 2 * 2      # the scale is in B
 
 
-def test_lora_loading_into_the_wrong_model_names_the_modules_and_loads_nothing(tmp_path):
-    path = tmp_path / "rounds.safetensors"
-    lora_case(rounds=1)[1].save(path)
+def test_lora_loading_into_the_wrong_model_names_the_modules_and_loads_nothing():
+    tensors = lora_case(rounds=1)[1].tensors()
     model, fewer = lora_case(layers=[1])
-    with pytest.raises(ValueError, match=r"does not adapt.*model\.layers\.2\."):
-        fewer.load(path)
-    with pytest.raises(ValueError, match=r"lacks A and B of 7 adapted modules.*model\.layers\.0\."):
-        lora_case(layers=[0, 1, 2])[1].load(path)
+    with pytest.raises(ValueError, match=r"14 are of modules that are not adapted.*model\.layers\.2\."):
+        fewer.load_tensors(tensors)
+    with pytest.raises(ValueError, match=r"14 tensors of the 21 adapted modules are missing.*model\.layers\.0\."):
+        lora_case(layers=[0, 1, 2])[1].load_tensors(tensors)
     wide = attach(tiny_model(tiny_tokenizer(), d=64), r=4, alpha=8, layers=[1, 2])
     with pytest.raises(ValueError, match=r"q_proj has A \[4, 32\] and B \[32, 4\], here it takes A \[r, 64\]"):
-        wide.load(path)
-    good = lora_case()[1]
-    path.with_name("torn").write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        good.load(path, path.with_name("torn"))                             # all files or none
+        wide.load_tensors(tensors)
+    good, key = lora_case()[1], "model.layers.1.self_attn.q_proj.0.A"
+    for bad, message in (({}, "28 tensors"), ({"x": torch.ones(1)}, "'x'"), (tensors | {key: tensors[key] / 0}, "not finite"),
+                         (tensors | {key: torch.ones(3)}, "has A"), ({k.replace(".0.", ".1."): t for k, t in tensors.items()}, "28 t")):
+        with pytest.raises(ValueError, match=message):
+            good.load_tensors(tensors, bad)                                 # all or none
     assert good.n_rounds == 0 and fewer.n_rounds == 0
     lora_noise(good, 0)
     with pytest.raises(RuntimeError, match="drop"):
-        good.load(path)
-
-
-def test_lora_a_torn_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "rounds.safetensors"
-    _, stack = lora_case(rounds=1)
-    stack.save(path)
-    old = path.read_bytes()
-    lora_noise(stack, 3); stack.fold()
-    for call in ("fsync", "replace"):
-        def fail(*args):
-            raise OSError("disk full")
-        with monkeypatch.context() as patch:
-            patch.setattr(os, call, fail)
-            with pytest.raises(OSError, match="disk full"):
-                stack.save(path)
-        assert path.read_bytes() == old and os.listdir(tmp_path) == [path.name]
-    stack.layers["model.layers.1.self_attn.q_proj"].rounds[0][1][0, 0] = float("nan")
-    with pytest.raises(RuntimeError, match="q_proj.0.B"):
-        stack.save(path)
-    assert path.read_bytes() == old
+        good.load_tensors(tensors)
 
 
 def test_lora_targets_choose_linears_by_the_end_of_their_name():
@@ -1020,15 +1046,23 @@ def test_lora_targets_choose_linears_by_the_end_of_their_name():
         lora_case(targets=["q_proj", "proj"])
 
 
+def lora_shapeless():
+    model = torch.nn.Linear(2, 2)
+    model.get_decoder = lambda: model
+    return model
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda: lora_case(layers=[4]), "layers=.*0 to 3"),
     (lambda: lora_case(layers=[]), "layers="),
     (lambda: lora_case(r=0), "r=0"),
     (lambda: lora_case(rounds=2)[1].gates([1.0]), "1 gates for 2"),
     (lambda: lora_case()[1].gates(current=float("nan")), "finite"),
-    (lambda: lora_case(rounds=1)[1].save("x", rounds=[1]), "1 folded"),
+    (lambda: lora_case(rounds=1)[1].tensors([1]), "1 folded"),
+    (lambda: attach(lora_shapeless(), r=1, alpha=1, layers=[0]), "no decoder"),
     (lambda: LoraConfig(alpha=-1.0), "alpha"),
-    (lambda: LoraConfig(lora_from=0.8, lora_to=0.2), "lora_from"),
+    (lambda: LoraConfig(lora_band=(0.8, 0.2)), "lora_band"),
+    (lambda: LoraConfig(lora_band=(0.8, math.nan)), "lora_band"),
 ])
 def test_lora_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
@@ -1038,13 +1072,60 @@ def test_lora_bad_arguments_are_named(call, message):
 def test_lora_bad_states_are_refused():
     _, stack = lora_case()
     with pytest.raises(RuntimeError, match="fold"):
-        stack.save("never-written")
+        stack.tensors()
     with stack.gated(1, 0), pytest.raises(RuntimeError, match="current gate 0"):
         stack.fold()
     stack.parameters()[3].data[0, 0] = float("inf")
     with pytest.raises(RuntimeError, match="not finite"):
         stack.fold()
     assert stack.n_rounds == 0
+    _, folded = lora_case(rounds=1)
+    folded.layers["model.layers.1.self_attn.q_proj"].rounds[0][1][0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match="q_proj.0.B"):
+        folded.tensors()
+
+
+def lora_twin(seed=0):
+    """Our LoRA and peft's on one base with the same A and B: (our model, stack, peft model, its parameters in our order)."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
+    model, stack = lora_case()
+    lora_noise(stack, seed, 0.1)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(stack.layers), lora_dropout=0.0)
+    theirs = peft.get_peft_model(tiny_model(tiny_tokenizer()), config).eval()
+    params = []
+    for name, l in stack.layers.items():
+        module = theirs.get_submodule(f"base_model.model.{name}")
+        for p, q in ((module.lora_A["default"].weight, l.A), (module.lora_B["default"].weight, l.B)):
+            p.data.copy_(q.data)
+            params.append(p)
+    return model, stack, theirs, params
+
+
+def test_lora_and_its_gradient_equal_pefts():
+    model, stack, theirs, params = lora_twin()
+    ids, grads = lora_ids(), []
+    for m, ps in ((model, stack.parameters()), (theirs, params)):
+        logits = m(input_ids=ids).logits
+        grads.append((logits, torch.autograd.grad(logits.log_softmax(-1)[..., 7].mean(), list(ps))))
+    assert torch.allclose(grads[0][0], grads[1][0], atol=1e-5)
+    assert max(g.abs().max() for g in grads[0][1]) > 1e-3
+    for ours, peers in zip(grads[0][1], grads[1][1]):
+        assert torch.allclose(ours, peers, atol=1e-5), (ours - peers).abs().max()
+
+
+def test_lora_of_peft_is_healed_by_heal_alone_through_disable_adapter():
+    model, stack, theirs, params = lora_twin()
+    _, _, samples = heal_case()
+    cfg = HealConfig(lr=1e-2, tau=0.05, epochs=2, val_share=0.3, kl_agg="rmse")
+    records = [heal(m, ps, samples, reference, cfg, tau=0.05, seed=3) for m, ps, reference in
+               ((model, stack.parameters(), heal_base(stack)), (theirs, params, theirs.disable_adapter))]
+    for ours, peers in zip(records[0]["steps"], records[1]["steps"]):
+        for key in ("nll", "div", "gnorm"):
+            assert ours[key] == pytest.approx(peers[key], abs=1e-5), (key, ours, peers)
+    assert records[0]["val_nll_after"] == pytest.approx(records[1]["val_nll_after"], abs=1e-5)
+    assert records[0]["fired_share"] > 0 and records[0]["nll_last"] < records[0]["nll_first"]
+    for p, q in zip(stack.parameters(), params):
+        assert torch.allclose(p, q, atol=1e-5), (p - q).abs().max()
 
 
 def test_lora_runs_alone_in_an_empty_folder(tmp_path):
@@ -3122,350 +3203,7 @@ def test_in_a_real_browser_nothing_is_fetched_no_script_runs_and_nothing_overflo
         server.shutdown()
 
 
-# ==== exports: what others serve, and chat ============================================================================
-
-import exports                                                  # noqa: E402  bench/exports.py: bases and runs made in code
-
-EXPORT_PROMPTS = [lora_ids(1, 9, seed=i)[0].tolist() for i in range(4)]
-EXPORT_CLASSES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "GPT2LMHeadModel")
-
-
-def export_model(name, ranks=(4, 2)):
-    """A base of this class in float32 and a stack on it with a folded round of noise for each rank."""
-    cls, ids = getattr(transformers, name), dict(vocab_size=262, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    args = exports.ARCHITECTURES[name]
-    torch.manual_seed(0)
-    model = cls(cls.config_class(**(args | {"text_config": args["text_config"] | ids} if "text_config" in args else args | ids))).eval()
-    base = copy.deepcopy(model)
-    stack = attach(model, r=ranks[0], alpha=6, layers=[1, 2])
-    for rnd, r in enumerate(ranks):                             # a rank of its own: through a file, as lora.restack does
-        pairs = {name: tuple(0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(rnd)) for shape in
-                             ((r, l.A.shape[1]), (len(l.B), r))) for name, l in stack.layers.items()}
-        stack._append([pairs])
-    return base, model, stack
-
-
-@pytest.fixture(scope="module")
-def exported(finished, tmp_path_factory):
-    """The tiny run's model in both forms: what `python lora.py export` writes and prints."""
-    out, said = tmp_path_factory.mktemp("exports"), io.StringIO()
-    with contextlib.redirect_stdout(said):
-        codes = [lora_py.main(["export", str(finished[1]), "--to", to, "--out", str(out / to)]) for to in ("peft", "merged")]
-    return out, codes, said.getvalue()
-
-
-@pytest.fixture(scope="module")
-def odd_runs(tmp_path_factory):
-    """Runs on bases of two classes in one file: a vision tower, and one that AutoModelForCausalLM loads as another class."""
-    found = {}
-    for name in ("Gemma3ForConditionalGeneration", "Qwen3_5ForConditionalGeneration"):
-        if not hasattr(transformers, name):
-            continue
-        folder = tmp_path_factory.mktemp(name)
-        exports.make_base(name, folder / "base")
-        exports.make_run(folder / "run", folder / "base")
-        found[name] = folder
-    return found
-
-
-@pytest.mark.parametrize("name", EXPORT_CLASSES)
-def test_export_peft_reads_our_adapter_as_the_same_model(name, tmp_path):
-    peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
-    base, model, stack = export_model(name)
-    check = stack.export_peft(tmp_path / "adapter", model, EXPORT_PROMPTS, base="somebody/base")
-    assert check["rank"] == 6 and check["effect_logit"] > 0.1
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "(?s).*adapter keys")  # "Found missing adapter keys" is how peft says it does nothing
-        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    ours, read = lora_py.logits_of(model, EXPORT_PROMPTS), lora_py.logits_of(theirs, EXPORT_PROMPTS)
-    with theirs.disable_adapter():
-        bare = lora_py.logits_of(theirs, EXPORT_PROMPTS)
-    assert lora_py.distance(ours, read)[0] < 1e-5 < 0.1 < lora_py.distance(read, bare)[0]
-    # and the other way: our reader on what peft itself writes
-    theirs.save_pretrained(tmp_path / "by_peft")
-    assert all(torch.allclose(B @ A, B2 @ A2, atol=1e-6) for (A, B), (A2, B2) in
-               zip(*(dict(sorted(lora_py.read_peft(tmp_path / d).items())).values() for d in ("adapter", "by_peft"))))
-
-
-def export_peft_twin(seed=0):
-    """Our LoRA and peft's on the same base with the same A and B: (our model, stack, peft model, its parameters in our order)."""
-    peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
-    model, stack = lora_case()
-    lora_noise(stack, seed, 0.1)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(stack.layers), lora_dropout=0.0)
-    theirs = peft.get_peft_model(tiny_model(tiny_tokenizer()), config).eval()
-    params = []
-    for name, l in stack.layers.items():
-        module = theirs.get_submodule(f"base_model.model.{name}")
-        for p, q in ((module.lora_A["default"].weight, l.A), (module.lora_B["default"].weight, l.B)):
-            p.data.copy_(q.data)
-            params.append(p)
-    return model, stack, theirs, params
-
-
-def test_export_our_lora_and_its_gradient_equal_pefts():
-    model, stack, theirs, params = export_peft_twin()
-    ids, grads = lora_ids(), []
-    for m, ps in ((model, stack.parameters()), (theirs, params)):
-        logits = m(input_ids=ids).logits
-        grads.append((logits, torch.autograd.grad(logits.log_softmax(-1)[..., 7].mean(), list(ps))))
-    assert torch.allclose(grads[0][0], grads[1][0], atol=1e-5)
-    assert max(g.abs().max() for g in grads[0][1]) > 1e-3
-    for ours, peers in zip(grads[0][1], grads[1][1]):
-        assert torch.allclose(ours, peers, atol=1e-5), (ours - peers).abs().max()
-
-
-def test_export_heal_alone_heals_a_peft_model_through_disable_adapter():
-    model, stack, theirs, params = export_peft_twin()
-    _, _, samples = heal_case()
-    cfg = HealConfig(lr=1e-2, epochs=2, val_share=0.3, kl_agg="rmse")
-    records = [heal(m, ps, samples, reference, cfg, tau=0.05, seed=3) for m, ps, reference in
-               ((model, stack.parameters(), heal_base(stack)), (theirs, params, theirs.disable_adapter))]
-    for ours, peers in zip(records[0]["steps"], records[1]["steps"]):
-        for key in ("nll", "div", "gnorm"):
-            assert ours[key] == pytest.approx(peers[key], abs=1e-5), (key, ours, peers)
-    assert records[0]["val_nll_after"] == pytest.approx(records[1]["val_nll_after"], abs=1e-5)
-    assert records[0]["fired_share"] > 0 and records[0]["nll_last"] < records[0]["nll_first"]
-    for p, q in zip(stack.parameters(), params):
-        assert torch.allclose(p, q, atol=1e-5), (p - q).abs().max()
-
-
-def test_export_gguf_is_byte_identical_to_the_gguf_packages_and_reads_back(tmp_path):
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install -r .ci/requirements.txt")
-    vectors = {layer: torch.randn(37, generator=torch.Generator().manual_seed(layer)) for layer in (3, 7, 11)}
-    notes = dict(operation="add", pos='["Sei \u00e4hnlich."]', model="")
-    steer.save_gguf(tmp_path / "ours.gguf", vectors, 0.3, "gemma3", notes)
-    writer = gguf.GGUFWriter(tmp_path / "theirs.gguf", "controlvector")
-    writer.add_string("controlvector.model_hint", "gemma3")
-    writer.add_uint32("controlvector.layer_count", 3)
-    for key, value in {**notes, "coeff": "0.3"}.items():
-        writer.add_string(f"steering.{key}", value)
-    for layer, v in vectors.items():
-        writer.add_tensor(f"direction.{layer}", (0.3 * v).numpy())
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
-    assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
-    found, fields = steer.read_gguf(tmp_path / "theirs.gguf")
-    assert all(torch.equal(found[layer], 0.3 * v) for layer, v in vectors.items()) and len(found) == 3 and fields["steering.pos"] == notes["pos"]
-
-
-def test_export_a_loaded_control_vector_at_scale_one_is_the_dose(tmp_path):
-    model, tok = steer_pair()
-    vectors, ids = steer_vectors(model), lora_ids()
-    steer.save_gguf(tmp_path / "v.gguf", vectors, 0.7, "llama", {})
-    steer.save_vectors(tmp_path / "v.safetensors", vectors, 0.7, dict(pos="[]"))
-    raw, coeff, notes = steer.read_vectors(tmp_path / "v.safetensors")
-    with steered(model, vectors, 0.7):
-        want = lora_logits(model, ids)
-    for found, dose in ((steer.read_gguf(tmp_path / "v.gguf")[0], 1.0), (raw, coeff)):
-        with steered(model, found, dose):
-            assert torch.equal(lora_logits(model, ids), want)
-    assert notes == {"pos": "[]"} and not torch.equal(want, lora_logits(model, ids))
-    with pytest.raises(ValueError, match="block 0"):
-        steer.save_gguf(tmp_path / "no.gguf", {0: vectors[1]}, 0.7, "llama", {})
-    with pytest.raises(ValueError, match="zero or not finite"):
-        steer.save_gguf(tmp_path / "no.gguf", vectors, 0.0, "llama", {})
-    with pytest.raises(ValueError, match="not a GGUF"):
-        steer.read_gguf(tmp_path / "v.safetensors")
-    assert sorted(os.listdir(tmp_path)) == ["v.gguf", "v.safetensors"]
-
-
-def test_export_a_rounds_vector_becomes_files_with_its_dose_and_persona_pair(finished, tmp_path, capsys):
-    folder = finished[1]
-    steer.main([str(folder), "--gguf", str(tmp_path / "v.gguf"), "--save", str(tmp_path / "v.safetensors")])
-    vectors, coeff, _ = steer.read_vectors(folder / "rounds" / "00" / "vectors.safetensors")
-    directions, fields = steer.read_gguf(tmp_path / "v.gguf")
-    assert all(torch.equal(directions[layer], coeff * v) for layer, v in vectors.items()) and directions.keys() == vectors.keys()
-    assert fields["controlvector.model_hint"] == "llama" and fields["steering.coeff"] == repr(coeff) and fields["steering.fitted_on"] == "base"
-    assert json.loads(fields["steering.pos"]) == loop.load_persona(loop.LoopConfig())["pos"] and fields["steering.model"] == "pocket"
-    raw, dose, notes = steer.read_vectors(tmp_path / "v.safetensors")
-    assert dose == coeff and notes["hook"] == "block_output" and all(torch.equal(raw[layer], v) for layer, v in vectors.items())
-    for argv, message in ((["--round", "4", "--gguf", "x"], "no round 4; accepted rounds: 0"), ([], "run folder"), (["hello", "--gguf", "x"], "no prompts")):
-        with pytest.raises(SystemExit) as stop:
-            steer.main([str(folder), *argv])
-        assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_export_writes_what_is_needed_and_prints_what_was_measured(exported, finished):
-    out, codes, said = exported
-    assert codes == [0, 0] and said.count("largest |logit| difference") == 2 and "--max-lora-rank 8 " in said
-    assert sorted(os.listdir(out / "peft")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-    assert {"config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json", "model.safetensors"} <= set(os.listdir(out / "merged"))
-    config = json.loads((out / "peft" / "adapter_config.json").read_text())
-    assert config["r"] == config["lora_alpha"] == 8 and config["base_model_name_or_path"] == "pocket" and not config["use_rslora"]
-    with safe_open(out / "peft" / "adapter_model.safetensors", "pt") as file:
-        assert set(file.keys()) == {f"base_model.model.{name}.lora_{x}.weight" for name in config["target_modules"] for x in "AB"}
-    assert (out / "merged" / "generation_config.json").read_bytes() == (ROOT / "pocket" / "generation_config.json").read_bytes()
-    assert os.listdir(out) == ["peft", "merged"] or sorted(os.listdir(out)) == ["merged", "peft"]       # nothing temporary
-
-
-def test_export_merged_is_the_sum_rounded_once_and_the_rest_bit_for_bit(exported, finished):
-    weights, base = (safetensors.torch.load_file(p / "model.safetensors") for p in (exported[0] / "merged", ROOT / "pocket"))
-    pairs = safetensors.torch.load_file(finished[1] / "rounds" / "00" / "adapter.safetensors")
-    assert weights.keys() == base.keys()
-    for key, W in base.items():
-        name = key.removesuffix(".weight")
-        if f"{name}.0.A" in pairs:
-            want = (W.float() + pairs[f"{name}.0.B"] @ pairs[f"{name}.0.A"]).to(W.dtype)
-            assert torch.equal(weights[key], want) and not torch.equal(weights[key], W)
-        else:
-            assert torch.equal(weights[key], W), key
-
-
-def test_export_card_has_front_matter_and_table_and_no_local_path(exported, finished):
-    for to, relation in (("peft", "adapter"), ("merged", "finetune")):
-        card = (exported[0] / to / "README.md").read_text()
-        front = dict(line.split(": ", 1) for line in card.split("---\n")[1].splitlines())
-        assert front["base_model"] == '"pocket"' and front["base_model_relation"] == f'"{relation}"' and front["pipeline_tag"] == '"text-generation"'
-        day = next(e for e in finished[3] if e["stage"] == "row" and e["kind"] == "healed")
-        assert f"| day 0 | 0.00 | {day['trait']:+.3f} " in card and "You care about people above all" in card and "python loop.py --rounds 1" in card
-        assert str(exported[0]) not in card and str(finished[1].parent) not in card and "/tmp" not in card and str(ROOT) not in card
-
-
-def test_export_card_escapes_model_text(finished):
-    _, _, run, events = copy.deepcopy(finished)
-    evil = "\"><img src=x onerror=1> [a](javascript:x)\x1b[31m\u202e\x00\n---\n# b"
-    for e in events:
-        for entry in e.get("diary", ()):
-            entry["text"] = entry["prompt"] = evil
-    run["options"]["pos"] = run["options"]["neg"] = run["options"]["persona"] = evil
-    run["argv"] += ["--pos", evil + "```"]
-    check = dict(logit=0.0, kl=0.0, effect_logit=1.0, effect_kl=1.0, rank=8)
-    card = lora_py.model_card(run, events, [0], "peft", check)
-    text = "".join(part for i, part in enumerate(card.split("```")) if i % 2 == 0)         # outside the fences
-    assert card.count("```") == 6 and "<img" not in text and "](java" not in text and not set(card) & set("\x00\x1b\u202e"), card
-
-
-@pytest.mark.parametrize("argv, model, shown", [
-    (["--out", "/home/me/runs", "--seed", "1"], "pocket", "--out runs --seed 1"),
-    (["--prompts=../mine/p.txt", "C:\\models\\llama"], "C:\\models\\llama", "--prompts=p.txt llama"),
-    (["google/gemma-3-4b-it", "--out", "~/x y/z"], "google/gemma-3-4b-it", "google/gemma-3-4b-it --out z"),
-    (["/data/base/", "--pos", "You weigh and/or."], "/data/base/", "base --pos 'You weigh and/or.'")])
-def test_export_the_command_to_repeat_shows_no_path(argv, model, shown):
-    assert lora_py.without_paths(argv, model) == "python loop.py " + shown
-
-
-@pytest.mark.parametrize("name", ["Gemma3ForConditionalGeneration", "Qwen3_5ForConditionalGeneration"])
-def test_export_names_follow_the_class_that_the_config_names_and_no_tower_is_lost(odd_runs, name, tmp_path):
-    if name not in odd_runs:
-        pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    folder = odd_runs[name]
-    (folder / "base" / "preprocessor_config.json").write_text('{"image_processor_type": "made up"}')
-    assert lora_py.export(folder / "run", "peft", out=tmp_path / "peft")["effect_logit"] > 0.1
-    names = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["target_modules"]
-    assert all(name.startswith("model.language_model.layers.") for name in names) and len(names) >= 14
-    lora_py.export(folder / "run", "merged", out=tmp_path / "merged")
-    weights, base = (safetensors.torch.load_file(p / "model.safetensors") for p in (tmp_path / "merged", folder / "base"))
-    assert weights.keys() == base.keys() and any("vision" in key or "visual" in key for key in weights)
-    assert 0 < sum(not torch.equal(weights[key], base[key]) for key in base) == len(names)
-    assert (tmp_path / "merged" / "preprocessor_config.json").read_text() == '{"image_processor_type": "made up"}'
-
-
-def test_export_an_adapter_named_for_another_class_is_refused_and_leaves_nothing(odd_runs, tmp_path):
-    base, model, stack = export_model("LlamaForCausalLM")
-    other, _, _ = export_model("Gemma3ForConditionalGeneration")
-    with pytest.raises(ValueError, match="Gemma3ForConditionalGeneration has no nn.Linear model.layers.1"):
-        lora_py.write_peft(tmp_path / "x", stack.concatenated(), lora_py.witness(stack, model, EXPORT_PROMPTS), other, base="b")
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("broken, message", [
-    (lambda A, B: (A, 0 * B), "off by"), (lambda A, B: (A, 1.01 * B), "off by"), (lambda A, B: (A, B * float("nan")), "off by")])
-def test_export_that_is_not_the_runs_model_fails_and_leaves_nothing(broken, message, tmp_path, monkeypatch):
-    _, model, stack = export_model("LlamaForCausalLM")
-    read = lora_py.read_peft
-    monkeypatch.setattr(lora_py, "read_peft", lambda folder: {name: broken(*pair) for name, pair in read(folder).items()})
-    with pytest.raises(RuntimeError, match=message):
-        stack.export_peft(tmp_path / "x", model, EXPORT_PROMPTS, base="b")
-    assert os.listdir(tmp_path) == []
-
-
-def test_export_a_nan_in_one_prompt_is_not_lost():
-    x = [torch.zeros(2, 5) for _ in range(3)]
-    for i in range(3):
-        bad = [y + float("nan") if i == j else y for j, y in enumerate(x)]
-        assert all(math.isnan(number) for number in lora_py.distance(x, bad)), i
-        with pytest.raises(RuntimeError, match="off by nan"):
-            lora_py.prove(lora_py.Witness([], x, x), bad, torch.float32, rounded="update")
-
-
-def test_export_that_does_nothing_fails_even_where_the_dtypes_bound_is_loose():
-    run = [torch.randn(5, 9, generator=torch.Generator().manual_seed(0))]
-    base = [run[0] + 1e-3 * torch.randn(5, 9, generator=torch.Generator().manual_seed(1))]
-    proof = lora_py.Witness([], run, base)
-    with pytest.raises(RuntimeError, match="loses the run's effect"):
-        lora_py.prove(proof, base, torch.bfloat16, rounded="weights")
-    assert lora_py.prove(proof, run, torch.bfloat16, rounded="weights")["logit"] == 0
-    assert lora_py.prove(lora_py.Witness([], run, run), run, torch.float32, rounded="update")["effect_kl"] == 0     # a run of no effect
-
-
-@pytest.mark.parametrize("dtype, roundoff", [("float32", 1e-6), ("float16", 1e-3), ("bfloat16", 8e-3)])
-def test_export_difference_is_that_of_the_files_dtype(dtype, roundoff, tmp_path):
-    _, model, stack = export_model("Qwen3ForCausalLM")
-    stack.gates([1.0, 0.5])                                     # gates are in the file; open ones do not count twice
-    check = stack.export_peft(tmp_path / "x", model, EXPORT_PROMPTS, base="b", dtype=lora_py.DTYPES[dtype])
-    assert check["logit"] < roundoff * check["effect_logit"] and check["logit"] < check["bound"] < 5 * roundoff * check["effect_logit"] + 1e-4
-    assert next(iter(stack.layers.values())).history == (1.0, 0.5)
-
-
-def test_export_rank_compresses_to_the_best_of_that_rank_and_its_error_is_the_frobenius_one(tmp_path):
-    _, model, stack = export_model("LlamaForCausalLM")
-    pairs = stack.concatenated()
-    parts = lora_py.singular(pairs)
-    for rank in (1, 3, 6):
-        delta, near = ([(B @ A).double() for A, B in ps.values()] for ps in (pairs, lora_py.compress(parts, rank)))
-        best = []
-        for d in delta:
-            U, S, Vt = torch.linalg.svd(d)
-            best.append(U[:, :rank] * S[:rank] @ Vt[:rank])
-        off = sum((d - n).square().sum() for d, n in zip(delta, near)).sqrt() / sum(d.square().sum() for d in delta).sqrt()
-        assert lora_py.lost(parts, rank) == pytest.approx(off.item(), abs=1e-6) and all(torch.allclose(b, n, atol=1e-6) for b, n in zip(best, near))
-    check = stack.export_peft(tmp_path / "x", model, EXPORT_PROMPTS, base="b", rank=4)
-    assert list(check["lost"]) == [1, 2, 4, 6] and check["rank"] == 4 and check["lost"][6] < 1e-6 < check["lost"][4] < check["lost"][1]
-    assert 1e-4 < check["logit"] < check["effect_logit"]
-    assert {len(A) for A, _ in lora_py.read_peft(tmp_path / "x").values()} == {4}
-    for rank in (0, 7, -1):
-        with pytest.raises(ValueError, match=f"rank {rank}: .*1 to 6"):
-            stack.export_peft(tmp_path / "y", model, EXPORT_PROMPTS, base="b", rank=rank)
-
-
-@pytest.mark.parametrize("rank, flag", [(1, "--max-lora-rank 1 "), (16, "--max-lora-rank 16 "), (257, "--max-lora-rank 320 "), (513, "vLLM takes ranks up to 512")])
-def test_export_names_the_rank_that_vllm_allows(rank, flag):
-    assert flag in lora_py.serve_line("peft", dict(rank=rank), "b", "x")
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--rank", "0"], "--rank 0: the rounds have rank 8"), (["--rank", "9"], "1 to 8"), (["--round", "3"], "accepted rounds of"),
-    (["--out", "{full}"], "not empty"), (["--base", "{empty}"], "could not be loaded"), (["--to", "merged", "--rank", "4"], "--rank is for --to peft"),
-    (["{empty}"], "not a run folder"), (["{rejected}"], "no accepted round"), (["{moved}"], "If it has moved: --base"), (["{quantised}", "--to", "merged"], "is quantised")])
-def test_export_wrong_inputs_are_named_and_leave_nothing(argv, message, finished, tmp_path, capsys):
-    places = {name: tmp_path / name for name in ("full", "empty", "rejected", "moved", "quantised", "base4")}
-    for name in ("full", "empty"):
-        places[name].mkdir()
-    (places["full"] / "mine.txt").write_text("keep me")
-    places["base4"].mkdir()
-    (places["base4"] / "config.json").write_text(json.dumps(json.loads((ROOT / "pocket" / "config.json").read_text()) | {
-        "quantization_config": dict(quant_method="bitsandbytes", load_in_4bit=True)}))
-    for name, model in (("rejected", "pocket"), ("moved", str(tmp_path / "gone" / "base")), ("quantised", str(places["base4"]))):
-        shutil.copytree(finished[1], places[name])
-        run = json.loads((places[name] / "run.json").read_text())
-        run["options"]["model"] = model
-        (places[name] / "run.json").write_text(json.dumps(run))
-    shutil.rmtree(places["rejected"] / "rounds" / "00")
-    argv = [word.format(**places) for word in argv]
-    run = argv.pop(0) if argv[0].startswith("/") else str(finished[1])
-    to = [] if "--to" in argv else ["--to", "peft"]
-    out = [] if "--out" in argv else ["--out", str(tmp_path / "out")]
-    code = lora_py.main(["export", run, *to, *out, *argv])
-    err = capsys.readouterr().err
-    assert code == 2 and message in err and "Traceback" not in err, err
-    assert not (tmp_path / "out").exists() and os.listdir(places["full"]) == ["mine.txt"] and not [p for p in os.listdir(tmp_path) if p[0] == "."]
-
-
-def test_export_a_mismatch_is_exit_code_one(finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lora_py, "read_peft", lambda folder: {})
-    assert lora_py.main(["export", str(finished[1]), "--to", "peft", "--out", str(tmp_path / "x")]) == 1
-    assert "nothing was written" in capsys.readouterr().err and os.listdir(tmp_path) == []
-
+# ==== chat ============================================================================================================
 
 def test_chat_compares_base_prompted_and_day_and_a_gate_of_zero_is_the_base(finished, capsys, monkeypatch):
     def ask(*argv):
