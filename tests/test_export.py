@@ -1,5 +1,7 @@
-"""Tests of tools/export.py: each way out of a run is read back, by us and by the packages that others read it with."""
+"""Tests of tools/export.py and card.py: each way out of a run is read back, by us and by the packages that others read it with."""
+import contextlib
 import copy
+import io
 import json
 import math
 import os
@@ -17,7 +19,7 @@ import transformers
 from bench import exports                                       # bases and runs made in code
 from lora import attach
 from steer import steered
-from tools import export, folder
+from tools import card as cards, export, folder
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = [torch.randint(6, 262, (9,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(4)]
@@ -50,28 +52,19 @@ def write(out, model, stack, rank=None, base="somebody/base", **options):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run on the embedded model: rounds 0 and 1 accepted, round 2 refused. (run folder, what exporting it printed)."""
-    path = tmp_path_factory.mktemp("run") / "run"
+def exported(tmp_path_factory):
+    """A run on the embedded model, exported in both forms: (run folder, what was printed)."""
+    path, said = tmp_path_factory.mktemp("run") / "run", io.StringIO()
     exports.make_run(path, "pocket", (4, 2, 2), refused=[2])
-    return path
-
-
-@pytest.fixture(scope="module")
-def exported(run):
-    """Both forms of the run's model, in their folders inside the run, and what was printed."""
-    import contextlib
-    import io
-    said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        codes = [export.main([str(run), "--to", to]) for to in ("peft", "merged")]
+        codes = [export.main([str(path), "--to", to]) for to in ("peft", "merged")]
     assert codes == [0, 0]
-    return run, said.getvalue()
+    return path, said.getvalue()
 
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
-    """The same on a base small enough to be exported many times: (base folder, run folder)."""
+    """A run on a tiny base, rounds 0 and 1 accepted and round 2 refused: (base folder, run folder)."""
     path = tmp_path_factory.mktemp("small")
     exports.make_base("LlamaForCausalLM", path / "base")
     exports.make_run(path / "run", path / "base", (4, 2, 2), refused=[2])
@@ -277,9 +270,10 @@ def test_a_local_base_is_written_as_the_path_that_loads_and_the_card_names_it_on
     base, path = small_run
     shutil.copytree(path, tmp_path / "run")
     meta = json.loads((tmp_path / "run" / "run.json").read_text())
-    meta["options"]["model"], meta["argv"][0] = "base", "base"          # as given: beside where the command was run
+    given = f"{base.parent.name}/base"                                  # beside where the command was run, like a hub id
+    meta["options"]["model"] = meta["argv"][0] = given
     (tmp_path / "run" / "run.json").write_text(json.dumps(meta))
-    monkeypatch.chdir(base.parent)
+    monkeypatch.chdir(base.parent.parent)
     assert export.main([str(tmp_path / "run"), "--to", "peft"]) == 0
     config, out = json.loads((tmp_path / "run" / "peft" / "adapter_config.json").read_text()), capsys.readouterr().out
     assert config["base_model_name_or_path"] == str(base) and config["revision"] is None and f"vllm serve {base} " in out
@@ -345,11 +339,11 @@ def test_a_refused_round_is_exported_where_it_is_named_and_says_so(small_run, tm
 CHECK = dict(logit=0.0, kl=0.0, effect_logit=1.0, effect_kl=1.0, rank=8)
 
 
-def card_of(path, change=lambda record: None, to="peft"):
-    record = folder.read(path)
+def card_of(small_run, change=lambda record: None, to="peft"):
+    record = folder.read(small_run[1])
     change(record)
-    base = export.Base("/home/me/models/base", "", "base", None)
-    return export.model_card(record, base, record.accepted, ["--to", to, "--round", "1"], to, CHECK)
+    base = cards.Base("/home/me/models/base", "", "base", None)
+    return cards.model_card(record, base, record.accepted, ["--to", to, "--round", "1"], to, CHECK)
 
 
 def test_the_card_has_front_matter_and_table_and_no_local_path(exported):
@@ -363,24 +357,24 @@ def test_the_card_has_front_matter_and_table_and_no_local_path(exported):
         assert str(exported[0].parent) not in card and "/tmp" not in card and str(ROOT) not in card
 
 
-def test_the_card_says_what_the_barrier_did(run):
+def test_the_card_says_what_the_barrier_did(small_run):
     def heals(**values):
         return lambda record: [e.update(values) for e in record.events if e["stage"] == "heal"]
-    assert "fired in 25% of 16 training steps" in card_of(run)
-    silent, none = card_of(run, heals(fired_share=0.0)), card_of(run, heals(fired_share=0.0, lam_eff=0.0))
+    assert "fired in 25% of 16 training steps" in card_of(small_run)
+    silent, none = card_of(small_run, heals(fired_share=0.0)), card_of(small_run, heals(fired_share=0.0, lam_eff=0.0))
     assert "never fired, so it has changed nothing" in silent and "without a barrier" in none
 
 
-def test_the_card_of_a_trait_that_no_foundation_stands_for_leaves_it_out(run):
+def test_the_card_of_a_trait_that_no_foundation_stands_for_leaves_it_out(small_run):
     def bare(record):
         record.run["persona"] |= dict(target=None, direction=None)
         for row in record.rows():
             row.update(trait=None, trait_se=None, shift=None)
-    card = card_of(run, bare)
+    card = card_of(small_run, bare)
     assert "Trait: nats" not in card and "| day 1 | 0.00 | - ± - | - | 0.9900 |" in card
 
 
-def test_the_card_escapes_model_text(run):
+def test_the_card_escapes_model_text(small_run):
     evil = "\"><img src=x onerror=1> [a](javascript:x)\x1b[31m\u202e\x00\n---\n# b {base}"
 
     def poison(record):
@@ -391,7 +385,7 @@ def test_the_card_escapes_model_text(run):
         record.run["persona"] |= dict(pos=[evil], neg=[evil])
         record.run["options"] |= dict(persona=evil)
         record.run["argv"] += ["--pos", evil + "```"]
-    card = card_of(run, poison)
+    card = card_of(small_run, poison)
     text = "".join(part for i, part in enumerate(card.split("```")) if i % 2 == 0)                  # outside the fences
     assert card.count("```") == 6 and "<img" not in text and "](java" not in text and not set(card) & set("\x00\x1b\u202e")
 
@@ -400,21 +394,48 @@ def test_the_card_escapes_model_text(run):
     (["--out", "/home/me/runs", "--seed", "1"], "pocket", "--out runs --seed 1"),
     (["--prompts=../mine/p.txt", "C:\\models\\llama"], "C:\\models\\llama", "--prompts=p.txt llama"),
     (["google/gemma-3-4b-it", "--out", "~/x y/z"], "google/gemma-3-4b-it", "google/gemma-3-4b-it --out z"),
-    (["models/llama", "--rounds", "2"], "models/llama", "llama --rounds 2"),                        # a folder, like a hub id
     (["/data/base/", "--pos", "You weigh and/or."], "/data/base/", "base --pos 'You weigh and/or.'")])
 def test_the_command_to_repeat_shows_no_path(argv, model, shown):
     is_hub = model.startswith("google")
-    base = export.Base(model if is_hub else f"/abs/{model}", "", model if is_hub else export.last_part(model), None)
-    assert export.without_paths(argv, base, model) == "python loop.py " + shown
+    base = cards.Base(model if is_hub else f"/abs/{model}", "", model if is_hub else cards.last_part(model), None)
+    assert cards.without_paths(argv, base, model) == "python loop.py " + shown
 
 
 @pytest.mark.parametrize("rank, flag", [(1, "--max-lora-rank 1 "), (16, "--max-lora-rank 16 "), (257, "--max-lora-rank 320 "),
                                         (513, "vLLM takes ranks up to 512")])
 def test_the_serve_line_names_the_rank_that_vllm_allows(rank, flag):
-    assert flag in export.serve_line("peft", dict(rank=rank), export.Base("b", "", "b", None), "x")
+    assert flag in cards.serve_line("peft", dict(rank=rank), cards.Base("b", "", "b", None), "x")
 
 
 # ---- wrong inputs --------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def places(small_run, tmp_path_factory):
+    """Bases and runs with one thing wrong, by name."""
+    (base, path), top = small_run, tmp_path_factory.mktemp("wrong")
+    found = {name: top / name for name in ("full", "empty", "other", "adapted", "base4", "rejected", "moved", "quantised", "torn")}
+    for name in ("full", "empty", "base4"):
+        found[name].mkdir()
+    (found["full"] / "mine.txt").write_text("keep me")
+    for name in ("other", "adapted"):
+        shutil.copytree(base, found[name])
+    weights = {key: W * 1.5 for key, W in safetensors.torch.load_file(base / "model.safetensors").items()}
+    safetensors.torch.save_file(weights, found["other"] / "model.safetensors", {"format": "pt"})
+    (found["adapted"] / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    quantised = dict(quantization_config=dict(quant_method="bitsandbytes", load_in_4bit=True))
+    config = json.loads((base / "config.json").read_text()) | quantised
+    (found["base4"] / "config.json").write_text(json.dumps(config))
+    for name, model in (("rejected", base), ("moved", top / "gone" / "base"), ("quantised", found["base4"]), ("torn", base)):
+        shutil.copytree(path, found[name])
+        run = json.loads((found[name] / "run.json").read_text())
+        run["options"]["model"] = str(model)
+        (found[name] / "run.json").write_text(json.dumps(run))
+    events = (path / "events.jsonl").read_text().replace('"accepted": true', '"accepted": false')
+    (found["rejected"] / "events.jsonl").write_text(events)
+    adapter = found["torn"] / "rounds" / "01" / "adapter.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-50])
+    return found
+
 
 @pytest.mark.parametrize("argv, message", [
     (["--rank", "0"], "--rank 0: the rounds have rank 6"), (["--rank", "7"], "1 to 6"), (["--round", "3"], "--round 3"),
@@ -423,35 +444,12 @@ def test_the_serve_line_names_the_rank_that_vllm_allows(rank, flag):
     (["--to", "gguf", "--dtype", "float16"], "--dtype is for"), (["--to", "vectors", "--round", "7"], "rounds with vectors: 0, 1, 2"),
     (["{empty}"], "not a run folder"), (["{rejected}"], "no accepted round"), (["{moved}"], "If the base has moved: --base"),
     (["{torn}"], "adapter.safetensors"), (["{quantised}", "--to", "merged"], "is quantised")])
-def test_wrong_inputs_are_named_and_leave_nothing(argv, message, small_run, tmp_path, capsys):
-    base, path = small_run
-    places = {name: tmp_path / name for name in ("full", "empty", "other", "adapted", "base4", "rejected", "moved", "quantised", "torn")}
-    for name in ("full", "empty", "base4"):
-        places[name].mkdir()
-    (places["full"] / "mine.txt").write_text("keep me")
-    for name in ("other", "adapted"):
-        shutil.copytree(base, places[name])
-    weights = safetensors.torch.load_file(base / "model.safetensors")
-    safetensors.torch.save_file({key: W * 1.5 for key, W in weights.items()}, places["other"] / "model.safetensors", {"format": "pt"})
-    (places["adapted"] / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    config = json.loads((base / "config.json").read_text())
-    (places["base4"] / "config.json").write_text(json.dumps(config | {
-        "quantization_config": dict(quant_method="bitsandbytes", load_in_4bit=True)}))
-    for name, model in (("rejected", base), ("moved", tmp_path / "gone" / "base"), ("quantised", places["base4"]), ("torn", base)):
-        shutil.copytree(path, places[name])
-        run = json.loads((places[name] / "run.json").read_text())
-        run["options"]["model"] = str(model)
-        (places[name] / "run.json").write_text(json.dumps(run))
-    events = (path / "events.jsonl").read_text().replace('"accepted": true', '"accepted": false')
-    (places["rejected"] / "events.jsonl").write_text(events)
-    adapter = places["torn"] / "rounds" / "01" / "adapter.safetensors"
-    adapter.write_bytes(adapter.read_bytes()[:-50])
+def test_wrong_inputs_are_named_and_leave_nothing(argv, message, small_run, places, tmp_path, capsys):
     argv = [word.format(**places) for word in argv]
-    run = argv.pop(0) if argv[0].startswith("/") else str(path)
+    run = argv.pop(0) if argv[0].startswith("/") else str(small_run[1])
     to = [] if "--to" in argv else ["--to", "peft"]
     out = [] if "--out" in argv else ["--out", str(tmp_path / "out")]
     code = export.main([run, *to, *out, *argv])
     err = capsys.readouterr().err
     assert code == 2 and message in err and "Traceback" not in err, err
-    assert not (tmp_path / "out").exists() and os.listdir(places["full"]) == ["mine.txt"]
-    assert not [p for p in os.listdir(tmp_path) if p[0] == "."]
+    assert os.listdir(tmp_path) == [] and os.listdir(places["full"]) == ["mine.txt"]
