@@ -46,7 +46,8 @@ def without_paths(argv: list[str], base: Base, model: str) -> str:
         flag, equals, value = token.rpartition("=") if token.startswith("-") else ("", "", token)
         is_path = re.match(r"[/~.\\]|\w:[/\\]", value) or re.fullmatch(r"\S*[/\\]\S*", value)
         if value == model:                                      # which a hub id is, wherever the base is now
-            is_path = base.is_local and (Path(value).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value))
+            is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value) and not Path(value).exists()
+            is_path = base.is_local and not is_hub_id
         return flag + equals + shlex.quote(fenced(last_part(value) if is_path else value))
     return " ".join(["python loop.py", *map(shown, argv)])
 
