@@ -15,7 +15,6 @@ import math
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -53,9 +52,9 @@ import steer                                                    # noqa: E402
 import world                                                    # noqa: E402
 from evalmfv import FOUNDATIONS                                 # noqa: E402
 from heal import (AGGREGATES, HealConfig, Passes, Sample, aggregate, divergences, forward_kl, heal,  # noqa: E402
-                  lr_factor, naive_losses, reverse_kl, split, token_losses)
-from lora import LoraConfig, attach, blocks                     # noqa: E402
-from steer import (Completion, Limits, SteerConfig, band, calibrate_limits, choose, find_dose, fit_vectors, generate,  # noqa: E402
+                  lr_factor, mean_nll, naive_losses, pieces, reverse_kl, split, token_losses)
+from lora import LoraConfig, attach                             # noqa: E402
+from steer import (Completion, Limits, SteerConfig, band, blocks, calibrate_limits, choose, find_dose, fit_vectors, generate,  # noqa: E402
                    judge, readings, render, repeats, steered, token_nll)
 
 torch.set_num_threads(1)                                        # small models: a second thread costs more than it gives
@@ -89,18 +88,20 @@ def tiny_model(tok, seed=0, dtype=torch.float32, layers=4, d=32):
     return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
 
 
-# ==== heal.py: the barrier and the round ====================================================================
+# ==== heal.py: the barrier and the round ==============================================================================
 
 def heal_case(dtype=torch.float32, history=0):
     """A tiny model, a stack with `history` folded rounds, seeded noise in the current round, six uneven samples."""
     model = tiny_model(tiny_tokenizer(), dtype=dtype)
-    if dtype == torch.float64:                                  # transformers' norm rounds to float32
+    if dtype == torch.float64:                                              # transformers' norm rounds to float32
         for name, norm in [(name, m) for name, m in model.named_modules() if name.endswith("norm")]:
             exact = torch.nn.RMSNorm(len(norm.weight), eps=norm.variance_epsilon, dtype=dtype).requires_grad_(False)
-            model.set_submodule(name, exact)                    # the weights are ones in both
+            model.set_submodule(name, exact)                                # the weights are ones in both
     stack = attach(model, r=4, alpha=8, layers=[1, 2])
     for rnd in range(history + 1):
-        heal_noise(stack, seed=rnd)
+        rng = torch.Generator().manual_seed(rnd)
+        for p in stack.parameters():
+            p.data.copy_(0.1 * torch.randn(p.shape, generator=rng))
         if rnd < history:
             stack.fold()
     rng = torch.Generator().manual_seed(9)
@@ -109,58 +110,39 @@ def heal_case(dtype=torch.float32, history=0):
     return model, stack, samples
 
 
-def heal_noise(stack, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    for p in stack.parameters():
-        p.data.copy_(0.1 * torch.randn(p.shape, generator=rng))
-
-
 def heal_base(stack):
     return lambda: stack.gated(0, 0)
 
 
 def heal_nll(model, stack, samples):
-    return Passes(model, samples, heal_base(stack)).mean_nll(list(range(len(samples))), 50)
+    return mean_nll(Passes(model, samples, heal_base(stack)), samples, 50)
 
 
 def heal_logits(n=5, V=7, seed=0, dtype=torch.float64, size=3.0):
     return size * torch.randn(n, V, generator=torch.Generator().manual_seed(seed), dtype=dtype)     # [n, V]
 
 
-def heal_flat(tensors):
-    return torch.cat([x.detach().flatten() for x in tensors])
-
-
-def heal_run(model, stack, samples, tau=0.0, seed=0, rnd=0, held_out=False, **options):
-    """heal() without its warnings and, as one prompt is never held out, without validation: most tests look elsewhere."""
-    cfg = HealConfig(**{"tau": tau, "lr": 1e-3, **options})
+def heal_run(model, stack, samples, tau=0.0, seed=0, **options):
+    """heal() with its warnings silenced: most tests look at something else."""
+    cfg = HealConfig(**{"val_share": 0.0, "lr": 1e-3, **options})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return heal(model, stack.parameters(), samples if held_out else [s._replace(group=0) for s in samples],
-                    heal_base(stack), cfg, seed=seed, rnd=rnd, spectral=stack.spectral if cfg.spectral else None)
-
-
-def heal_numbers(record, keys=("nll", "div", "gnorm")):
-    return torch.tensor([[s[key] for key in keys] for s in record["steps"]])
-
-
-def heal_double_loop(logits, ref_logits):
-    """KL(student || reference) at each position, number by number."""
-    out = []
-    for z, z0 in zip(logits.tolist(), ref_logits.tolist()):
-        total, total0 = sum(map(math.exp, z)), sum(map(math.exp, z0))
-        out.append(sum(math.exp(a) / total * math.log((math.exp(a) / total) / (math.exp(b) / total0))
-                       for a, b in zip(z, z0)))
-    return out
+        return heal(model, stack.parameters(), samples, heal_base(stack), cfg, tau=tau, seed=seed,
+                    spectral=stack.spectral if cfg.spectral else None)
 
 
 def test_heal_reverse_kl_equals_a_double_loop_and_torch_distributions():
     p, q = heal_logits(seed=0), heal_logits(seed=1)
-    naive = torch.tensor(heal_double_loop(p, q), dtype=torch.float64)
+    naive = []
+    for z, z0 in zip(p.tolist(), q.tolist()):
+        total, total0 = sum(map(math.exp, z)), sum(map(math.exp, z0))
+        naive.append(sum(math.exp(a) / total * math.log((math.exp(a) / total) / (math.exp(b) / total0))
+                         for a, b in zip(z, z0)))
     peer = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=p),
                                              torch.distributions.Categorical(logits=q))
-    assert torch.allclose(reverse_kl(p, q), naive, atol=1e-12) and torch.allclose(reverse_kl(p, q), peer, atol=1e-12)
-    assert torch.allclose(forward_kl(q, p), peer, atol=1e-12)   # directions: forward is the swap
+    assert torch.allclose(reverse_kl(p, q), torch.tensor(naive, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(reverse_kl(p, q), peer, atol=1e-12)
+    assert torch.allclose(forward_kl(q, p), peer, atol=1e-12)               # directions: forward is the swap
     assert not torch.allclose(forward_kl(p, q), peer, atol=1e-2)
 
 
@@ -169,25 +151,35 @@ def test_heal_kl_is_computed_in_float32_when_logits_are_bfloat16():
     q = (p.float() + 0.05 * heal_logits(4, 5000, seed=1, dtype=torch.float32, size=1.0)).bfloat16()
     kl, exact = reverse_kl(p, q), reverse_kl(p.double(), q.double())
     assert kl.dtype == torch.float32 and (kl.double() - exact).abs().max() < 1e-6
+    with pytest.raises(ValueError, match="one shape"):
+        reverse_kl(p, q[:1])
 
 
 @pytest.mark.parametrize("how", AGGREGATES)
-def test_heal_gradients_of_the_barrier(how):
-    """Right in float64, finite where student and reference agree, exactly zero below tau."""
-    p, q = heal_logits().requires_grad_(), heal_logits(seed=1)
-    for divergence in (reverse_kl, forward_kl):
-        assert torch.autograd.gradcheck(lambda x: aggregate(divergence(x, q), how), p)
-    same = heal_logits(dtype=torch.float32).requires_grad_()
-    div = aggregate(reverse_kl(same, same.detach().clone()), how)
+@pytest.mark.parametrize("divergence", [reverse_kl, forward_kl])
+def test_heal_gradcheck_of_every_aggregate_of_both_divergences(how, divergence):
+    q = heal_logits(seed=1)
+    assert torch.autograd.gradcheck(lambda p: aggregate(divergence(p, q), how), heal_logits().requires_grad_())
+
+
+@pytest.mark.parametrize("how", AGGREGATES)
+def test_heal_gradient_is_finite_and_zero_where_student_and_reference_agree(how):
+    p = heal_logits(dtype=torch.float32).requires_grad_()
+    div = aggregate(reverse_kl(p, p.detach().clone()), how)
     div.backward()
-    assert div.item() == 0 and same.grad.abs().max() < 1e-7     # nan fails this too
+    assert div.item() == 0 and p.grad.abs().max() < 1e-7                    # nan fails this too
+
+
+@pytest.mark.parametrize("how", AGGREGATES)
+def test_heal_gradient_of_the_barrier_is_exactly_zero_below_tau(how):
+    p, q = heal_logits().requires_grad_(), heal_logits(seed=1)
     div = aggregate(reverse_kl(p, q), how)
     for tau, is_zero in ((div.item() * 1.001, True), (div.item() * 0.999, False)):
         grad, = torch.autograd.grad(torch.relu(div - tau), p, retain_graph=True)
         assert torch.equal(grad, torch.zeros_like(grad)) == is_zero, (tau, grad)
 
 
-def test_heal_aggregates_are_ordered_and_agree_on_a_constant_and_rmse_sees_a_short_loop():
+def test_heal_aggregates_are_ordered_and_agree_on_a_constant():
     rng = torch.Generator().manual_seed(0)
     for n in (1, 2, 7, 60):
         kl = torch.rand(n, generator=rng) ** 4
@@ -196,21 +188,32 @@ def test_heal_aggregates_are_ordered_and_agree_on_a_constant_and_rmse_sees_a_sho
         assert values["p95"] <= values["max"]
         for how in AGGREGATES:
             assert abs(aggregate(torch.full((n,), 0.3), how).item() - 0.3) < 1e-6, how
-    kl = torch.zeros(60); kl[:4] = 5.7                          # a four-token loop in a clean completion
+
+
+def test_heal_rmse_opens_the_barrier_that_mean_leaves_shut():
+    kl = torch.zeros(60); kl[:4] = 5.7                                      # a four-token loop in a clean completion
     assert aggregate(kl, "mean") < 0.5 < aggregate(kl, "rmse")
     assert abs(aggregate(kl, "rmse").item() - 5.7 * (4 / 60) ** 0.5) < 1e-6
 
 
+def test_heal_unknown_or_empty_aggregates_raise():
+    with pytest.raises(ValueError, match="how='median': expected mean, rmse, p95, max"):
+        aggregate(torch.ones(3), "median")
+    for kl in (torch.ones(0), torch.ones(2, 3)):                            # [2, 3] would pool two samples
+        with pytest.raises(ValueError, match="one sample"):
+            aggregate(kl, "rmse")
+
+
 def test_heal_losses_are_those_of_each_sample_run_alone():
     model, stack, samples = heal_case()
-    nlls, kls = Passes(model, samples, heal_base(stack)).losses([4, 0, 3, 2, 1])
-    for sample, nll, kl in zip([samples[i] for i in (4, 0, 3, 2, 1)], nlls, kls, strict=True):
-        ids = torch.tensor([sample.ids])                        # [1, T], no padding and no mask
+    nlls, kls = Passes(model, samples, heal_base(stack)).losses(samples)
+    for sample, nll, kl in zip(samples, nlls, kls):
+        ids = torch.tensor([sample.ids])                                    # [1, T], no padding and no mask
         with torch.no_grad():
-            logp = model(input_ids=ids).logits[0].log_softmax(-1)                   # [T, V]
+            logp = model(input_ids=ids).logits[0].log_softmax(-1)           # [T, V]
             with stack.gated(0, 0):
-                logq = model(input_ids=ids).logits[0].log_softmax(-1)               # [T, V]
-        want = range(sample.n_prompt - 1, len(sample.ids) - 1)  # position t predicts token t + 1
+                logq = model(input_ids=ids).logits[0].log_softmax(-1)       # [T, V]
+        want = range(sample.n_prompt - 1, len(sample.ids) - 1)              # position t predicts token t + 1
         alone = torch.tensor([-logp[t, sample.ids[t + 1]] for t in want])
         assert torch.allclose(nll, alone, atol=1e-4), (nll - alone).abs().max()
         alone = torch.stack([(logp[t].exp() * (logp[t] - logq[t])).sum() for t in want])
@@ -226,7 +229,7 @@ def test_heal_batch_composition_and_padding_do_not_change_a_sample():
             assert torch.allclose(a, b, atol=1e-10), (a - b).abs().max()
     assert [len(kl) for kl in alone] == [5, 1, 9, 12, 3, 7] and all(kl.min() > 0 for kl in alone)
     passes = Passes(model, samples, heal_base(stack))
-    assert abs(passes.mean_nll([0, 1, 2, 3], 1) - passes.mean_nll([2, 3, 0, 1], 60)) < 1e-10
+    assert abs(mean_nll(passes, samples, 1) - mean_nll(passes, samples, 60)) < 1e-10
 
 
 @pytest.mark.parametrize("reg, lam", [("nll", 0.0), ("kl_rev", 3.0), ("kl_fwd", 3.0)])
@@ -236,25 +239,26 @@ def test_heal_passes_of_any_size_add_up_to_one_step(reg, lam):
         model, stack, samples = heal_case(torch.float64, history=1)
         record = heal_run(model, stack, samples, tau=0.05, reg=reg, lam=lam, heal_batch=6, pass_tokens=pass_tokens,
                           epochs=3, spectral=0.1)
-        rows.append(heal_numbers(record))
-        weights.append(heal_flat(stack.parameters()))
+        rows.append([[s[k] for k in ("nll", "div", "gnorm", "grad_nll", "grad_barrier")] for s in record["steps"]])
+        weights.append(torch.cat([p.detach().flatten() for p in stack.parameters()]))
     for other_rows, other in zip(rows[1:], weights[1:]):
-        assert torch.allclose(rows[0], other_rows, rtol=1e-4)
-        assert torch.allclose(weights[0], other, atol=1e-5)     # float32 weights after three Adam steps
+        assert torch.allclose(torch.tensor(rows[0]), torch.tensor(other_rows), rtol=1e-4)
+        assert torch.allclose(weights[0], other, atol=1e-5)                 # float32 weights after three Adam steps
 
 
 def test_heal_loss_is_the_documented_one():
     """The gradient of the formula, written out sample by sample, is what one step reports as its norm."""
     model, stack, samples = heal_case(torch.float64)
-    tau, lam, total = 0.2, 5.0 * 3 ** 0.5, 0                    # round 2: lam * (1 + 2) ** 0.5
+    params, tau, lam = stack.parameters(), 0.2, 5.0 * 3 ** 0.5              # round 2: lam * (1 + 2) ** 0.5
+    total = 0
     for s in samples:
-        (nll,), (kl,) = Passes(model, [s], heal_base(stack)).losses([0])
+        (nll,), (kl,) = Passes(model, [s], heal_base(stack)).losses([s])
         total = total + len(kl) * (nll.mean() + lam * torch.relu((kl.square().mean()).sqrt() - tau))
-    loss = total / sum(len(s.answer) for s in samples) + 0.3 * stack.spectral()
-    expected = heal_flat(torch.autograd.grad(loss, stack.parameters())).norm().item()
-    record = heal_run(model, stack, samples, tau=tau, rnd=2, lam=5.0, lam_round_pow=0.5, heal_batch=6, pass_tokens=30,
-                      epochs=1, spectral=0.3)
-    assert abs(record["steps"][0]["gnorm"] - expected) < 1e-4 * expected            # reported before clipping
+    loss = total / sum(len(s.ids) - s.n_prompt for s in samples) + 0.3 * stack.spectral()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)]).norm().item()
+    cfg = HealConfig(lr=1e-3, lam=5.0, lam_round_pow=0.5, heal_batch=6, pass_tokens=30, epochs=1, val_share=0.0, spectral=0.3)
+    record = heal(model, params, samples, heal_base(stack), cfg, tau=tau, rnd=2, spectral=stack.spectral)
+    assert abs(record["steps"][0]["gnorm"] - expected) < 1e-4 * expected    # the reported norm is before clipping
     assert abs(record["lam_eff"] - lam) < 1e-12 and 0 < record["steps"][0]["fired"] < 1
 
 
@@ -262,10 +266,10 @@ def test_heal_loss_is_the_documented_one():
 def test_heal_gradient_of_any_round_equals_finite_differences(history):
     """float64 base, float32 adapters: every perturbed value is a float32, so the step is measured, not assumed."""
     model, stack, samples = heal_case(torch.float64, history=history)
-    params, sizes = stack.parameters(), [len(s.answer) for s in samples]
+    params, sizes = stack.parameters(), [len(s.ids) - s.n_prompt for s in samples]
 
     def loss():
-        nlls, kls = Passes(model, samples, heal_base(stack)).losses(list(range(6)))
+        nlls, kls = Passes(model, samples, heal_base(stack)).losses(samples)
         each = [n * (nll.mean() + 5.0 * torch.relu(aggregate(kl, "rmse") - 0.05))
                 for n, nll, kl in zip(sizes, nlls, kls)]
         return sum(each) / sum(sizes)
@@ -282,7 +286,7 @@ def test_heal_gradient_of_any_round_equals_finite_differences(history):
                 ends.append((flat[i].item(), loss().item()))
         flat[i] = start
         slope, grad = (ends[1][1] - ends[0][1]) / (ends[1][0] - ends[0][0]), p.grad.view(-1)[i].item()
-        assert abs(slope - grad) < 1e-4 * abs(slope) + 1e-6, (slope, grad)          # the step's own error: 1e-6
+        assert abs(slope - grad) < 1e-4 * abs(slope) + 1e-6, (slope, grad)  # the step's own error is of order 1e-6
 
 
 def test_heal_leaves_the_base_without_gradient_and_unchanged_bit_for_bit():
@@ -302,49 +306,42 @@ def test_heal_lowers_nll_and_a_tight_barrier_keeps_D_lower_than_nll_alone():
     ends = {}
     for reg in ("nll", "kl_rev"):
         model, stack, samples = heal_case()
-        stack.drop()                                            # the round starts at the base
-        before = heal_nll(model, stack, samples)
+        stack.drop()                                                        # the round starts at the base
         record = heal_run(model, stack, samples, tau=0.02, reg=reg, lam=30.0, lr=5e-3, epochs=10)
         div = [aggregate(kl, "rmse").item() for kl in divergences(model, samples, heal_base(stack))]
-        ends[reg] = before, heal_nll(model, stack, samples), max(div)
-        assert record["steps"][0]["div"] == 0                   # B = 0: the student is the reference
+        ends[reg] = record["nll_first"], heal_nll(model, stack, samples), max(div)
+        assert record["steps"][0]["div"] == 0                               # B = 0: the student is the reference
     assert ends["nll"][1] < ends["nll"][0] - 1 and ends["kl_rev"][1] < ends["kl_rev"][0] - 0.2, ends
     assert ends["kl_rev"][2] < 0.2 * ends["nll"][2], ends
 
 
-def test_heal_holds_out_whole_prompts_and_reports_nll_of_tokens_before_and_after():
+def test_heal_holds_out_whole_prompts_and_reports_their_nll():
     model, stack, samples = heal_case()
-    twice = samples + [s._replace(ids=s.ids[:-1] + [9]) for s in samples if len(s.answer) > 1]
-    train, val = ([twice[i] for i in part] for part in split(twice, 0.15, torch.Generator().manual_seed(0)))
+    twice = samples + [s._replace(ids=s.ids[:-1] + [9]) for s in samples if len(s.ids) - s.n_prompt > 1]
+    train, val = split(twice, 0.3, torch.Generator().manual_seed(0))
     assert not {s.group for s in train} & {s.group for s in val}
-    assert len({s.group for s in val}) == 1 and len(train) + len(val) == len(twice)
+    assert len({s.group for s in val}) == 2 and len(train) + len(val) == len(twice)
     start = [p.detach().clone() for p in stack.parameters()]
-    record = heal_run(model, stack, twice, epochs=1, held_out=True)
+    record = heal_run(model, stack, twice, val_share=0.3, epochs=1, seed=0)
     after = heal_nll(model, stack, val)
     for p, value in zip(stack.parameters(), start):
         p.data.copy_(value)
     assert abs(record["val_nll_before"] - heal_nll(model, stack, val)) < 1e-5
     assert abs(record["val_nll_after"] - after) < 1e-5
-    assert record["n_train"] == len(train) and record["n_tokens"] == sum(len(s.answer) for s in train)
-    still = heal_run(model, stack, twice, epochs=2, held_out=True, lr=1e-12)        # an epoch's mean, not a batch's
-    assert still["nll_first"] == pytest.approx(heal_nll(model, stack, train), abs=1e-5) == still["nll_last"]
-    alone = heal_run(model, stack, [samples[0]], epochs=1)      # a lone prompt is trained on
+    assert record["n_train"] == len(train) and record["n_tokens"] == sum(len(s.ids) - s.n_prompt for s in train)
+    alone = heal_run(model, stack, [samples[0]], val_share=0.3, epochs=1)   # a lone prompt is trained on
     assert alone["n_train"] == 1 and alone["val_nll_before"] is None
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_heal_sees_every_sample_once_an_epoch_and_the_reference_once_a_round(fast):
+def test_heal_every_sample_is_seen_once_an_epoch_and_a_short_last_batch_is_a_step():
     model, stack, samples = heal_case()
-    seen = {True: [], False: []}
-
-    def count(module, args, given):
-        seen[stack.layers["model.layers.1.self_attn.q_proj"].current == 0] += given["attention_mask"].sum(1).tolist()
-    model.register_forward_pre_hook(count, with_kwargs=True)
-    record = heal_run(model, stack, samples, heal_batch=4, epochs=3, fast=fast)
-    assert [(s["step"], s["epoch"]) for s in record["steps"]] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2)]
-    lengths = [len(s.ids) for s in samples]                     # 4 + 2 samples: a short last batch is a step
-    assert sorted(seen[False]) == sorted(3 * lengths + fast * 2 * [lengths[0]])     # + two probes of the head
-    assert sorted(seen[True]) == sorted((1 if fast else 3) * lengths)
+    seen = []
+    model.register_forward_pre_hook(lambda module, args, given: seen.extend(given["attention_mask"].sum(1).tolist()),
+                                    with_kwargs=True)
+    record = heal_run(model, stack, samples, heal_batch=4, epochs=2)
+    assert [s["step"] for s in record["steps"]] == [0, 1, 2, 3]             # 4 + 2 samples, twice
+    probes = 2 * [len(samples[0].ids)] + 3 * [max(len(s.ids) for s in samples)]         # the start: which shortcuts hold here
+    assert sorted(seen) == sorted([len(s.ids) for s in samples] * 3 + probes)           # the student twice, the reference once
 
 
 def test_heal_is_reproduced_by_its_seed_and_leaves_the_global_generator_alone():
@@ -354,28 +351,28 @@ def test_heal_is_reproduced_by_its_seed_and_leaves_the_global_generator_alone():
         state = torch.get_rng_state()
         heal_run(model, stack, samples, heal_batch=2, epochs=2, seed=seed)
         assert torch.equal(torch.get_rng_state(), state)
-        ends.append(heal_flat(stack.parameters()))
+        ends.append(torch.cat([p.detach().flatten() for p in stack.parameters()]))
     assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
 
 
 def test_heal_learning_rate_warms_up_then_falls_and_no_step_is_idle():
-    factors = [lr_factor(step, 40) for step in range(40)]
+    factors = [lr_factor(step, 40, 0.1) for step in range(40)]
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and factors[4:] == sorted(factors[4:], reverse=True)
-    assert 0 < factors[-1] < 0.01 and abs(lr_factor(22, 40) - 0.5) < 1e-12
-    assert lr_factor(0, 1) == 1
+    assert 0 < factors[-1] < 0.01 and abs(lr_factor(22, 40, 0.1) - 0.5) < 1e-12
+    assert lr_factor(0, 1, 0.1) == 1 and lr_factor(0, 1, 0.0) == 1
 
 
 def test_heal_warns_of_a_barrier_that_never_or_always_fired():
     model, stack, samples = heal_case()
     for tau, message in ((1e3, "never fired"), (1e-9, "always fired")):
         with pytest.warns(UserWarning, match=message):
-            record = heal(model, stack.parameters(), samples, heal_base(stack), HealConfig(lr=1e-3, tau=tau, epochs=1))
+            record = heal(model, stack.parameters(), samples, heal_base(stack), HealConfig(lr=1e-3, epochs=1), tau=tau)
         assert message in record["warning"] and record["fired_share"] == (tau < 1)
-    cfg = HealConfig(lr=1e-3, tau=1e3, epochs=1, reg="nll")     # no barrier, but D is measured
-    with warnings.catch_warnings():
+    with warnings.catch_warnings():                                         # nll has no barrier, D is measured
         warnings.simplefilter("error")
-        record = heal(model, stack.parameters(), samples, heal_base(stack), cfg)
+        record = heal(model, stack.parameters(), samples, heal_base(stack), HealConfig(lr=1e-3, epochs=1, reg="nll"), tau=1e3)
     assert record["warning"] is None and record["lam_eff"] == 0 and record["steps"][0]["div"] > 0
+    assert record["steps"][0]["grad_barrier"] == 0
 
 
 def test_heal_skips_a_step_that_is_not_finite_and_gives_up_after_three_in_a_row():
@@ -383,7 +380,7 @@ def test_heal_skips_a_step_that_is_not_finite_and_gives_up_after_three_in_a_row(
         model, stack, samples = heal_case()
         calls = []
 
-        def spoil(module, args, output):                        # one student forward of six rows per step
+        def spoil(module, args, output):                                    # one student forward of six rows per step
             if stack.layers["model.layers.1.self_attn.q_proj"].current and len(output.last_hidden_state) == 6:
                 calls.append(0)
                 if len(calls) - 1 in bad:
@@ -399,8 +396,9 @@ def test_heal_skips_a_step_that_is_not_finite_and_gives_up_after_three_in_a_row(
 
 
 @pytest.mark.parametrize("options", [dict(reg="wd"), dict(kl_agg="median"), dict(lam=-1.0), dict(tau=math.inf),
-                                     dict(lr=0.0), dict(epochs=0), dict(pass_tokens=0), dict(heal_batch=0),
-                                     dict(lam_round_pow=math.nan), dict(spectral=math.nan), dict(weight_decay=-1)])
+                                     dict(lr=-1.0), dict(epochs=0), dict(pass_tokens=0), dict(warmup=1.0),
+                                     dict(val_share=-0.1), dict(clip=0.0), dict(lam_round_pow=math.nan),
+                                     dict(spectral=math.nan)])
 def test_heal_config_names_the_bad_option(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))}="):
         HealConfig(**options)
@@ -408,28 +406,18 @@ def test_heal_config_names_the_bad_option(options):
 
 def test_heal_refuses_bad_arguments_before_any_forward():
     model, stack, samples = heal_case()
-    params, base, cfg = stack.parameters(), heal_base(stack), HealConfig(lr=1e-3, tau=1.0)
-    others, (h, h0, W, targets, _) = [s._replace(ids=s.ids[:-1] + [9]) for s in samples], heal_head()
-    model.forward = None                                        # a forward would be a TypeError
+    params, base, cfg = stack.parameters(), heal_base(stack), HealConfig(lr=1e-3)
+    model.forward = None                                                    # a forward would be a TypeError
     for bad, message in (
-            (lambda: heal(model, params, [], base, cfg), "no samples"),
-            (lambda: heal(model, params, [Sample([1, 2], 2, 0)], base, cfg), "sample 0: n_prompt=2 of 2"),
-            (lambda: heal(model, params, [Sample([1, 2], 0, 0)], base, cfg), "sample 0: n_prompt=0"),
-            (lambda: heal(model, [], samples, base, cfg), "params: got 0"),
-            (lambda: heal(model, [params[0].bfloat16()], samples, base, cfg), "bfloat16"),
-            (lambda: heal(model, params, samples, base, HealConfig(lr=1e-3)), "cfg.tau=None.*calibrate"),
-            (lambda: heal(model, params, samples, base, HealConfig(tau=1.0)), "cfg.lr=None.*calibrate"),
-            (lambda: heal(model, params, samples, base, HealConfig(lr=1e-3, tau=1, spectral=0.1)), "needs spectral="),
-            (lambda: divergences(model, samples, base, reg="wd"), "reg='wd'"),
-            (lambda: divergences(model, samples, base, ref_samples=others), "same completions"),
-            (lambda: aggregate(torch.ones(3), "median"), "how='median': expected mean, rmse, p95, max"),
-            (lambda: aggregate(torch.ones(0), "rmse"), "one sample"),
-            (lambda: aggregate(torch.ones(2, 3), "rmse"), "one sample"),            # would pool two samples
-            (lambda: reverse_kl(h, h0[:1]), "one shape"),
-            (lambda: token_losses(h, h0[:3], W, targets), r"\[3, 16\]"),
-            (lambda: token_losses(h, h0, W.T, targets), r"not \[N, d\]"),
-            (lambda: token_losses(h, h0, W.clone().requires_grad_(), targets), "head requires a gradient"),
-            (lambda: token_losses(h, h0, W, targets, reg="wd"), "reg='wd'")):
+            (lambda: heal(model, params, [], base, cfg, tau=1.0), "no samples"),
+            (lambda: heal(model, params, [Sample([1, 2], 2, 0)], base, cfg, tau=1.0), "sample 0: n_prompt=2 of 2"),
+            (lambda: heal(model, params, [Sample([1, 2], 0, 0)], base, cfg, tau=1.0), "sample 0: n_prompt=0"),
+            (lambda: heal(model, [], samples, base, cfg, tau=1.0), "params: got 0"),
+            (lambda: heal(model, [params[0].bfloat16()], samples, base, cfg, tau=1.0), "bfloat16"),
+            (lambda: heal(model, params, samples, base, cfg, tau=math.nan), "tau=nan"),
+            (lambda: heal(model, params, samples, base, HealConfig(lr=1e-3, spectral=0.1), tau=1.0), "needs spectral="),
+            (lambda: heal(model, params, samples, base, HealConfig(), tau=1.0), "cfg.lr=0"),
+            (lambda: divergences(model, samples, base, reg="wd"), "reg='wd'")):
         with pytest.raises(ValueError, match=message):
             bad()
 
@@ -456,7 +444,7 @@ def test_heal_works_with_any_adapter_and_any_way_to_switch_it_off():
 
     model = Bag()
     samples = [Sample([1, 2, 3, 3, 3, 3], 2, g) for g in range(8)]
-    record = heal(model, [model.bias], samples, model.switched_off, HealConfig(lr=0.1, lam=0.5, tau=0.1))
+    record = heal(model, [model.bias], samples, model.switched_off, HealConfig(lr=0.1, lam=0.5), tau=0.1)
     assert record["val_nll_after"] < record["val_nll_before"] - 0.1 and model.bias.argmax() == 3
 
 
@@ -475,17 +463,17 @@ def heal_head(N=37, V=301, d=16, dtype=torch.float64, seed=0, shift=0.3):
 @pytest.mark.parametrize("reg", ["kl_rev", "kl_fwd"])
 def test_heal_token_losses_equal_naive_autograd_in_float64(reg, how):
     h, h0, W, targets, b = heal_head()
-    for bias, cap, tile in ((None, 0.0, 64), (b, 0.0, 50), (None, 5.0, 301), (b, 5.0, 7), (b, 5.0, 1000)):
+    for bias, cap, lazy, tile in ((None, 0.0, False, 64), (b, 0.0, True, 50), (None, 5.0, False, 301), (b, 5.0, True, 7), (b, 5.0, False, 1000)):
         values, grads = [], []
         for tiled in (True, False):
             x = h.clone().requires_grad_()
             if tiled:
-                nll, kl = token_losses(x, h0, W, targets, bias=bias, cap=cap, reg=reg, tile=tile)
+                nll, kl = token_losses(x, h0, W, targets, bias=bias, cap=cap, reg=reg, lazy=lazy, tile=tile)
             else:
                 logits = [z if bias is None else z + b for z in (x @ W.T, h0 @ W.T)]
                 nll, kl = naive_losses(*(z if not cap else cap * (z / cap).tanh() for z in logits), targets, reg)
             assert nll.dtype == kl.dtype == torch.float64
-            D = aggregate(kl[:20], "rmse" if how == "barrier alone" else how)       # the rest: no gradient in KL
+            D = aggregate(kl[:20], "rmse" if how == "barrier alone" else how)           # the rest has no gradient in KL
             loss = (how != "barrier alone") * nll.mean() + 5 * torch.relu(D - 0.1)
             values.append(torch.cat([nll, kl]))
             grads.append(torch.autograd.grad(loss, x)[0])
@@ -497,26 +485,26 @@ def test_heal_token_losses_survive_large_logits_and_agree_on_which_bits_are_zero
     h, h0, W, targets, _ = heal_head(dtype=torch.float32)
     for dtype in (torch.float32, torch.bfloat16):
         x = h.to(dtype).clone().requires_grad_()
-        nll, kl = token_losses(x, h.to(dtype), W.to(dtype), targets, tile=64)       # student = reference
+        nll, kl = token_losses(x, h.to(dtype), W.to(dtype), targets, tile=64)           # student = reference
         assert kl.eq(0).all() and nll.dtype == torch.float32
         (nll.sum() * 0 + aggregate(kl, "rmse")).backward()
         assert x.grad.eq(0).all() and x.grad.dtype == dtype
-    x, x0, W = 60 * h.double(), 60 * h0.double(), W.double()    # logits of +-240
-    tiled, naive = token_losses(x, x0, W, targets, tile=64), naive_losses(x @ W.T, x0 @ W.T, targets)
+    x = (60 * h).double().requires_grad_()                                              # logits of +-240
+    tiled, naive = token_losses(x, 60 * h0.double(), W.double(), targets, tile=64), naive_losses(x @ W.double().T, 60 * h0.double() @ W.double().T, targets)
     assert naive[1].max() > 100 and all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(tiled, naive))
 
 
-@pytest.mark.parametrize("shift, better", [(0.012, 400), (0.06, 15)])               # mean KL about .003 and .07 nats
+@pytest.mark.parametrize("shift, better", [(0.012, 400), (0.06, 15)])                   # mean KL about .003 and .07 nats
 def test_heal_token_losses_in_bfloat16_are_nearer_the_truth_than_a_bfloat16_softmax(shift, better):
     h, h0, W, targets, _ = heal_head(N=64, V=4096, d=128, dtype=torch.bfloat16, shift=shift)
-    W = W / 4                                                   # logits of a few nats; exact
+    W = W / 4                                                                           # logits of a few nats; exact
     x = h.double().requires_grad_()
     _, truth = naive_losses(x @ W.double().T, h0.double() @ W.double().T, targets)
     aggregate(truth, "rmse").backward()
     y = h.clone().requires_grad_()
     _, kl = token_losses(y, h0, W, targets, tile=512)
     aggregate(kl, "rmse").backward()
-    logp, logq = ((z @ W.T).log_softmax(-1) for z in (h, h0))   # what the peers do
+    logp, logq = ((z @ W.T).log_softmax(-1) for z in (h, h0))                           # what the peers do
     peers = (logp.exp() * (logp - logq)).sum(-1)
     error, theirs = ((k.double() - truth).abs().mean().item() for k in (kl, peers))
     assert theirs / error >= better, (truth.mean().item(), theirs, error, theirs / error)
@@ -535,17 +523,27 @@ def test_heal_token_losses_never_hold_more_than_a_tile_of_the_logits():
                 own = isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given
                 self.numel = max(self.numel, t.numel() if own else 0)
             return out
-    h, h0, W, targets, _ = heal_head(N=40, V=5000, d=16, dtype=torch.bfloat16)
-    given, x = {W.untyped_storage().data_ptr()}, h.requires_grad_()
-    with Largest() as seen:
-        nll, kl = token_losses(x, h0, W, targets, tile=100)
-        (nll.mean() + kl.mean()).backward()
-    assert seen.numel == 40 * 100, seen.numel                   # N * tile, of N * V = 200,000
+    for lazy in (False, True):
+        h, h0, W, targets, _ = heal_head(N=40, V=5000, d=16, dtype=torch.bfloat16)
+        given, x = {W.untyped_storage().data_ptr()}, h.requires_grad_()
+        with Largest() as seen:
+            nll, kl = token_losses(x, h0, W, targets, tile=100, lazy=lazy)
+            (nll.mean() + kl.mean()).backward()
+        assert seen.numel == 40 * 100, seen.numel                                       # N * tile, of N * V = 200,000
+
+
+def test_heal_token_losses_refuse_what_they_would_get_wrong():
+    h, h0, W, targets, _ = heal_head()
+    for bad, message in ((lambda: token_losses(h, h0[:3], W, targets), r"\[3, 16\]"), (lambda: token_losses(h, h0, W.T, targets), "expected"),
+                         (lambda: token_losses(h, h0, W.clone().requires_grad_(), targets), "head requires a gradient"),
+                         (lambda: token_losses(h, h0, W, targets, reg="wd"), "reg='wd'")):
+        with pytest.raises(ValueError, match=message):
+            bad()
 
 
 def heal_families():
-    from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig,
-                              GraniteForCausalLM, PhiConfig, PhiForCausalLM)
+    from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM,
+                              PhiConfig, PhiForCausalLM)
     tiny = dict(vocab_size=262, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
                 num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return {"soft-capped": (Gemma2ForCausalLM, Gemma2Config(**tiny, head_dim=8, final_logit_softcapping=3.0)),
@@ -554,63 +552,171 @@ def heal_families():
             "biased": (PhiForCausalLM, PhiConfig(**tiny | dict(num_key_value_heads=4)))}
 
 
-@pytest.mark.parametrize("name", ["soft-capped", "divided", "multiplied", "biased", "unknown", "edited", "hooked", "trained"])
+@pytest.mark.parametrize("name", ["soft-capped", "divided", "multiplied", "biased", "unknown", "hooked", "trained"])
 def test_heal_reads_any_head_as_the_model_does(name):
     """Exact without logits where the config tells the head; from the model's own logits where it does not."""
     torch.manual_seed(0)
-    families = heal_families()
-    cls, config = families.get(name, families["divided"])
+    cls, config = heal_families()["divided" if name in ("unknown", "hooked", "trained") else name]
     model = cls(config).eval().requires_grad_(False)
-    forward = model.forward
-
-    def other(*args, **kwargs):
-        out = forward(*args, **kwargs)
-        if name == "unknown":
-            out.logits = out.logits.square()
-        else:
-            out.logits[..., [100, 200]] = -50.0                 # past the one column that an idle head would make
-        return out
     if name == "biased":
         model.lm_head.bias.data.normal_()
-    elif name in ("unknown", "edited"):
+    if name == "unknown":
+        model.config.logits_scaling = 1.0                       # the model divides by what it read when it was made
+        model.model.register_forward_hook(lambda m, a, out: None)
+        forward = model.forward
+
+        def other(*args, **kwargs):
+            out = forward(*args, **kwargs)
+            out.logits = out.logits.square()
+            return out
         model.forward = other
-    elif name == "hooked":
+    if name == "hooked":
         model.lm_head.register_forward_hook(lambda m, a, out: out + 1.0)
-    stack, samples, results = attach(model, r=4, alpha=8, layers=[1, 2]), heal_case()[2], []
-    model.lm_head.weight.requires_grad_(name == "trained")
-    heal_noise(stack)
-    for fast in (True, False):
-        passes = Passes(model, samples, heal_base(stack), fast=fast)
-        assert (passes.head is not None) == (fast and name in families)
-        for _ in range(2):                                      # the second time the reference from memory
-            nlls, kls = passes.losses(list(range(6)))
+    if name == "trained":
+        model.lm_head.weight.requires_grad_()
+    stack = attach(model, r=4, alpha=8, layers=[1, 2])
+    if name == "trained":
+        model.lm_head.weight.requires_grad_()
+    rng = torch.Generator().manual_seed(0)
+    for p in stack.parameters():
+        p.data.copy_(0.1 * torch.randn(p.shape, generator=rng))
+    samples = heal_case()[2]
+    results = []
+    for shortcuts in (True, False):
+        passes = Passes(model, samples, heal_base(stack), params=stack.parameters(), tiled=shortcuts, cache_reference=shortcuts,
+                        cache_below=shortcuts)
+        assert passes.tiled == (shortcuts and name in heal_families())
+        for _ in range(2):                                      # the second time from memory
+            nlls, kls = passes.losses(samples)
         loss = torch.cat(nlls).mean() + sum(aggregate(kl, "rmse") for kl in kls)
-        results.append((heal_flat([*nlls, *kls]), heal_flat(torch.autograd.grad(loss, stack.parameters()))))
+        results.append((torch.cat([*nlls, *kls]).detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, stack.parameters())])))
     for a, b in zip(*results):
         assert torch.allclose(a, b, atol=1e-4 * b.abs().max()), (a - b).abs().max()
-    logits, targets = model(input_ids=torch.tensor([samples[0].ids])).logits[0, 2:-1], torch.tensor(samples[0].answer)
-    assert torch.allclose(nlls[0], torch.nn.functional.cross_entropy(logits, targets, reduction="none"), atol=1e-3)
+    s, logits = samples[0], model(input_ids=torch.tensor([samples[0].ids])).logits[0]
+    assert torch.allclose(nlls[0], torch.nn.functional.cross_entropy(logits[2:-1], torch.tensor(s.ids[3:]), reduction="none"), atol=1e-3)
 
 
-@pytest.mark.parametrize("reg, how, tau", [("kl_rev", "rmse", 0.0), ("kl_rev", "rmse", 0.2), ("kl_rev", "p95", 0.1),
-                                           ("kl_fwd", "rmse", 0.1), ("nll", "mean", 0.0)])
+@pytest.mark.parametrize("reg, how, tau", [("kl_rev", "rmse", 0.0), ("kl_rev", "rmse", 0.2), ("kl_rev", "p95", 0.1), ("kl_fwd", "rmse", 0.1), ("nll", "mean", 0.0)])
 def test_heal_shortcuts_change_no_number_of_a_round(reg, how, tau):
+    names = ("tiled", "lazy_kl", "cache_reference", "cache_below")
     runs = []
-    for fast in (True, False):
+    for off in ([], *([n] for n in names), names):
         model, stack, samples = heal_case(history=1)
-        record = heal_run(model, stack, samples, tau=tau, reg=reg, kl_agg=how, heal_batch=2, epochs=3, fast=fast)
-        assert record["shortcuts"] is fast
-        runs.append(heal_numbers(record))
-    assert len(runs[0]) == 9 and torch.allclose(*runs, rtol=1e-5, atol=1e-5), (runs[0] - runs[1]).abs().max()
+        record = heal_run(model, stack, samples, tau=tau, reg=reg, kl_agg=how, heal_batch=2, epochs=3, **dict.fromkeys(off, False))
+        assert record["shortcuts"] == {"tiled": "tiled" not in off, "lazy_kl": "lazy_kl" not in off,
+                                       "cache_reference": "cache_reference" not in off, "cache_below": 0 if "cache_below" in off else 1}
+        runs.append(torch.tensor([[s[k] for k in ("nll", "div", "gnorm")] for s in record["steps"]]))
+    for other in runs[1:]:
+        assert torch.allclose(runs[0], other, rtol=1e-5, atol=1e-5), (runs[0] - other).abs().max()
+    assert len(runs[0]) == 9
+
+
+def test_heal_runs_the_reference_and_the_blocks_below_once_per_sample():
+    counts = {}
+    for on in (True, False):
+        model, stack, samples = heal_case(history=1)
+        rows = {"below": 0, "reference": 0}
+
+        def below(module, args, out):
+            rows["below"] += len(out)
+
+        def top(module, args, kwargs, out):
+            rows["reference"] += len(out) * (stack.layers["model.layers.1.self_attn.q_proj"].current == 0)
+        model.model.layers[0].mlp.register_forward_hook(below)
+        model.model.layers[3].register_forward_hook(top, with_kwargs=True)
+        heal_run(model, stack, samples, heal_batch=2, epochs=4, cache_reference=on, cache_below=on)
+        counts[on] = rows
+    assert counts[True]["reference"] == 6 and counts[False]["reference"] == 4 * 6
+    assert counts[True]["below"] - counts[True]["reference"] == 6 + 4 and counts[False]["below"] == 2 * 4 * 6 + 2       # + probes at the start
 
 
 def test_heal_leaves_the_model_as_it_was_also_after_an_exception():
     model, stack, samples = heal_case()
-    passes = Passes(model, samples, heal_base(stack))
+    with pytest.raises(KeyboardInterrupt):
+        heal(model, stack.parameters(), samples, heal_base(stack), HealConfig(lr=1e-3, val_share=0.0), tau=0.0,
+             log=lambda row: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert not any("forward" in vars(m) for m in model.modules())
+    passes = Passes(model, samples, heal_base(stack), params=stack.parameters())
+    assert len(passes.below) == 1
     model.model.layers[3].register_forward_hook(lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        passes.losses([0])
-    assert passes.head and not any("forward" in vars(m) for m in model.modules())
+        passes.losses(samples)
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_heal_a_block_that_is_steered_below_is_not_skipped():
+    model, stack, samples = heal_case()
+    with steer.steered(model, {0: torch.ones(32)}, 1.0):
+        passes = Passes(model, samples, heal_base(stack), params=stack.parameters())
+        assert passes.below == [] and passes.tiled
+    assert len(Passes(model, samples, heal_base(stack), params=stack.parameters()).below) == 1
+
+
+@pytest.mark.parametrize("odd", ["tuple", "skip", "expert"])
+def test_heal_blocks_that_pass_on_more_than_their_state_are_not_skipped(odd):
+    """What the next blocks read past the hidden state: a tuple's rest, a trained skip from block 0 that is still zero, a
+    trained part of a block that one sample reaches and another does not."""
+    class Block(torch.nn.Module):
+        def __init__(self, i):
+            super().__init__()
+            self.i, self.linear = i, torch.nn.Linear(16, 16, dtype=torch.float64).requires_grad_(False)
+            if i == (1 if odd == "expert" else 2):
+                self.train_me = torch.nn.Parameter(torch.zeros(16, 16, dtype=torch.float64))
+
+        def forward(self, h, ids, first, extra):
+            if hasattr(self, "train_me"):
+                seen = first if odd == "skip" else h
+                h = h + (seen @ self.train_me) * ((ids > 9)[..., None] if odd == "expert" else 1.0)
+            h = h + self.linear(h).tanh() + (extra if extra is not None else 0.0)
+            return (h, h.mean(1, keepdim=True)) if odd == "tuple" else h
+
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.head = torch.nn.Embedding(20, 16, dtype=torch.float64), torch.nn.Linear(16, 20, bias=False, dtype=torch.float64)
+            self.requires_grad_(False)
+            self.layers, self.on = torch.nn.ModuleList([Block(i) for i in range(4)]), True
+
+        def get_output_embeddings(self):
+            return self.head
+
+        def forward(self, input_ids, attention_mask):
+            h, extra, first = self.embed(input_ids), None, None
+            for block in self.layers:
+                out = block(h, input_ids, first, extra)
+                h, extra = out if odd == "tuple" else (out, None)
+                first = h if first is None else first
+            self.logits = self.head(h)
+            return self
+
+    samples = [Sample([3, 4, 5, 6, 7, 8, 3, 5, 2], 2, 0), Sample([3, 4, 12, 11, 15], 2, 1)]
+    runs = []
+    for on in (True, False):
+        model = Odd()
+        params = [p for p in model.parameters() if p.requires_grad]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            record = heal(model, params, samples, contextlib.nullcontext, HealConfig(lr=0.1, val_share=0.0, heal_batch=1, cache_below=on), tau=1.0)
+        runs.append(torch.cat([p.detach().flatten() for p in params]))
+        assert record["shortcuts"]["tiled"] and record["shortcuts"]["cache_below"] <= (1 if on and odd == "expert" else 0), record["shortcuts"]
+    assert runs[0].abs().max() > 0 and torch.allclose(*runs, atol=1e-9)
+
+
+def test_heal_a_model_that_edits_single_logits_takes_the_plain_path():
+    model, stack, samples = heal_case()
+    forward = model.forward
+
+    def edited(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits[..., [100, 200]] = -50.0                     # an index past the one column that a caught head would make
+        return out
+    model.forward = edited
+    passes = Passes(model, samples, heal_base(stack), params=stack.parameters())
+    assert not passes.tiled and passes.below == []
+    nll = passes.losses(samples[:1])[0][0]
+    logits = model(input_ids=torch.tensor([samples[0].ids])).logits[0, 2:-1]
+    assert torch.allclose(nll, torch.nn.functional.cross_entropy(logits, torch.tensor(samples[0].ids[3:]), reduction="none"), atol=1e-5)
 
 
 def test_heal_out_of_memory_halves_the_pass_and_changes_no_number():
@@ -620,94 +726,46 @@ def test_heal_out_of_memory_halves_the_pass_and_changes_no_number():
 
         def full(module, args, kwargs):
             if len(kwargs["input_ids"]) > limit:
-                cpu = RuntimeError("DefaultCPUAllocator: can't allocate memory: no room")
-                raise [torch.OutOfMemoryError("no room"), cpu][limit % 2]
+                raise [torch.OutOfMemoryError("no room"), RuntimeError("DefaultCPUAllocator: can't allocate memory: no room")][limit % 2]
         model.register_forward_pre_hook(full, with_kwargs=True)
-        results.append(heal_numbers(heal_run(model, stack, samples, heal_batch=6, epochs=2)))
+        record = heal_run(model, stack, samples, heal_batch=6, epochs=2)
+        results.append(torch.tensor([[s["nll"], s["div"], s["gnorm"]] for s in record["steps"]]))
     assert all(torch.allclose(results[0], other, rtol=1e-6) for other in results[1:])
-    model.register_forward_pre_hook(lambda m, a: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
+    model.register_forward_pre_hook(lambda m, a, k: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")), with_kwargs=True)
     with pytest.raises(torch.OutOfMemoryError):
         heal_run(model, stack, samples, heal_batch=6, epochs=2)
 
 
 def test_heal_pieces_fit_the_budget_and_lose_nothing():
-    model, stack, _ = heal_case()
     samples = [Sample([1] * n, 1, 0) for n in (9, 3, 3, 2, 40, 5)]
-    passes = Passes(model, samples, heal_base(stack))
-    for budget in (1, 10, 27, 90, 1000):
-        cut = passes.pieces([4, 0, 5, 1, 2, 3], budget)
-        assert sum(cut, []) == [4, 0, 5, 1, 2, 3]
-        assert all(len(p) == 1 or len(p) * max(len(samples[i].ids) for i in p) <= budget for p in cut)
-    assert [len(p) for p in passes.pieces([4, 0, 5, 1, 2, 3], 10)] == [1, 1, 2, 2]
+    for budget in (1, 10, 27, 1000):
+        cut = pieces(samples, budget)
+        assert sum(cut, []) == samples and all(len(p) == 1 or len(p) * max(len(s.ids) for s in p) <= budget for p in cut)
+    assert [len(p) for p in pieces(samples, 10)] == [1, 3, 1, 1]
 
 
 def test_heal_divergences_of_other_prompts_compare_the_same_completion():
     model, stack, samples = heal_case(torch.float64)
-    others = [Sample([7, 8, 9, *s.answer], 3, s.group) for s in samples]
+    others = [Sample([7, 8, 9, *s.ids[s.n_prompt:]], 3, s.group) for s in samples]
     with stack.gated(0, 0):
-        kls = divergences(model, samples, contextlib.nullcontext, ref_samples=others)
-        for s, other, kl in zip(samples, others, kls, strict=True):
+        for s, other, kl in zip(samples, others, divergences(model, samples, contextlib.nullcontext, ref_samples=others)):
             p, q = (model(input_ids=torch.tensor([x.ids])).logits[0, x.n_prompt - 1:-1] for x in (s, other))
             assert torch.allclose(kl, reverse_kl(p, q), atol=1e-10) and kl.max() > 0
+    with pytest.raises(ValueError, match="same completions"):
+        divergences(model, samples, contextlib.nullcontext, ref_samples=others[::-1])
 
 
-def heal_alone(folder, *command):
-    """What python prints in a folder that holds nothing but heal.py."""
-    shutil.copy(heal_py.__file__, folder)
-    out = subprocess.run([sys.executable, "-E", *command], cwd=folder, capture_output=True, text=True)
+def test_heal_stands_alone_and_imports_the_standard_library_and_torch_only(tmp_path):
+    source = Path(heal_py.__file__).read_text()
+    names = {alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names) | {"torch"}, names
+    (tmp_path / "heal.py").write_text(source)
+    out = subprocess.run([sys.executable, "-E", "heal.py"], cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    return out.stdout
-
-
-def test_heal_imports_the_standard_library_and_torch_only_and_its_demo_computes_its_table(tmp_path):
-    names = set()
-    for node in ast.walk(ast.parse(Path(heal_py.__file__).read_text())):            # nested imports too
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add("." * node.level + (node.module or "").split(".")[0])
-        assert getattr(node, "id", "") != "__import__" and getattr(node, "attr", "") != "import_module"
-    assert "torch" in names and names <= set(sys.stdlib_module_names) | {"torch"}, names
-
-    printed = {line.split()[0]: line.split()[1:] for line in heal_alone(tmp_path, "heal.py").splitlines()[1:]}
-    with contextlib.redirect_stdout(io.StringIO()):
-        demo = runpy.run_path(heal_py.__file__, run_name="__main__")
-    expected = []
-    for logits in (demo["shift"], demo["loop"]):
-        kl = sorted(heal_double_loop(logits.double(), demo["base"].double()))
-        at = 0.95 * (len(kl) - 1)
-        low, high = kl[math.floor(at)], kl[math.ceil(at)]
-        expected.append({"mean": sum(kl) / len(kl), "rmse": math.sqrt(sum(x * x for x in kl) / len(kl)),
-                         "p95": low + (at - math.floor(at)) * (high - low), "max": kl[-1]})
-    assert set(printed) == set(expected[0])
-    for how, (shift, loop, ratio, *verdict) in printed.items():
-        assert float(shift) == pytest.approx(expected[0][how], abs=6e-4), how
-        assert float(loop) == pytest.approx(expected[1][how], abs=6e-4), how
-        assert ("lets" in verdict) == (expected[1][how] < 0.5) and float(shift) < 0.5
-
-
-def test_heal_alone_heals_a_peft_model_by_its_docstring(tmp_path):
-    pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
-    code = heal_py.__doc__.split("for example:\n\n")[1].split("\n\n")[0]
-    print_it = heal_alone(tmp_path, "-c", f"""
-import sys, torch
-sys.path.insert(0, ".")                                         # -E keeps the folder out where -c is given
-from heal import HealConfig, Sample, heal
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
-torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                     num_attention_heads=2, num_key_value_heads=2))
-model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-pairs_of_ids = [([3, 4 + i], [7, 8, 9, 7, 8, 9]) for i in range(8)]
-if True:
-{code}
-with model.disable_adapter():
-    assert record["steps"][0]["div"] == 0
-assert record["shortcuts"] and record["n_val"] == 1
-print(record["nll_first"] > record["nll_last"], record["val_nll_before"] > record["val_nll_after"])
-""")
-    assert print_it.split() == ["True", "True"]
+    table = {line.split()[0]: line.split()[1:4] for line in out.stdout.splitlines()[1:]}
+    assert table == {"mean": ["0.018", "0.379", "21x"], "rmse": ["0.026", "1.527", "58x"],
+                     "p95": ["0.049", "3.777", "77x"], "max": ["0.095", "8.081", "85x"]}
 
 
 # ==== lora.py: the gated accumulator ==================================================================================
@@ -836,6 +894,9 @@ def test_lora_gated_restores_the_gates_after_an_exception_and_keeps_rounds_folde
     with stack.gated(1, 1):
         lora_noise(stack, 7); stack.fold()
     assert {l.history for l in stack.layers.values()} == {(0.5, 0.0, 1.0)}
+    with stack.gated(1, 1):
+        stack.unfold()
+    assert {l.history for l in stack.layers.values()} == {(0.5, 0.0)}
 
 
 def test_lora_history_built_under_inference_mode_still_serves_training():
@@ -846,15 +907,13 @@ def test_lora_history_built_under_inference_mode_still_serves_training():
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in stack.parameters())
 
 
-def test_lora_order_of_rounds_and_their_gates_does_not_matter(tmp_path):
+def test_lora_order_of_rounds_and_their_gates_does_not_matter():
     model, stack = lora_case(rounds=3)
-    ids, files = lora_ids(), [tmp_path / f"{k}.safetensors" for k in range(3)]
-    for k, file in enumerate(files):
-        stack.save(file, rounds=[k])
+    ids, saved = lora_ids(), [stack.tensors([k]) for k in range(3)]
     stack.gates([0.2, 0.5, 0.9])
     expected = lora_logits(model, ids)
     model, other = lora_case()
-    other.load(files[2], files[0], files[1])
+    other.load_tensors(saved[2], saved[0], saved[1])
     other.gates([0.9, 0.2, 0.5])
     assert torch.allclose(lora_logits(model, ids), expected, atol=1e-4)
     other.gates([0.2, 0.5, 0.9])                                            # gates belong to rounds: another model
@@ -867,7 +926,7 @@ def test_lora_base_gets_no_gradient_and_adapters_are_float32_under_a_bfloat16_ba
     model(input_ids=lora_ids()).logits.float().square().mean().backward()
     assert all(p.grad is None for p in model.parameters())
     assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in stack.parameters())
-    assert all(t.dtype == torch.float32 for l in stack.layers.values() for pair in l.rounds for t in pair)
+    assert all(t.dtype == torch.float32 for l in stack.layers.values() for A, B, _ in l.rounds for t in (A, B))
 
 
 def test_lora_spectral_equals_matrix_norm_and_so_does_its_gradient():
@@ -883,8 +942,11 @@ def test_lora_spectral_equals_matrix_norm_and_so_does_its_gradient():
     for A, B, l in pairs:
         assert torch.allclose(l.A.grad.double(), A.grad, rtol=1e-4, atol=1e-5)              # float32 against float64
         assert torch.allclose(l.B.grad.double(), B.grad, rtol=1e-4, atol=1e-5)
-    norm = sum(delta.square().sum() for delta in lora_deltas(stack).values()).sqrt().item()
+    deltas = lora_deltas(stack)
+    norm = sum(delta.square().sum() for delta in deltas.values()).sqrt().item()
     assert abs(stack.norm() - norm) < 1e-5 * norm
+    for name, found in stack.singular_values().items():
+        assert torch.allclose(found, torch.linalg.svdvals(deltas[name])[:4], rtol=1e-4), name
 
 
 def test_lora_spectral_at_zero_B_is_zero_with_zero_gradient_and_draws_no_random_numbers():
@@ -896,62 +958,84 @@ def test_lora_spectral_at_zero_B_is_zero_with_zero_gradient_and_draws_no_random_
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_lora_save_and_load_round_trip_bit_for_bit_and_a_resumed_stack_starts_the_same_round(tmp_path):
-    model, stack = lora_case(rounds=2)
-    ids, path = lora_ids(), tmp_path / "rounds.safetensors"
-    stack.save(path, metadata={"note": "two rounds"})
+def test_lora_unfold_takes_a_fold_back_bit_for_bit_and_training_goes_on_from_there():
+    model, stack = lora_case(rounds=1, alpha=10, r=3)                       # a scale that is no power of two
+    ids, params = lora_ids(), stack.parameters()
+    lora_noise(stack, 5)
+    before, kept = lora_logits(model, ids), [p.detach().clone() for p in params]
+    stack.fold()
+    folded = lora_logits(model, ids)
+    stack.unfold()
+    assert all(a is b and torch.equal(a, c) for a, b, c in zip(params, stack.parameters(), kept)) and stack.n_rounds == 1
+    assert torch.equal(lora_logits(model, ids), before) and torch.allclose(folded, before, atol=1e-4)
+    model(input_ids=ids).logits.sum().backward()
+    with torch.no_grad():
+        for p in params:
+            p -= 1e-3 * p.grad
+    trained = lora_logits(model, ids)
+    stack.fold()                                                            # not what was folded the first time
+    assert torch.allclose(lora_logits(model, ids), trained, atol=1e-3) and not torch.allclose(trained, folded, atol=1e-2)
+    stack.unfold()
+    stack.drop()                                                            # a refused round: the student before it
+    fresh, again = lora_case(rounds=1, alpha=10, r=3)
+    assert torch.equal(lora_logits(model, ids), lora_logits(fresh, ids))
+    assert all(torch.equal(a, b) for a, b in zip(stack.parameters(), again.parameters()))
+
+
+def test_lora_unfold_takes_a_loaded_round_too_and_refuses_what_would_change_the_model():
+    model, stack = lora_case(rounds=1)                                      # scale 2: exact in the file too
     fresh, loaded = lora_case()
-    loaded.load(path)
+    loaded.load_tensors(stack.tensors())
+    stack.unfold(), loaded.unfold()
+    assert all(torch.equal(a, b) for a, b in zip(stack.parameters(), loaded.parameters()))
+    with pytest.raises(RuntimeError, match="expected a folded round"):
+        loaded.unfold()                                                     # none left
+    loaded.fold()
+    with loaded.gated(0.5, 1), pytest.raises(RuntimeError, match="open gates"):
+        loaded.unfold()
+    lora_noise(loaded, 3)
+    with pytest.raises(RuntimeError, match="not trained yet"):
+        loaded.unfold()
+    wide = lora_case(r=5)[1]
+    wide.load_tensors(lora_case(rounds=1)[1].tensors())
+    with pytest.raises(RuntimeError, match="rank 4, here it is 5"):
+        wide.unfold()
+    assert wide.n_rounds == 1
+
+
+def test_lora_tensors_come_back_bit_for_bit_and_a_resumed_stack_starts_the_same_round():
+    model, stack = lora_case(rounds=2)
+    ids, tensors = lora_ids(), stack.tensors()
+    fresh, loaded = lora_case()
+    loaded.load_tensors(tensors)
     assert loaded.n_rounds == 2 and torch.equal(lora_logits(fresh, ids), lora_logits(model, ids))
     for a, b in zip(stack.layers.values(), loaded.layers.values()):
         assert torch.equal(a.A, b.A)
-        assert all(torch.equal(s, t) for p, q in zip(a.rounds, b.rounds) for s, t in zip(p, q))
-    tensors = safetensors.torch.load_file(path)
+        assert all(torch.equal(p[0], q[0]) and torch.equal(p[2] * p[1], q[2] * q[1]) for p, q in zip(a.rounds, b.rounds))
     A, B = (tensors[f"model.layers.1.self_attn.q_proj.1.{x}"] for x in "AB")
-    scaled = loaded.layers["model.layers.1.self_attn.q_proj"].rounds[1]
-    assert torch.equal(B @ A, scaled[1] @ scaled[0]) and len(tensors) == 14 * 2 * 2
-    assert safetensors.safe_open(path, "pt").metadata() == {"note": "two rounds"}
+    old = stack.layers["model.layers.1.self_attn.q_proj"].rounds[1]
+    assert torch.equal(B @ A, old[2] * old[1] @ old[0]) and len(tensors) == 14 * 2 * 2      # the scale is in B
 
 
-def test_lora_loading_into_the_wrong_model_names_the_modules_and_loads_nothing(tmp_path):
-    path = tmp_path / "rounds.safetensors"
-    lora_case(rounds=1)[1].save(path)
+def test_lora_loading_into_the_wrong_model_names_the_modules_and_loads_nothing():
+    tensors = lora_case(rounds=1)[1].tensors()
     model, fewer = lora_case(layers=[1])
-    with pytest.raises(ValueError, match=r"does not adapt.*model\.layers\.2\."):
-        fewer.load(path)
-    with pytest.raises(ValueError, match=r"lacks A and B of 7 adapted modules.*model\.layers\.0\."):
-        lora_case(layers=[0, 1, 2])[1].load(path)
+    with pytest.raises(ValueError, match=r"14 are of modules that are not adapted.*model\.layers\.2\."):
+        fewer.load_tensors(tensors)
+    with pytest.raises(ValueError, match=r"14 tensors of the 21 adapted modules are missing.*model\.layers\.0\."):
+        lora_case(layers=[0, 1, 2])[1].load_tensors(tensors)
     wide = attach(tiny_model(tiny_tokenizer(), d=64), r=4, alpha=8, layers=[1, 2])
     with pytest.raises(ValueError, match=r"q_proj has A \[4, 32\] and B \[32, 4\], here it takes A \[r, 64\]"):
-        wide.load(path)
-    good = lora_case()[1]
-    path.with_name("torn").write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        good.load(path, path.with_name("torn"))                             # all files or none
+        wide.load_tensors(tensors)
+    good, key = lora_case()[1], "model.layers.1.self_attn.q_proj.0.A"
+    for bad, message in (({}, "28 tensors"), ({"x": torch.ones(1)}, "'x'"), (tensors | {key: tensors[key] / 0}, "not finite"),
+                         (tensors | {key: torch.ones(3)}, "has A"), ({k.replace(".0.", ".1."): t for k, t in tensors.items()}, "28 t")):
+        with pytest.raises(ValueError, match=message):
+            good.load_tensors(tensors, bad)                                 # all or none
     assert good.n_rounds == 0 and fewer.n_rounds == 0
     lora_noise(good, 0)
     with pytest.raises(RuntimeError, match="drop"):
-        good.load(path)
-
-
-def test_lora_a_torn_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "rounds.safetensors"
-    _, stack = lora_case(rounds=1)
-    stack.save(path)
-    old = path.read_bytes()
-    lora_noise(stack, 3); stack.fold()
-    for call in ("fsync", "replace"):
-        def fail(*args):
-            raise OSError("disk full")
-        with monkeypatch.context() as patch:
-            patch.setattr(os, call, fail)
-            with pytest.raises(OSError, match="disk full"):
-                stack.save(path)
-        assert path.read_bytes() == old and os.listdir(tmp_path) == [path.name]
-    stack.layers["model.layers.1.self_attn.q_proj"].rounds[0][1][0, 0] = float("nan")
-    with pytest.raises(RuntimeError, match="q_proj.0.B"):
-        stack.save(path)
-    assert path.read_bytes() == old
+        good.load_tensors(tensors)
 
 
 def test_lora_targets_choose_linears_by_the_end_of_their_name():
@@ -962,15 +1046,23 @@ def test_lora_targets_choose_linears_by_the_end_of_their_name():
         lora_case(targets=["q_proj", "proj"])
 
 
+def lora_shapeless():
+    model = torch.nn.Linear(2, 2)
+    model.get_decoder = lambda: model
+    return model
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda: lora_case(layers=[4]), "layers=.*0 to 3"),
     (lambda: lora_case(layers=[]), "layers="),
     (lambda: lora_case(r=0), "r=0"),
     (lambda: lora_case(rounds=2)[1].gates([1.0]), "1 gates for 2"),
     (lambda: lora_case()[1].gates(current=float("nan")), "finite"),
-    (lambda: lora_case(rounds=1)[1].save("x", rounds=[1]), "1 folded"),
+    (lambda: lora_case(rounds=1)[1].tensors([1]), "1 folded"),
+    (lambda: attach(lora_shapeless(), r=1, alpha=1, layers=[0]), "no decoder"),
     (lambda: LoraConfig(alpha=-1.0), "alpha"),
-    (lambda: LoraConfig(lora_from=0.8, lora_to=0.2), "lora_from"),
+    (lambda: LoraConfig(lora_band=(0.8, 0.2)), "lora_band"),
+    (lambda: LoraConfig(lora_band=(0.8, math.nan)), "lora_band"),
 ])
 def test_lora_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
@@ -980,13 +1072,60 @@ def test_lora_bad_arguments_are_named(call, message):
 def test_lora_bad_states_are_refused():
     _, stack = lora_case()
     with pytest.raises(RuntimeError, match="fold"):
-        stack.save("never-written")
+        stack.tensors()
     with stack.gated(1, 0), pytest.raises(RuntimeError, match="current gate 0"):
         stack.fold()
     stack.parameters()[3].data[0, 0] = float("inf")
     with pytest.raises(RuntimeError, match="not finite"):
         stack.fold()
     assert stack.n_rounds == 0
+    _, folded = lora_case(rounds=1)
+    folded.layers["model.layers.1.self_attn.q_proj"].rounds[0][1][0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match="q_proj.0.B"):
+        folded.tensors()
+
+
+def lora_twin(seed=0):
+    """Our LoRA and peft's on one base with the same A and B: (our model, stack, peft model, its parameters in our order)."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
+    model, stack = lora_case()
+    lora_noise(stack, seed, 0.1)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(stack.layers), lora_dropout=0.0)
+    theirs = peft.get_peft_model(tiny_model(tiny_tokenizer()), config).eval()
+    params = []
+    for name, l in stack.layers.items():
+        module = theirs.get_submodule(f"base_model.model.{name}")
+        for p, q in ((module.lora_A["default"].weight, l.A), (module.lora_B["default"].weight, l.B)):
+            p.data.copy_(q.data)
+            params.append(p)
+    return model, stack, theirs, params
+
+
+def test_lora_and_its_gradient_equal_pefts():
+    model, stack, theirs, params = lora_twin()
+    ids, grads = lora_ids(), []
+    for m, ps in ((model, stack.parameters()), (theirs, params)):
+        logits = m(input_ids=ids).logits
+        grads.append((logits, torch.autograd.grad(logits.log_softmax(-1)[..., 7].mean(), list(ps))))
+    assert torch.allclose(grads[0][0], grads[1][0], atol=1e-5)
+    assert max(g.abs().max() for g in grads[0][1]) > 1e-3
+    for ours, peers in zip(grads[0][1], grads[1][1]):
+        assert torch.allclose(ours, peers, atol=1e-5), (ours - peers).abs().max()
+
+
+def test_lora_of_peft_is_healed_by_heal_alone_through_disable_adapter():
+    model, stack, theirs, params = lora_twin()
+    _, _, samples = heal_case()
+    cfg = HealConfig(lr=1e-2, tau=0.05, epochs=2, val_share=0.3, kl_agg="rmse")
+    records = [heal(m, ps, samples, reference, cfg, tau=0.05, seed=3) for m, ps, reference in
+               ((model, stack.parameters(), heal_base(stack)), (theirs, params, theirs.disable_adapter))]
+    for ours, peers in zip(records[0]["steps"], records[1]["steps"]):
+        for key in ("nll", "div", "gnorm"):
+            assert ours[key] == pytest.approx(peers[key], abs=1e-5), (key, ours, peers)
+    assert records[0]["val_nll_after"] == pytest.approx(records[1]["val_nll_after"], abs=1e-5)
+    assert records[0]["fired_share"] > 0 and records[0]["nll_last"] < records[0]["nll_first"]
+    for p, q in zip(stack.parameters(), params):
+        assert torch.allclose(p, q, atol=1e-5), (p - q).abs().max()
 
 
 def test_lora_runs_alone_in_an_empty_folder(tmp_path):
@@ -2760,12 +2899,12 @@ def test_two_arms_may_differ_in_one_field_only():
 # ---- the benchmarks, at sizes whose times mean nothing -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["losses", "round"])
+@pytest.mark.parametrize("name", ["heal", "round"])
 def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys):
     spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
-    bench.main(["--tiny", "--json", str(tmp_path / "out.json"), *(["--docs", str(tmp_path)] if name == "losses" else [])])
+    bench.main(["--tiny", "--json", str(tmp_path / "out.json"), *(["--docs", str(tmp_path)] if name == "heal" else [])])
     assert capsys.readouterr().out.count("|") > 20
     result = json.loads((tmp_path / "out.json").read_text())
     if name == "round":
@@ -2774,7 +2913,7 @@ def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys):
     assert all(x["value"] < 1e-10 and x["grad"] < 1e-10 for key, x in result["accuracy"].items() if "bf16" not in key)
     assert {"ours", "naive autograd", "original"} <= set(result["memory"]["peak"]) and len(list(tmp_path.glob("*.svg"))) == 6
     losses = result["round"]["barrier on at every step"]["losses"]
-    assert len(losses) >= 5 and max(losses.values()) - min(losses.values()) < 1e-5      # the same steps, or nothing is compared
+    assert len(losses) >= 7 and max(losses.values()) - min(losses.values()) < 1e-5      # the same steps, or nothing is compared
     for peer in ("TRL", "torchtune", "Liger"):                  # a peer that cannot run says so instead of vanishing
         assert any(peer in key for key in [*result["memory"]["peak"], *result["memory"]["missing"]])
 
@@ -3064,350 +3203,7 @@ def test_in_a_real_browser_nothing_is_fetched_no_script_runs_and_nothing_overflo
         server.shutdown()
 
 
-# ==== exports: what others serve, and chat ============================================================================
-
-import exports                                                  # noqa: E402  bench/exports.py: bases and runs made in code
-
-EXPORT_PROMPTS = [lora_ids(1, 9, seed=i)[0].tolist() for i in range(4)]
-EXPORT_CLASSES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "GPT2LMHeadModel")
-
-
-def export_model(name, ranks=(4, 2)):
-    """A base of this class in float32 and a stack on it with a folded round of noise for each rank."""
-    cls, ids = getattr(transformers, name), dict(vocab_size=262, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    args = exports.ARCHITECTURES[name]
-    torch.manual_seed(0)
-    model = cls(cls.config_class(**(args | {"text_config": args["text_config"] | ids} if "text_config" in args else args | ids))).eval()
-    base = copy.deepcopy(model)
-    stack = attach(model, r=ranks[0], alpha=6, layers=[1, 2])
-    for rnd, r in enumerate(ranks):                             # a rank of its own: through a file, as lora.restack does
-        pairs = {name: tuple(0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(rnd)) for shape in
-                             ((r, l.A.shape[1]), (len(l.B), r))) for name, l in stack.layers.items()}
-        stack._append([pairs])
-    return base, model, stack
-
-
-@pytest.fixture(scope="module")
-def exported(finished, tmp_path_factory):
-    """The tiny run's model in both forms: what `python lora.py export` writes and prints."""
-    out, said = tmp_path_factory.mktemp("exports"), io.StringIO()
-    with contextlib.redirect_stdout(said):
-        codes = [lora_py.main(["export", str(finished[1]), "--to", to, "--out", str(out / to)]) for to in ("peft", "merged")]
-    return out, codes, said.getvalue()
-
-
-@pytest.fixture(scope="module")
-def odd_runs(tmp_path_factory):
-    """Runs on bases of two classes in one file: a vision tower, and one that AutoModelForCausalLM loads as another class."""
-    found = {}
-    for name in ("Gemma3ForConditionalGeneration", "Qwen3_5ForConditionalGeneration"):
-        if not hasattr(transformers, name):
-            continue
-        folder = tmp_path_factory.mktemp(name)
-        exports.make_base(name, folder / "base")
-        exports.make_run(folder / "run", folder / "base")
-        found[name] = folder
-    return found
-
-
-@pytest.mark.parametrize("name", EXPORT_CLASSES)
-def test_export_peft_reads_our_adapter_as_the_same_model(name, tmp_path):
-    peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
-    base, model, stack = export_model(name)
-    check = stack.export_peft(tmp_path / "adapter", model, EXPORT_PROMPTS, base="somebody/base")
-    assert check["rank"] == 6 and check["effect_logit"] > 0.1
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "(?s).*adapter keys")  # "Found missing adapter keys" is how peft says it does nothing
-        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    ours, read = lora_py.logits_of(model, EXPORT_PROMPTS), lora_py.logits_of(theirs, EXPORT_PROMPTS)
-    with theirs.disable_adapter():
-        bare = lora_py.logits_of(theirs, EXPORT_PROMPTS)
-    assert lora_py.distance(ours, read)[0] < 1e-5 < 0.1 < lora_py.distance(read, bare)[0]
-    # and the other way: our reader on what peft itself writes
-    theirs.save_pretrained(tmp_path / "by_peft")
-    assert all(torch.allclose(B @ A, B2 @ A2, atol=1e-6) for (A, B), (A2, B2) in
-               zip(*(dict(sorted(lora_py.read_peft(tmp_path / d).items())).values() for d in ("adapter", "by_peft"))))
-
-
-def export_peft_twin(seed=0):
-    """Our LoRA and peft's on the same base with the same A and B: (our model, stack, peft model, its parameters in our order)."""
-    peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
-    model, stack = lora_case()
-    lora_noise(stack, seed, 0.1)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(stack.layers), lora_dropout=0.0)
-    theirs = peft.get_peft_model(tiny_model(tiny_tokenizer()), config).eval()
-    params = []
-    for name, l in stack.layers.items():
-        module = theirs.get_submodule(f"base_model.model.{name}")
-        for p, q in ((module.lora_A["default"].weight, l.A), (module.lora_B["default"].weight, l.B)):
-            p.data.copy_(q.data)
-            params.append(p)
-    return model, stack, theirs, params
-
-
-def test_export_our_lora_and_its_gradient_equal_pefts():
-    model, stack, theirs, params = export_peft_twin()
-    ids, grads = lora_ids(), []
-    for m, ps in ((model, stack.parameters()), (theirs, params)):
-        logits = m(input_ids=ids).logits
-        grads.append((logits, torch.autograd.grad(logits.log_softmax(-1)[..., 7].mean(), list(ps))))
-    assert torch.allclose(grads[0][0], grads[1][0], atol=1e-5)
-    assert max(g.abs().max() for g in grads[0][1]) > 1e-3
-    for ours, peers in zip(grads[0][1], grads[1][1]):
-        assert torch.allclose(ours, peers, atol=1e-5), (ours - peers).abs().max()
-
-
-def test_export_heal_alone_heals_a_peft_model_through_disable_adapter():
-    model, stack, theirs, params = export_peft_twin()
-    _, _, samples = heal_case()
-    cfg = HealConfig(lr=1e-2, epochs=2, val_share=0.3, kl_agg="rmse")
-    records = [heal(m, ps, samples, reference, cfg, tau=0.05, seed=3) for m, ps, reference in
-               ((model, stack.parameters(), heal_base(stack)), (theirs, params, theirs.disable_adapter))]
-    for ours, peers in zip(records[0]["steps"], records[1]["steps"]):
-        for key in ("nll", "div", "gnorm"):
-            assert ours[key] == pytest.approx(peers[key], abs=1e-5), (key, ours, peers)
-    assert records[0]["val_nll_after"] == pytest.approx(records[1]["val_nll_after"], abs=1e-5)
-    assert records[0]["fired_share"] > 0 and records[0]["nll_last"] < records[0]["nll_first"]
-    for p, q in zip(stack.parameters(), params):
-        assert torch.allclose(p, q, atol=1e-5), (p - q).abs().max()
-
-
-def test_export_gguf_is_byte_identical_to_the_gguf_packages_and_reads_back(tmp_path):
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install -r .ci/requirements.txt")
-    vectors = {layer: torch.randn(37, generator=torch.Generator().manual_seed(layer)) for layer in (3, 7, 11)}
-    notes = dict(operation="add", pos='["Sei \u00e4hnlich."]', model="")
-    steer.save_gguf(tmp_path / "ours.gguf", vectors, 0.3, "gemma3", notes)
-    writer = gguf.GGUFWriter(tmp_path / "theirs.gguf", "controlvector")
-    writer.add_string("controlvector.model_hint", "gemma3")
-    writer.add_uint32("controlvector.layer_count", 3)
-    for key, value in {**notes, "coeff": "0.3"}.items():
-        writer.add_string(f"steering.{key}", value)
-    for layer, v in vectors.items():
-        writer.add_tensor(f"direction.{layer}", (0.3 * v).numpy())
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
-    assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
-    found, fields = steer.read_gguf(tmp_path / "theirs.gguf")
-    assert all(torch.equal(found[layer], 0.3 * v) for layer, v in vectors.items()) and len(found) == 3 and fields["steering.pos"] == notes["pos"]
-
-
-def test_export_a_loaded_control_vector_at_scale_one_is_the_dose(tmp_path):
-    model, tok = steer_pair()
-    vectors, ids = steer_vectors(model), lora_ids()
-    steer.save_gguf(tmp_path / "v.gguf", vectors, 0.7, "llama", {})
-    steer.save_vectors(tmp_path / "v.safetensors", vectors, 0.7, dict(pos="[]"))
-    raw, coeff, notes = steer.read_vectors(tmp_path / "v.safetensors")
-    with steered(model, vectors, 0.7):
-        want = lora_logits(model, ids)
-    for found, dose in ((steer.read_gguf(tmp_path / "v.gguf")[0], 1.0), (raw, coeff)):
-        with steered(model, found, dose):
-            assert torch.equal(lora_logits(model, ids), want)
-    assert notes == {"pos": "[]"} and not torch.equal(want, lora_logits(model, ids))
-    with pytest.raises(ValueError, match="block 0"):
-        steer.save_gguf(tmp_path / "no.gguf", {0: vectors[1]}, 0.7, "llama", {})
-    with pytest.raises(ValueError, match="zero or not finite"):
-        steer.save_gguf(tmp_path / "no.gguf", vectors, 0.0, "llama", {})
-    with pytest.raises(ValueError, match="not a GGUF"):
-        steer.read_gguf(tmp_path / "v.safetensors")
-    assert sorted(os.listdir(tmp_path)) == ["v.gguf", "v.safetensors"]
-
-
-def test_export_a_rounds_vector_becomes_files_with_its_dose_and_persona_pair(finished, tmp_path, capsys):
-    folder = finished[1]
-    steer.main([str(folder), "--gguf", str(tmp_path / "v.gguf"), "--save", str(tmp_path / "v.safetensors")])
-    vectors, coeff, _ = steer.read_vectors(folder / "rounds" / "00" / "vectors.safetensors")
-    directions, fields = steer.read_gguf(tmp_path / "v.gguf")
-    assert all(torch.equal(directions[layer], coeff * v) for layer, v in vectors.items()) and directions.keys() == vectors.keys()
-    assert fields["controlvector.model_hint"] == "llama" and fields["steering.coeff"] == repr(coeff) and fields["steering.fitted_on"] == "base"
-    assert json.loads(fields["steering.pos"]) == loop.load_persona(loop.LoopConfig())["pos"] and fields["steering.model"] == "pocket"
-    raw, dose, notes = steer.read_vectors(tmp_path / "v.safetensors")
-    assert dose == coeff and notes["hook"] == "block_output" and all(torch.equal(raw[layer], v) for layer, v in vectors.items())
-    for argv, message in ((["--round", "4", "--gguf", "x"], "no round 4; accepted rounds: 0"), ([], "run folder"), (["hello", "--gguf", "x"], "no prompts")):
-        with pytest.raises(SystemExit) as stop:
-            steer.main([str(folder), *argv])
-        assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_export_writes_what_is_needed_and_prints_what_was_measured(exported, finished):
-    out, codes, said = exported
-    assert codes == [0, 0] and said.count("largest |logit| difference") == 2 and "--max-lora-rank 8 " in said
-    assert sorted(os.listdir(out / "peft")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-    assert {"config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json", "model.safetensors"} <= set(os.listdir(out / "merged"))
-    config = json.loads((out / "peft" / "adapter_config.json").read_text())
-    assert config["r"] == config["lora_alpha"] == 8 and config["base_model_name_or_path"] == "pocket" and not config["use_rslora"]
-    with safe_open(out / "peft" / "adapter_model.safetensors", "pt") as file:
-        assert set(file.keys()) == {f"base_model.model.{name}.lora_{x}.weight" for name in config["target_modules"] for x in "AB"}
-    assert (out / "merged" / "generation_config.json").read_bytes() == (ROOT / "pocket" / "generation_config.json").read_bytes()
-    assert os.listdir(out) == ["peft", "merged"] or sorted(os.listdir(out)) == ["merged", "peft"]       # nothing temporary
-
-
-def test_export_merged_is_the_sum_rounded_once_and_the_rest_bit_for_bit(exported, finished):
-    weights, base = (safetensors.torch.load_file(p / "model.safetensors") for p in (exported[0] / "merged", ROOT / "pocket"))
-    pairs = safetensors.torch.load_file(finished[1] / "rounds" / "00" / "adapter.safetensors")
-    assert weights.keys() == base.keys()
-    for key, W in base.items():
-        name = key.removesuffix(".weight")
-        if f"{name}.0.A" in pairs:
-            want = (W.float() + pairs[f"{name}.0.B"] @ pairs[f"{name}.0.A"]).to(W.dtype)
-            assert torch.equal(weights[key], want) and not torch.equal(weights[key], W)
-        else:
-            assert torch.equal(weights[key], W), key
-
-
-def test_export_card_has_front_matter_and_table_and_no_local_path(exported, finished):
-    for to, relation in (("peft", "adapter"), ("merged", "finetune")):
-        card = (exported[0] / to / "README.md").read_text()
-        front = dict(line.split(": ", 1) for line in card.split("---\n")[1].splitlines())
-        assert front["base_model"] == '"pocket"' and front["base_model_relation"] == f'"{relation}"' and front["pipeline_tag"] == '"text-generation"'
-        day = next(e for e in finished[3] if e["stage"] == "row" and e["kind"] == "healed")
-        assert f"| day 0 | 0.00 | {day['trait']:+.3f} " in card and "You care about people above all" in card and "python loop.py --rounds 1" in card
-        assert str(exported[0]) not in card and str(finished[1].parent) not in card and "/tmp" not in card and str(ROOT) not in card
-
-
-def test_export_card_escapes_model_text(finished):
-    _, _, run, events = copy.deepcopy(finished)
-    evil = "\"><img src=x onerror=1> [a](javascript:x)\x1b[31m\u202e\x00\n---\n# b"
-    for e in events:
-        for entry in e.get("diary", ()):
-            entry["text"] = entry["prompt"] = evil
-    run["options"]["pos"] = run["options"]["neg"] = run["options"]["persona"] = evil
-    run["argv"] += ["--pos", evil + "```"]
-    check = dict(logit=0.0, kl=0.0, effect_logit=1.0, effect_kl=1.0, rank=8)
-    card = lora_py.model_card(run, events, [0], "peft", check)
-    text = "".join(part for i, part in enumerate(card.split("```")) if i % 2 == 0)         # outside the fences
-    assert card.count("```") == 6 and "<img" not in text and "](java" not in text and not set(card) & set("\x00\x1b\u202e"), card
-
-
-@pytest.mark.parametrize("argv, model, shown", [
-    (["--out", "/home/me/runs", "--seed", "1"], "pocket", "--out runs --seed 1"),
-    (["--prompts=../mine/p.txt", "C:\\models\\llama"], "C:\\models\\llama", "--prompts=p.txt llama"),
-    (["google/gemma-3-4b-it", "--out", "~/x y/z"], "google/gemma-3-4b-it", "google/gemma-3-4b-it --out z"),
-    (["/data/base/", "--pos", "You weigh and/or."], "/data/base/", "base --pos 'You weigh and/or.'")])
-def test_export_the_command_to_repeat_shows_no_path(argv, model, shown):
-    assert lora_py.without_paths(argv, model) == "python loop.py " + shown
-
-
-@pytest.mark.parametrize("name", ["Gemma3ForConditionalGeneration", "Qwen3_5ForConditionalGeneration"])
-def test_export_names_follow_the_class_that_the_config_names_and_no_tower_is_lost(odd_runs, name, tmp_path):
-    if name not in odd_runs:
-        pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    folder = odd_runs[name]
-    (folder / "base" / "preprocessor_config.json").write_text('{"image_processor_type": "made up"}')
-    assert lora_py.export(folder / "run", "peft", out=tmp_path / "peft")["effect_logit"] > 0.1
-    names = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["target_modules"]
-    assert all(name.startswith("model.language_model.layers.") for name in names) and len(names) >= 14
-    lora_py.export(folder / "run", "merged", out=tmp_path / "merged")
-    weights, base = (safetensors.torch.load_file(p / "model.safetensors") for p in (tmp_path / "merged", folder / "base"))
-    assert weights.keys() == base.keys() and any("vision" in key or "visual" in key for key in weights)
-    assert 0 < sum(not torch.equal(weights[key], base[key]) for key in base) == len(names)
-    assert (tmp_path / "merged" / "preprocessor_config.json").read_text() == '{"image_processor_type": "made up"}'
-
-
-def test_export_an_adapter_named_for_another_class_is_refused_and_leaves_nothing(odd_runs, tmp_path):
-    base, model, stack = export_model("LlamaForCausalLM")
-    other, _, _ = export_model("Gemma3ForConditionalGeneration")
-    with pytest.raises(ValueError, match="Gemma3ForConditionalGeneration has no nn.Linear model.layers.1"):
-        lora_py.write_peft(tmp_path / "x", stack.concatenated(), lora_py.witness(stack, model, EXPORT_PROMPTS), other, base="b")
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("broken, message", [
-    (lambda A, B: (A, 0 * B), "off by"), (lambda A, B: (A, 1.01 * B), "off by"), (lambda A, B: (A, B * float("nan")), "off by")])
-def test_export_that_is_not_the_runs_model_fails_and_leaves_nothing(broken, message, tmp_path, monkeypatch):
-    _, model, stack = export_model("LlamaForCausalLM")
-    read = lora_py.read_peft
-    monkeypatch.setattr(lora_py, "read_peft", lambda folder: {name: broken(*pair) for name, pair in read(folder).items()})
-    with pytest.raises(RuntimeError, match=message):
-        stack.export_peft(tmp_path / "x", model, EXPORT_PROMPTS, base="b")
-    assert os.listdir(tmp_path) == []
-
-
-def test_export_a_nan_in_one_prompt_is_not_lost():
-    x = [torch.zeros(2, 5) for _ in range(3)]
-    for i in range(3):
-        bad = [y + float("nan") if i == j else y for j, y in enumerate(x)]
-        assert all(math.isnan(number) for number in lora_py.distance(x, bad)), i
-        with pytest.raises(RuntimeError, match="off by nan"):
-            lora_py.prove(lora_py.Witness([], x, x), bad, torch.float32, rounded="update")
-
-
-def test_export_that_does_nothing_fails_even_where_the_dtypes_bound_is_loose():
-    run = [torch.randn(5, 9, generator=torch.Generator().manual_seed(0))]
-    base = [run[0] + 1e-3 * torch.randn(5, 9, generator=torch.Generator().manual_seed(1))]
-    proof = lora_py.Witness([], run, base)
-    with pytest.raises(RuntimeError, match="loses the run's effect"):
-        lora_py.prove(proof, base, torch.bfloat16, rounded="weights")
-    assert lora_py.prove(proof, run, torch.bfloat16, rounded="weights")["logit"] == 0
-    assert lora_py.prove(lora_py.Witness([], run, run), run, torch.float32, rounded="update")["effect_kl"] == 0     # a run of no effect
-
-
-@pytest.mark.parametrize("dtype, roundoff", [("float32", 1e-6), ("float16", 1e-3), ("bfloat16", 8e-3)])
-def test_export_difference_is_that_of_the_files_dtype(dtype, roundoff, tmp_path):
-    _, model, stack = export_model("Qwen3ForCausalLM")
-    stack.gates([1.0, 0.5])                                     # gates are in the file; open ones do not count twice
-    check = stack.export_peft(tmp_path / "x", model, EXPORT_PROMPTS, base="b", dtype=lora_py.DTYPES[dtype])
-    assert check["logit"] < roundoff * check["effect_logit"] and check["logit"] < check["bound"] < 5 * roundoff * check["effect_logit"] + 1e-4
-    assert next(iter(stack.layers.values())).history == (1.0, 0.5)
-
-
-def test_export_rank_compresses_to_the_best_of_that_rank_and_its_error_is_the_frobenius_one(tmp_path):
-    _, model, stack = export_model("LlamaForCausalLM")
-    pairs = stack.concatenated()
-    parts = lora_py.singular(pairs)
-    for rank in (1, 3, 6):
-        delta, near = ([(B @ A).double() for A, B in ps.values()] for ps in (pairs, lora_py.compress(parts, rank)))
-        best = []
-        for d in delta:
-            U, S, Vt = torch.linalg.svd(d)
-            best.append(U[:, :rank] * S[:rank] @ Vt[:rank])
-        off = sum((d - n).square().sum() for d, n in zip(delta, near)).sqrt() / sum(d.square().sum() for d in delta).sqrt()
-        assert lora_py.lost(parts, rank) == pytest.approx(off.item(), abs=1e-6) and all(torch.allclose(b, n, atol=1e-6) for b, n in zip(best, near))
-    check = stack.export_peft(tmp_path / "x", model, EXPORT_PROMPTS, base="b", rank=4)
-    assert list(check["lost"]) == [1, 2, 4, 6] and check["rank"] == 4 and check["lost"][6] < 1e-6 < check["lost"][4] < check["lost"][1]
-    assert 1e-4 < check["logit"] < check["effect_logit"]
-    assert {len(A) for A, _ in lora_py.read_peft(tmp_path / "x").values()} == {4}
-    for rank in (0, 7, -1):
-        with pytest.raises(ValueError, match=f"rank {rank}: .*1 to 6"):
-            stack.export_peft(tmp_path / "y", model, EXPORT_PROMPTS, base="b", rank=rank)
-
-
-@pytest.mark.parametrize("rank, flag", [(1, "--max-lora-rank 1 "), (16, "--max-lora-rank 16 "), (257, "--max-lora-rank 320 "), (513, "vLLM takes ranks up to 512")])
-def test_export_names_the_rank_that_vllm_allows(rank, flag):
-    assert flag in lora_py.serve_line("peft", dict(rank=rank), "b", "x")
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--rank", "0"], "--rank 0: the rounds have rank 8"), (["--rank", "9"], "1 to 8"), (["--round", "3"], "accepted rounds of"),
-    (["--out", "{full}"], "not empty"), (["--base", "{empty}"], "could not be loaded"), (["--to", "merged", "--rank", "4"], "--rank is for --to peft"),
-    (["{empty}"], "not a run folder"), (["{rejected}"], "no accepted round"), (["{moved}"], "If it has moved: --base"), (["{quantised}", "--to", "merged"], "is quantised")])
-def test_export_wrong_inputs_are_named_and_leave_nothing(argv, message, finished, tmp_path, capsys):
-    places = {name: tmp_path / name for name in ("full", "empty", "rejected", "moved", "quantised", "base4")}
-    for name in ("full", "empty"):
-        places[name].mkdir()
-    (places["full"] / "mine.txt").write_text("keep me")
-    places["base4"].mkdir()
-    (places["base4"] / "config.json").write_text(json.dumps(json.loads((ROOT / "pocket" / "config.json").read_text()) | {
-        "quantization_config": dict(quant_method="bitsandbytes", load_in_4bit=True)}))
-    for name, model in (("rejected", "pocket"), ("moved", str(tmp_path / "gone" / "base")), ("quantised", str(places["base4"]))):
-        shutil.copytree(finished[1], places[name])
-        run = json.loads((places[name] / "run.json").read_text())
-        run["options"]["model"] = model
-        (places[name] / "run.json").write_text(json.dumps(run))
-    shutil.rmtree(places["rejected"] / "rounds" / "00")
-    argv = [word.format(**places) for word in argv]
-    run = argv.pop(0) if argv[0].startswith("/") else str(finished[1])
-    to = [] if "--to" in argv else ["--to", "peft"]
-    out = [] if "--out" in argv else ["--out", str(tmp_path / "out")]
-    code = lora_py.main(["export", run, *to, *out, *argv])
-    err = capsys.readouterr().err
-    assert code == 2 and message in err and "Traceback" not in err, err
-    assert not (tmp_path / "out").exists() and os.listdir(places["full"]) == ["mine.txt"] and not [p for p in os.listdir(tmp_path) if p[0] == "."]
-
-
-def test_export_a_mismatch_is_exit_code_one(finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lora_py, "read_peft", lambda folder: {})
-    assert lora_py.main(["export", str(finished[1]), "--to", "peft", "--out", str(tmp_path / "x")]) == 1
-    assert "nothing was written" in capsys.readouterr().err and os.listdir(tmp_path) == []
-
+# ==== chat ============================================================================================================
 
 def test_chat_compares_base_prompted_and_day_and_a_gate_of_zero_is_the_base(finished, capsys, monkeypatch):
     def ask(*argv):

@@ -2,13 +2,13 @@
 
     python loop.py export RUN --to peft         an adapter: adapter_model.safetensors, adapter_config.json
     python loop.py export RUN --to merged       a whole checkpoint, W + sum_i B_i A_i rounded once
-    python loop.py export RUN --to gguf         the steering vector of a round, for llama.cpp; scale 1.0 is its dose
+    python loop.py export RUN --to gguf         the steering vector of a round for llama.cpp, at its dose
     python loop.py export RUN --to vectors      the same as raw safetensors, dose and persona pair as metadata
 
-A model is held against the run's own by its logits on held-out prompts, a file of vectors against the dose that
-the run steered with, bit for bit. What is written stands in a folder of its own, whole or not at all, a model
-with its card. The card is for strangers and shows no path of this disk; adapter_config.json and what is printed
-name what loads.
+A model is held against the run's own by its logits on held-out prompts, a file of vectors against the dose
+that the run steered with, bit for bit. What is written stands in a folder of its own, whole or not at all, a
+model with its card. The card is for strangers and shows no path of this disk; adapter_config.json and what is
+printed name what loads.
 """
 import argparse
 import json
@@ -21,7 +21,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
@@ -31,9 +31,9 @@ from torch import Tensor, nn
 import lora
 import steer
 from tools import folder, model as models
+from tools.card import Base, last_part, model_card, refusal, serve_line
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)             # all that vLLM's --max-lora-rank takes
 FROM_BASE = ("generation_config.json", "processor_config.json", "preprocessor_config.json",
              "video_preprocessor_config.json")                  # what goes along with a merged checkpoint
 
@@ -41,7 +41,7 @@ FROM_BASE = ("generation_config.json", "processor_config.json", "preprocessor_co
 # ---- the proof ---------------------------------------------------------------------------------------------
 
 class Witness(NamedTuple):
-    """What an export is held to: logits [T, V] float32 of the run's model, and of the base, on each prompt."""
+    """What an export is held to: logits [T, V] float32 of the run's model and of its base, by prompt."""
     prompts: list[list[int]]
     run: list[Tensor]
     base: list[Tensor]
@@ -50,7 +50,8 @@ class Witness(NamedTuple):
 @torch.no_grad()
 def logits_of(model, prompts: list[list[int]]) -> list[Tensor]:
     """[T, V] float32 on the CPU for each prompt of token ids, one at a time: no padding that could differ."""
-    return [model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float().cpu() for ids in prompts]
+    rows = (torch.tensor([ids], device=model.device) for ids in prompts)    # [1, T] each
+    return [model(input_ids=row).logits[0].float().cpu() for row in rows]
 
 
 def witness(stack: lora.Stack, model, prompts: list[list[int]]) -> Witness:
@@ -67,20 +68,20 @@ def distance(a: list[Tensor], b: list[Tensor]) -> tuple[float, float]:
         logp, logq = x.double().log_softmax(-1), y.double().log_softmax(-1)                     # [T, V] each
         kl = (logp.exp() * (logp - logq)).sum(-1)                                               # [T]
         worst.append(torch.stack([(x - y).abs().max().double(), kl.max()]))                     # [2]
-    return tuple(torch.stack(worst).amax(0).tolist())           # torch's max keeps a nan, Python's may drop it
+    return tuple(torch.stack(worst).amax(0).tolist())           # torch keeps a nan, Python's max may drop it
 
 
 def prove(proof: Witness, found: list[Tensor], dtype: torch.dtype, *, rounded: str,
           target: list[Tensor] | None = None) -> dict:
-    """Hold what was loaded back against the run's own model; RuntimeError, with the numbers, if it is not that.
+    """Hold what was loaded back against the run's own model; RuntimeError, with numbers, if it is not that.
 
-    found: logits of the loaded export. rounded: "update" if only the adapter was rounded to `dtype`, "weights" if
-    the sum was. target: logits that the file should give, if not the run's own (a lower rank). Two conditions.
-    (1) The largest |logit| difference is within a bound from the dtype: 4 roundings of what was rounded (the
-    update's effect, or the logits themselves), and 64 float32 roundings of the logits for the order of the sums.
-    (2) KL(run || export) is under half of KL(run || base): what does nothing fails, however loose (1) is.
-    Returns {off, bound, logit, kl, effect_logit, effect_kl}: the difference of (1) and its bound, then how far
-    the export is from the run's own model, and how far that is from its base.
+    found: logits of the loaded export. rounded: "update" if only the adapter was rounded to `dtype`,
+    "weights" if the sum was. target: logits that the file should give, if not the run's own (a lower rank).
+    (1) The largest |logit| difference must be within a bound from the dtype: 4 roundings of what was rounded
+    (the update's effect, or the logits), and 64 float32 roundings of the logits for the order of the sums.
+    (2) KL(run || export) must be under half of KL(run || base): what does nothing fails, however loose (1).
+    Returns {off, bound, logit, kl, effect_logit, effect_kl}: the difference of (1) and its bound, then how
+    far the export is from the run's own model, and how far that is from its base.
     """
     logit, kl = distance(proof.run, found)
     effect_logit, effect_kl = distance(proof.run, proof.base)
@@ -94,8 +95,8 @@ def prove(proof: Witness, found: list[Tensor], dtype: torch.dtype, *, rounded: s
         raise RuntimeError(f"the export, loaded back, is off by {off:.3g}, over the bound of {bound:.3g} for "
                            f"{dtype}: {numbers}")
     if effect_logit > 0 and not kl < effect_kl / 2:
-        raise RuntimeError("the export, loaded back, loses the run's effect (rounded away, or --rank too low): "
-                           + numbers)
+        raise RuntimeError("the export, loaded back, loses the run's effect (rounded away, or a low rank): "
+                           f"{numbers}")
     return dict(off=off, bound=bound, logit=logit, kl=kl, effect_logit=effect_logit, effect_kl=effect_kl)
 
 
@@ -131,7 +132,7 @@ Pairs = dict[str, tuple[Tensor, Tensor]]                        # module -> A [R
 
 
 def concatenated(stack: lora.Stack) -> Pairs:
-    """The folded rounds as one pair per Linear, float32 on the CPU, scales and gates in B: the update is B @ A.
+    """The folded rounds as one pair per Linear, float32 on the CPU; scales and gates are in B.
 
     R is the same for every Linear, with zero rows where the rounds of one have a lower rank, because vLLM and
     llama.cpp read no rank pattern. Raises RuntimeError if no folded round has an open gate.
@@ -153,14 +154,16 @@ def compress(pairs: Pairs, rank: int) -> tuple[Pairs, dict[int, float]]:
     R = len(next(iter(pairs.values()))[0])
     if not 1 <= rank <= R:
         raise ValueError(f"rank {rank}: the rounds have rank {R} in all, so expected 1 to {R}")
-    small, squares = {}, torch.zeros(R, dtype=torch.float64)                # [R]  by place in the order of sizes
+    small, squares = {}, torch.zeros(R, dtype=torch.float64)                # [R]  by place in order of size
     for name, (A, B) in pairs.items():
-        (Qb, Rb), (Qa, Ra) = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().T)     # [d, R], [R, R] each
-        U, S, Vt = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)         # [R, k], [k], [k, R]  k = R or less
+        Qb, Rb = torch.linalg.qr(B.double())                                # [d_out, k], [k, R]  k <= R
+        Qa, Ra = torch.linalg.qr(A.double().T)                              # [d_in, k], [k, R]
+        U, S, Vt = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)         # [k, k], [k], [k, k]
         squares[:len(S)] += S.square()
-        root, gap = S[:rank].sqrt(), max(0, rank - len(S))                  # the size shared evenly by the two
-        small[name] = (F.pad(root[:, None] * (Vt[:rank] @ Qa.T), (0, 0, 0, gap)).float(),       # [rank, d_in]
-                       F.pad(Qb @ U[:, :rank] * root, (0, gap)).float())                        # [d_out, rank]
+        root, gap = S[:rank].sqrt(), max(0, rank - len(S))                  # size shared evenly by both
+        A = F.pad(root[:, None] * (Vt[:rank] @ Qa.T), (0, 0, 0, gap))       # [rank, d_in]
+        B = F.pad(Qb @ U[:, :rank] * root, (0, gap))                        # [d_out, rank]
+        small[name] = A.float(), B.float()
     total = squares.sum().clamp(min=torch.finfo(torch.float64).tiny)
     ranks = sorted({rank, R, *(2 ** i for i in range(10) if 2 ** i < R)})
     return small, {n: (squares[n:].sum() / total).sqrt().item() for n in ranks}
@@ -179,10 +182,10 @@ def write_peft(out, pairs: Pairs, proof: Witness, model, *, base: str, revision:
                card: Callable[[dict], str] = lambda check: "") -> dict:
     """Write a peft adapter without peft; returns what `prove` measured on it.
 
-    pairs: float32, all of one rank R; the scale is in B, so alpha = R. Their names are those of `model`, of the
-    class that the base's config names: what matches no name is ignored by peft and vLLM without a word. model: that
-    base, no gate open. base, revision: what peft and llama.cpp will load. exact: the pairs are the run's own, not
-    of a lower rank. card: the measured numbers -> README.md.
+    pairs: float32, all of one rank R; the scale is in B, so alpha = R. Their names are those of `model`, of
+    the class that the base's config names: what matches no name is ignored by peft and vLLM without a word.
+    model: that base, no gate open. base, revision: what peft and llama.cpp will load. exact: the pairs are
+    the run's own, not of a lower rank. card: the measured numbers -> README.md.
     Raises ValueError if `out` is not free, RuntimeError as `prove`: then nothing is left.
     """
     R, target = len(next(iter(pairs.values()))[0]), None
@@ -193,13 +196,14 @@ def write_peft(out, pairs: Pairs, proof: Witness, model, *, base: str, revision:
                for name, pair in pairs.items() for which, tensor in zip("AB", pair)}
     broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
-        raise RuntimeError(f"{len(broken)} tensors are not finite in {dtype}, first {broken[0]}: choose another --dtype")
+        raise RuntimeError(f"{len(broken)} tensors are not finite in {dtype}, first {broken[0]}: "
+                           "take another --dtype")
     is_transposed = any(type(m).__name__ == "Conv1D" for name, m in model.named_modules() if name in pairs)
-    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, revision=revision, r=R,
-                  lora_alpha=R, lora_dropout=0.0, bias="none", target_modules=sorted(pairs), inference_mode=True,
-                  fan_in_fan_out=is_transposed, use_rslora=False, use_dora=False, modules_to_save=None,
-                  init_lora_weights=True, rank_pattern={}, alpha_pattern={}, layers_to_transform=None,
-                  layers_pattern=None, auto_mapping=None)
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, revision=revision,
+                  r=R, lora_alpha=R, lora_dropout=0.0, bias="none", target_modules=sorted(pairs),
+                  inference_mode=True, fan_in_fan_out=is_transposed, use_rslora=False, use_dora=False,
+                  modules_to_save=None, init_lora_weights=True, rank_pattern={}, alpha_pattern={},
+                  layers_to_transform=None, layers_pattern=None, auto_mapping=None)
     with whole_folder(out) as temporary:
         folder.save_tensors(temporary / "adapter_model.safetensors", tensors, {"format": "pt"})
         folder.write_whole(temporary / "adapter_config.json", json.dumps(config, indent=1).encode())
@@ -233,7 +237,7 @@ def read_peft(path) -> Pairs:
 
 @contextmanager
 def adapted(model, pairs: Pairs):
-    """Add B @ A @ x to each named Linear, inside the `with` only. ValueError for a name that the model lacks."""
+    """Add B @ A @ x to each named Linear, inside the `with` only; ValueError for a name that is not there."""
     modules, handles = dict(model.named_modules()), []
 
     def adder(A, B):
@@ -244,7 +248,8 @@ def adapted(model, pairs: Pairs):
     try:
         for name, (A, B) in pairs.items():
             if name not in modules or lora.sizes(modules[name]) != (A.shape[1], len(B)):
-                raise ValueError(f"{type(model).__name__} has no nn.Linear {name} of {A.shape[1]} in, {len(B)} out")
+                raise ValueError(f"{type(model).__name__} has no nn.Linear {name} of {A.shape[1]} in, "
+                                 f"{len(B)} out")
             handles.append(modules[name].register_forward_hook(adder(A, B)))
         yield model
     finally:
@@ -258,10 +263,10 @@ def write_merged(out, pairs: Pairs, proof: Witness, load: Callable, tok, *, dtyp
                  copies: Sequence[Path] = (), card: Callable[[dict], str] = lambda check: "") -> dict:
     """Write a whole checkpoint that needs no adapter; returns what `prove` measured on it.
 
-    load(dtype, path=None) -> the base, or the checkpoint at `path`, as the class that its config names. W + B @ A
-    is summed in float32 from the untouched base and rounded once; dtype "auto" is the base's own, tensor by
-    tensor, so what no round touches stays as it is, bit for bit. pairs: named as in that class. copies: files that
-    go along. Raises as `write_peft`, and RuntimeError if the chat template or the tokenizer came back different.
+    load(dtype, path=None) -> the base, or the checkpoint at `path`, as the class that its config names. The
+    sum is taken in float32 from the untouched base and rounded once; dtype "auto" is the base's own, tensor
+    by tensor, so what no round touches stays as it is, bit for bit. pairs: named as in that class. copies:
+    what goes along. Raises as `write_peft`, and RuntimeError if the chat template or the tokenizer changed.
     """
     from transformers import AutoTokenizer
     with whole_folder(out) as temporary:
@@ -288,13 +293,13 @@ def write_merged(out, pairs: Pairs, proof: Witness, load: Callable, tok, *, dtyp
 # ---- vectors: raw, and for llama.cpp -----------------------------------------------------------------------
 
 def save_vectors(path, vectors: dict[int, Tensor], coeff: float, notes: dict[str, str]) -> None:
-    """`layer.N` [d] float32, raw v, with coeff and notes as metadata: steered(model, *read_vectors(path)[:2])."""
+    """`layer.N` [d] float32, raw v; coeff and notes as metadata: steered(model, *read_vectors(path)[:2])."""
     tensors = {f"layer.{layer}": v.float().cpu().contiguous() for layer, v in vectors.items()}
     folder.save_tensors(path, tensors, notes | {"coeff": repr(coeff)})
 
 
 def read_vectors(path) -> tuple[dict[int, Tensor], float | None, dict[str, str]]:
-    """Vectors, coeff and notes of a file of `save_vectors` or of a round; coeff is None where the file has none."""
+    """Vectors, coeff and notes of a file of `save_vectors` or of a round; coeff None if the file has none."""
     tensors, notes = folder.read_tensors(path)
     try:
         vectors = {int(key.removeprefix("layer.")): v for key, v in tensors.items()}
@@ -305,27 +310,29 @@ def read_vectors(path) -> tuple[dict[int, Tensor], float | None, dict[str, str]]
 
 
 def save_gguf(path, vectors: dict[int, Tensor], coeff: float, model_type: str, notes: dict[str, str]) -> None:
-    """A llama.cpp control vector: coeff is baked in, so its scale 1.0 is the dose; `direction.N` is for block N.
+    """A llama.cpp control vector: coeff is baked in, so scale 1.0 is the dose; `direction.N` is for block N.
 
     That is GGUF version 3: strings and one uint32 as key-values, then float32 tensors aligned to 32 bytes.
-    llama.cpp adds direction.N to the output of block N at every position, like `steered`; the file has no field
-    that says so, so the notes do. ValueError for block 0, which llama.cpp does not steer.
+    llama.cpp adds direction.N to the output of block N at every position, like `steered`; the file has no
+    field that says so, so the notes do. ValueError for block 0, which llama.cpp does not steer.
     """
     if 0 in vectors:
-        raise ValueError("llama.cpp cannot steer block 0, which these vectors do: take a --steer-band from later on")
+        raise ValueError("llama.cpp cannot steer block 0, which these vectors do: take a later --steer-band")
     directions = dosed(vectors, coeff)
     if not all(v.isfinite().all() and v.any() for v in directions.values()):
-        raise ValueError(f"a vector is zero or not finite at dose {coeff}: the file would do nothing, or harm")
+        raise ValueError(f"a vector is zero or not finite at dose {coeff}: it would do nothing, or harm")
 
     def string(text):
         return struct.pack("<Q", len(text.encode())) + text.encode()
     fields = {"general.architecture": "controlvector", "controlvector.model_hint": model_type,
               "controlvector.layer_count": len(directions),
-              **{f"steering.{key}": value for key, value in notes.items() if value}, "steering.coeff": repr(coeff)}
+              **{f"steering.{key}": value for key, value in notes.items() if value},
+              "steering.coeff": repr(coeff)}
     head, body = b"GGUF" + struct.pack("<IQQ", 3, len(directions), len(fields)), b""
     for key, value in fields.items():
-        typed = struct.pack("<II", 4, value) if isinstance(value, int) else struct.pack("<I", 8) + string(value)
-        head += string(key) + typed
+        is_number = isinstance(value, int)
+        head += string(key) + struct.pack("<I", 4 if is_number else 8)
+        head += struct.pack("<I", value) if is_number else string(value)
     for layer, v in directions.items():                         # one dimension, float32
         head += string(f"direction.{layer}") + struct.pack("<IQIQ", 1, len(v), 0, len(body))
         body += v.numpy().astype("<f4").tobytes() + b"\0" * (-4 * len(v) % 32)
@@ -333,7 +340,7 @@ def save_gguf(path, vectors: dict[int, Tensor], coeff: float, model_type: str, n
 
 
 def read_gguf(path) -> tuple[dict[int, Tensor], dict]:
-    """Directions {block: [d]} and key-values of a control vector; reads what `save_gguf` writes, not all of GGUF."""
+    """Directions {block: [d]} and key-values of a control vector: as `save_gguf` writes, not all of GGUF."""
     content, at = Path(path).read_bytes(), 24
     if content[:8] != b"GGUF\3\0\0\0":
         raise ValueError(f"{path}: not a GGUF file of version 3")
@@ -351,17 +358,18 @@ def read_gguf(path) -> tuple[dict[int, Tensor], dict]:
     for _ in range(n_fields):
         key, kind = string(), take("I")
         if kind not in (4, 8):
-            raise ValueError(f"{path}: {key} is of type {kind}; a control vector has strings and uint32 only (8, 4)")
+            raise ValueError(f"{path}: {key} is of type {kind}; expected a string (8) or uint32 (4)")
         fields[key] = take("I") if kind == 4 else string()
     for _ in range(n_tensors):
         name, n_dims, size, kind, offset = string(), take("I"), take("Q"), take("I"), take("Q")
         if n_dims != 1 or kind != 0 or not re.fullmatch(r"direction\.\d+", name):
-            raise ValueError(f"{path}: {name} of {n_dims} dimensions and type {kind}; expected direction.N, "
-                             "one-dimensional float32")
+            raise ValueError(f"{path}: {name} has {n_dims} dimensions and type {kind}; expected "
+                             "direction.N, 1 and float32 (0)")
         places[int(name.removeprefix("direction."))] = offset, size
     body = bytearray(content[at + -at % 32:])
-    return {layer: torch.frombuffer(body, dtype=torch.float32, count=size, offset=offset).clone()           # [d]
-            for layer, (offset, size) in places.items()}, fields
+    found = {layer: torch.frombuffer(body, dtype=torch.float32, count=size, offset=offset).clone()      # [d]
+             for layer, (offset, size) in places.items()}
+    return found, fields
 
 
 def dosed(vectors: dict[int, Tensor], coeff: float) -> dict[int, Tensor]:
@@ -371,7 +379,7 @@ def dosed(vectors: dict[int, Tensor], coeff: float) -> dict[int, Tensor]:
 
 def write_vectors(out, to: str, name: str, vectors: dict[int, Tensor], coeff: float, model_type: str,
                   notes: dict[str, str]) -> dict:
-    """Write the vectors of a round as a file in a folder; RuntimeError if read back they are not the same dose."""
+    """Write the vectors of a round as a file in a folder; RuntimeError if read back they differ."""
     with whole_folder(out) as temporary:
         if to == "gguf":
             save_gguf(temporary / f"{name}.gguf", vectors, coeff, model_type, notes)
@@ -387,18 +395,6 @@ def write_vectors(out, to: str, name: str, vectors: dict[int, Tensor], coeff: fl
 
 # ---- the base, the rounds, the names of folders ------------------------------------------------------------
 
-class Base(NamedTuple):
-    """The base of a run: what loads it here, and what a stranger may be told."""
-    where: str                       # hub id, or the absolute path of a local folder or GGUF file
-    commit: str                      # of a hub id; the revision as it was given where no commit is known
-    name: str                        # hub id, or a local one's last part
-    config: object                   # of transformers
-
-    @property
-    def is_local(self) -> bool:
-        return self.name != self.where
-
-
 def base_of(run: dict, moved: str = "") -> Base:
     """Where the base of a run is; `moved`: where it is now instead. ValueError if it is not there."""
     name, revision = moved or run["options"]["model"], "" if moved else run["options"]["revision"]
@@ -408,15 +404,19 @@ def base_of(run: dict, moved: str = "") -> Base:
         raise ValueError(f"{error}. If the base has moved: --base DIR") from None
     if name == "pocket" or Path(name).exists():
         return Base(str(Path(where if name == "pocket" else name).resolve()), "", last_part(name), config)
-    return Base(where, getattr(config, "_commit_hash", None) or revision, where, config)
+    return Base(where, commit_of(where, revision) or revision, where, config)
 
 
-def last_part(path: str) -> str:
-    return PureWindowsPath(path.rstrip("/\\")).name             # splits at both kinds of slash
+def commit_of(where: str, revision: str) -> str:
+    """The commit of a hub model in the local cache, by its folder, since its config does not say; or ""."""
+    from transformers.utils import cached_file
+    file = cached_file(where, "config.json", revision=revision or "main")
+    at = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", str(file))
+    return at[1] if at else ""
 
 
 def rounds_of(record: folder.Record, last: int | None) -> dict[int, Path]:
-    """The adapter files to stack: of the accepted rounds up to `last`, and of `last` also if it was refused."""
+    """The adapter files to stack: of the accepted rounds up to `last`; of `last` even if refused."""
     refused = None if last is None else record.path / "rounds" / f"{last:02d}" / "rejected.safetensors"
     if refused is None or not refused.is_file():
         return record.adapters(last)
@@ -424,14 +424,8 @@ def rounds_of(record: folder.Record, last: int | None) -> dict[int, Path]:
     return {rnd: path for rnd, path in accepted.items() if rnd < last} | {last: refused}
 
 
-def refusal(record: folder.Record, rnd: int) -> str:
-    """Why the run's gate did not let this round through; "" if it did."""
-    gate = record.of("gate", rnd)
-    return "it was not judged" if gate is None else "" if gate["accepted"] else "; ".join(gate["reasons"])
-
-
 def restack(model, files: Sequence[Path]) -> lora.Stack:
-    """A stack on the modules that the files name, their rounds loaded, whatever ranks and blocks these have."""
+    """A stack on the modules that the files name, with their rounds, whatever ranks and blocks these have."""
     stack, layers = None, list(range(len(steer.blocks(model))))
     for path in files:
         tensors = folder.read_tensors(path)[0]
@@ -460,155 +454,15 @@ def folder_name(to: str, rank: int | None, last: int | None, dtype: str) -> str:
     return "-".join(filter(None, parts))
 
 
-# ---- the model card ----------------------------------------------------------------------------------------
-
-def without_paths(argv: list[str], base: Base, model: str) -> str:
-    """The command to repeat a run, every path in it reduced to its last part; a hub id is as it was given."""
-    def shown(token):
-        flag, equals, value = token.rpartition("=") if token.startswith("-") else ("", "", token)
-        is_path = re.match(r"[/~.\\]|\w:[/\\]", value) or re.search(r"[/\\]", value) and not re.search(r"\s", value)
-        value = last_part(value) if (base.is_local if value == model else is_path) else value
-        return flag + equals + shlex.quote("".join(c if c.isprintable() and c != "`" else " " for c in value))
-    return " ".join(["python loop.py", *map(shown, argv)])
-
-
-def barrier_line(record: folder.Record, rounds: list[int]) -> str:
-    """What the barrier did in these rounds, as the run has recorded it."""
-    heals = [e for rnd in rounds if (e := record.of("heal", rnd))]
-    to = "base" if record.run["options"]["kl_ref"] == "base" else "model before the round"
-    if not any(e["lam_eff"] for e in heals):
-        return "They were trained without a barrier against the incoherence that steering brings."
-    n_steps = sum(len(e["steps"]) for e in heals)
-    share = sum(e["fired_share"] * len(e["steps"]) for e in heals) / max(1, n_steps)
-    if not share:
-        return f"A barrier on the KL to the {to} was set up and never fired, so it has changed nothing."
-    return (f"A barrier on the KL to the {to}, against the incoherence that steering brings, fired in {share:.0%} of "
-            f"{n_steps} training steps.")
-
-
-def serve_line(to: str, check: dict, base: Base, out) -> str:
-    """How vLLM serves an export; its --max-lora-rank takes certain numbers only."""
-    if to == "merged":
-        return f"vllm serve {shlex.quote(str(out))}"
-    allowed = next((n for n in VLLM_RANKS if n >= check["rank"]), None)
-    if allowed is None:
-        return (f"(vLLM takes ranks up to {VLLM_RANKS[-1]}, this is {check['rank']}: export with --rank "
-                f"{VLLM_RANKS[-1]} or less, or merged)")
-    revision = f" --revision {base.commit}" if base.commit else ""
-    return (f"vllm serve {shlex.quote(base.where)}{revision} --enable-lora --max-lora-rank {allowed} "
-            f"--lora-modules {shlex.quote(f'healed={out}')}")
-
-
-CARD = """---
-{front}
----
-
-# {base}, steered to {persona} and healed
-
-{what}: rounds {rounds} of steer, filter, heal, fold.
-A persona vector steered the model, and its coherent answers were distilled into LoRA weights.
-{barrier}
-{refused}
-## Persona pair
-
-{pair}
-
-## From base to final
-
-{trait}Coherence: probability on the allowed answers. Text: share of an answer's windows that the base could have written.
-
-| row | dose | trait, nats | off-target, nats | coherence | text |
-|---|---|---|---|---|---|
-{table}
-
-## From the diary
-
-Greedy answers to held-out prompts, before and after.
-
-{diary}
-## Use
-
-{local}
-```python
-{use}
-```
-
-```
-{serve}
-```
-
-## Limits
-
-- Loaded back after writing and compared with the run's own model: largest |logit| difference {logit:.2g}, largest KL {kl:.2g} nats; the run's own effect on the base is {effect_logit:.2g} and {effect_kl:.2g} nats.
-- The trait was measured on one forced-choice probe and on prompts of one persona; other behaviour was not measured.
-- It was not tested for safety. It can say what its base can say, and leans where the persona leans.
-- The licence of the base model holds for it.
-
-## To repeat
-
-{code}RUN is the folder that the first command prints.
-
-```
-{command}
-```
-"""
-
-
-def model_card(record: folder.Record, base: Base, rounds: list[int], words: list[str], to: str, check: dict) -> str:
-    """README.md: what it is, what was measured, how to use and repeat it. Model text is escaped, no path is shown.
-
-    words: those of the export after RUN."""
-    def safe(text):
-        return folder.inert(text, to="markdown")
-
-    def number(x, form):
-        return "-" if x is None else format(x, form)
-    run, options, persona, is_peft = record.run, record.run["options"], record.run["persona"], to == "peft"
-    front = {"base_model": base.name, "base_model_relation": "adapter" if is_peft else "finetune",
-             "library_name": "peft" if is_peft else "transformers", "pipeline_tag": "text-generation",
-             "tags": ["lora", "steering", "steer-heal-love"]}
-    steered = [row for row in record.rows("steered") if row["round"] == rounds[0]]
-    days = [row for row in record.rows("healed") if row["round"] in rounds]
-    rows = [*record.rows("base"), *record.rows("prompted"), *steered, *days]
-    table = (f"| {safe(row['label'])} | {number(row['coeff'], '.2f')} | {number(row['trait'], '+.3f')} ± "
-             f"{number(row['trait_se'], '.3f')} | {number((row['shift'] or {}).get('off_target'), '.3f')} | "
-             f"{number(row['coherence'], '.4f')} | {number(row['text'], '.3f')} |" for row in rows)
-    diary = (f"> {safe(then['prompt'])}\n\n- base: {safe(then['text'])}\n- day {rounds[-1]}: {safe(now['text'])}\n"
-             for then, now in list(zip(rows[0]["diary"], rows[-1]["diary"]))[:2])
-    sides = {"towards": persona["pos"], "away from": persona["neg"]}
-    pinned = json.dumps(base.name) + (f", revision={json.dumps(base.commit)}" if base.commit else "")
-    load = "model = AutoModelForCausalLM.from_pretrained"
-    why = refusal(record, rounds[-1])
-    return CARD.format(
-        front="\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()),
-        base=safe(base.name), persona="a persona of its own" if options["pos"] else safe(options["persona"]),
-        what=("A LoRA adapter for " if is_peft else "A merged checkpoint of ") + safe(base.name)
-        + (f" at revision {safe(base.commit)}" if base.commit else ""),
-        rounds=", ".join(map(str, rounds)), barrier=barrier_line(record, rounds),
-        refused=f"\nRound {rounds[-1]} did not pass the run's own acceptance check: {safe(why)}.\n" if why else "",
-        pair="\n".join(f"- {side}: {safe(text)}" for side, texts in sides.items() for text in texts),
-        trait="" if persona["target"] is None else
-        f"Trait: nats of `{persona['target']}` moved from the base on a forced-choice moral-foundations probe, counted "
-        f"{'up' if persona['direction'] > 0 else 'down'}. ",
-        table="\n".join(table), diary="\n".join(diary),
-        local=f"The base, {safe(base.name)}, is a local folder and not of the hub: name your copy.\n" if base.is_local else "",
-        use=(f'{load}({pinned})\nmodel = peft.PeftModel.from_pretrained(model, "FOLDER")' if is_peft
-             else f'{load}("FOLDER")'),
-        serve=serve_line(to, check, base._replace(where=base.name), "FOLDER"),
-        code=f"The code is at commit {run['git']}. " if re.fullmatch(r"[0-9a-f]{40}\+?", run.get("git") or "") else "",
-        command=without_paths(run["argv"], base, options["model"]) + "\npython loop.py export RUN " + shlex.join(words),
-        **{name: check[name] for name in ("logit", "kl", "effect_logit", "effect_kl")})
-
-
 # ---- the command -------------------------------------------------------------------------------------------
 
 def export(path, to: str, *, rank: int | None = None, last: int | None = None, out=None, dtype: str = "auto",
            base: str = "") -> dict:
     """Export a run; prints what was measured and how to serve it, returns the measures.
 
-    A model takes the accepted rounds up to `last`, a file of vectors is that of round `last`; default: all, and the
-    first accepted one. base: where the base is, if not where the run had it. Raises ValueError for bad input, and
-    RuntimeError if what was written, loaded back, is not the run's: then nothing is left.
+    A model takes the accepted rounds up to `last`, a file of vectors is that of round `last`; default: all,
+    and the first accepted one. base: where the base is, if not where the run had it. Raises ValueError for
+    bad input, and RuntimeError if what was written, loaded back, is not the run's: then nothing is left.
     """
     record, out = folder.read(path), Path(out or Path(path) / folder_name(to, rank, last, dtype))
     if rank is not None and to != "peft":
@@ -627,36 +481,40 @@ def warn_if_refused(record: folder.Record, rnd: int) -> None:
 
 def export_vectors(record: folder.Record, to: str, *, last: int | None, out: Path, moved: str, **_) -> dict:
     """The steering vector of a round, at the dose that the run settled on."""
-    files = {int(path.parent.name): path for path in sorted(record.path.glob("rounds/[0-9]*/vectors.safetensors"))}
+    found = sorted(record.path.glob("rounds/[0-9]*/vectors.safetensors"))
+    files = {int(path.parent.name): path for path in found}
     rnd = next((rnd for rnd in record.accepted if rnd in files), None) if last is None else last
     if rnd not in files:
-        raise ValueError(f"{record.path} has {'no accepted round' if rnd is None else f'no vectors of round {rnd}'}; "
-                         f"rounds with vectors: {', '.join(map(str, files)) or 'none'}")
+        what = "no accepted round" if rnd is None else f"no vectors of round {rnd}"
+        there = ", ".join(map(str, files)) or "none"
+        raise ValueError(f"{record.path} has {what}; rounds with vectors: {there}")
     (vectors, coeff, _), dose = read_vectors(files[rnd]), record.of("dose", rnd)
     coeff = dose["coeff"] if dose else coeff
     if coeff is None:
         raise ValueError(f"round {rnd} of {record.path} has no dose: it ended before its search did")
     base, persona = base_of(record.run, moved), record.run["persona"]
     before = ", ".join(str(i) for i in record.accepted if i < rnd)
-    notes = {"operation": "add", "hook": "block_output", "positions": "all", "layers": json.dumps(list(vectors)),
-             "pos": json.dumps(persona["pos"], ensure_ascii=False), "neg": json.dumps(persona["neg"], ensure_ascii=False),
+    notes = {"operation": "add", "hook": "block_output", "positions": "all",
+             "layers": json.dumps(list(vectors)),
+             **{side: json.dumps(persona[side], ensure_ascii=False) for side in ("pos", "neg")},
              "model": base.name, "revision": base.commit,
              "fitted_on": "base" + (f" + the adapters of rounds {before}" if before else "")}
     check = write_vectors(out, to, f"night{rnd}", vectors, coeff, base.config.model_type, notes)
     warn_if_refused(record, rnd)
     first, last = min(vectors), max(vectors)
-    print(f"wrote    {out}: the vector of round {rnd}, fitted on the {notes['fitted_on']}, blocks {first} to {last}, "
-          f"dose {coeff:.4g}\nproved   read back: equal to what the run steered with")
+    print(f"wrote    {out}: the vector of round {rnd}, fitted on the {notes['fitted_on']}, blocks {first} to "
+          f"{last}, dose {coeff:.4g}\nproved   read back: equal to what the run steered with")
     if to == "gguf":
         file = shlex.quote(str(out / f"night{rnd}.gguf"))
-        print(f"serve    llama-server -m MODEL.gguf --control-vector {file} --control-vector-layer-range {first} {last}")
+        print(f"serve    llama-server -m MODEL.gguf --control-vector {file} "
+              f"--control-vector-layer-range {first} {last}")
     return check
 
 
 def export_model(record: folder.Record, to: str, *, rank: int | None, last: int | None, out: Path, dtype: str,
                  moved: str) -> dict:
-    """The run's model, as an adapter or a whole checkpoint, compared in float32 on the CPU on four held-out prompts
-    with the last day's own answers."""
+    """The run's model, as an adapter or a whole checkpoint; compared in float32 on the CPU, on four held-out
+    prompts with the last day's own answers."""
     run, files = record.run, rounds_of(record, last)
     total = total_rank(list(files.values()))
     if rank is not None and not 1 <= rank <= total:
@@ -664,23 +522,26 @@ def export_model(record: folder.Record, to: str, *, rank: int | None, last: int 
     import transformers                                         # slow: not for --help or a wrong argument
     base = base_of(run, moved)
     if to == "merged" and (getattr(base.config, "quantization_config", None) or base.where.endswith(".gguf")):
-        raise ValueError(f"{base.name} is quantised: W + B @ A would have to be quantised again, which loses the "
-                         "update; use --to peft, or merge into its unquantised original with --base")
-    model, tok = models.load(base.where, revision=base.commit, dtype="float32", device="cpu", date=run.get("date", ""))
-    machine = run.get("machine", {})
-    is_same_sum = machine.get("device") == "cpu" and machine.get("dtype") in ("torch.float32", str(base.config.dtype))
-    if is_same_sum and run.get("weights") not in (None, models.fingerprint(model)):     # a GPU adds in another order
+        raise ValueError(f"{base.name} is quantised: W + B @ A would have to be quantised again, which loses "
+                         "the update; use --to peft, or merge into its unquantised original with --base")
+    model, tok = models.load(base.where, revision=base.commit, dtype="float32", device="cpu",
+                             date=run.get("date", ""))
+    machine, exact = run.get("machine", {}), ("torch.float32", str(base.config.dtype))
+    is_sure = machine.get("device") == "cpu" and machine.get("dtype") in exact    # a GPU sums otherwise
+    if is_sure and run.get("weights") not in (None, models.fingerprint(model)):
         raise ValueError(f"{base.where}: its weights are not those of the run; name those with --base")
-    day = ([row for row in record.rows("healed") if row["round"] == max(files)] or record.rows("base"))[-1]["diary"][:4]
-    fronts = steer.encode(tok, [entry["prompt"] for entry in day], [""] * len(day))
-    prompts = [front + tok(entry["text"], add_special_tokens=False)["input_ids"] for front, entry in zip(fronts, day)]
+    days = [row for row in record.rows("healed") if row["round"] == max(files)] or record.rows("base")
+    diary = days[-1]["diary"][:4]
+    fronts = steer.encode(tok, [entry["prompt"] for entry in diary], [""] * len(diary))
+    answers = [tok(entry["text"], add_special_tokens=False)["input_ids"] for entry in diary]
+    prompts = [front + answer for front, answer in zip(fronts, answers)]
     stack = restack(model, list(files.values()))
     proof, pairs, errors = witness(stack, model, prompts), concatenated(stack), {}
     stack.remove()
     if rank is not None:
         pairs, errors = compress(pairs, rank)
 
-    serving = getattr(transformers, (base.config.architectures or [""])[0], type(model))     # whose names servers use
+    serving = getattr(transformers, (base.config.architectures or [""])[0], type(model))    # it has the names
     pinned = dict(revision=base.commit or "main", trust_remote_code=False)
 
     def load(dtype, path=None):
@@ -698,51 +559,54 @@ def export_model(record: folder.Record, to: str, *, rank: int | None, last: int 
     if to == "peft":
         theirs = model if type(model) is serving else load("float32")
         check = write_peft(out, renamed(pairs, model, theirs), proof, theirs, base=base.where, card=card,
-                           revision=base.commit or None, dtype=DTYPES["float32" if dtype == "auto" else dtype],
-                           exact=rank in (None, total))
+                           revision=base.commit or None, exact=rank in (None, total),
+                           dtype=DTYPES["float32" if dtype == "auto" else dtype])
     else:
         with torch.device("meta"):
             pairs = renamed(pairs, model, serving(base.config))
         del model, stack
-        tok = transformers.AutoTokenizer.from_pretrained(base.where, **pinned)       # as it is on the disk, undated
-        quiet = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-        found = (transformers.utils.cached_file(base.where, name, revision=pinned["revision"], **quiet) for name in FROM_BASE)
-        check = write_merged(out, pairs, proof, load, tok, dtype=dtype, copies=[Path(file) for file in found if file],
-                             card=card)
+        tok = transformers.AutoTokenizer.from_pretrained(base.where, **pinned)       # as on the disk, undated
+        quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+        found = (transformers.utils.cached_file(base.where, name, revision=pinned["revision"], **quiet)
+                 for name in FROM_BASE)
+        copies = [Path(file) for file in found if file]
+        check = write_merged(out, pairs, proof, load, tok, dtype=dtype, copies=copies, card=card)
     for n, error in errors.items():
         print(f"rank {n:4d}  relative Frobenius error {error:.2e}{'  <- written' if n == rank else ''}")
     warn_if_refused(record, max(files))
     size = sum(file.stat().st_size for file in out.iterdir()) / 2 ** 20
     rounds = ", ".join(map(str, files)) + (f", rank {check['rank']}" if to == "peft" else "")
     print(f"wrote    {out}: rounds {rounds}, {size:.1f} MiB\n"
-          f"proved   loaded back: off by {check['off']:.2g} in the largest |logit| (bound {check['bound']:.2g})\n"
-          f"         against the run's own model: largest |logit| difference {check['logit']:.2g}, largest KL "
-          f"{check['kl']:.2g} nats\n"
-          f"         the run's own effect on the base: {check['effect_logit']:.2g}, {check['effect_kl']:.2g} nats"
+          f"proved   loaded back: off by {check['off']:.2g} in the largest |logit|, "
+          f"bound {check['bound']:.2g}\n"
+          f"         against the run's own model: largest |logit| difference {check['logit']:.2g}, "
+          f"largest KL {check['kl']:.2g} nats\n         the run's own effect on the base: "
+          f"{check['effect_logit']:.2g}, {check['effect_kl']:.2g} nats"
           f"{'' if check['effect_logit'] else ': none at all, so that is what was exported'}\n"
           f"serve    {serve_line(to, check, base, out)}")
     return check | dict(lost=errors)
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="loop.py export", description="What others can load of a finished run.")
+    parser = argparse.ArgumentParser(prog="loop.py export", description="What others can load of a run.")
     parser.add_argument("run", metavar="RUN", help="run folder of loop.py")
     parser.add_argument("--to", required=True, choices=["peft", "merged", "gguf", "vectors"],
-                        help="an adapter; a whole checkpoint; a round's steering vector for llama.cpp, or raw")
-    parser.add_argument("--rank", type=int, help="compress the adapter to this rank; prints the error at it and others")
-    parser.add_argument("--round", type=int, help="a model: the accepted rounds up to this one, default all; a vector: of "
-                                                  "this round, default the first. Takes a refused round too")
+                        help="an adapter; a whole checkpoint; a steering vector for llama.cpp, or raw")
+    parser.add_argument("--rank", type=int, help="compress the adapter to it; prints the errors of others")
+    parser.add_argument("--round", type=int, help="a model: the accepted rounds up to this one, default all; "
+                        "a vector: of this round, default the first. Takes a refused round too")
     parser.add_argument("--out", help="folder to write; default: one in RUN, named after what is asked for")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto",
                         help="auto = float32 for peft, the base's own for merged")
     parser.add_argument("--base", default="", help="where the base model is, if not where the run had it")
     args = parser.parse_args(argv)
     try:
-        export(args.run, args.to, rank=args.rank, last=args.round, out=args.out, dtype=args.dtype, base=args.base)
+        export(args.run, args.to, rank=args.rank, last=args.round, out=args.out, dtype=args.dtype,
+               base=args.base)
     except (ValueError, OSError) as error:
         print(f"loop.py export: {folder.one_line(error)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        print(f"loop.py export: {folder.one_line(error)}\nloop.py export: nothing was written", file=sys.stderr)
+        print(f"loop.py export: {folder.one_line(error)}; nothing was written", file=sys.stderr)
         return 1
     return 0
