@@ -854,7 +854,7 @@ def persona_distance(model, tok, kept, prompts: list[str], system: str, how: str
     def behind(front):
         heads = steer.encode(tok, [prompts[c.prompt] for c in kept], [front] * len(kept))
         return [heal.Sample(ids + c.ids, len(ids), c.prompt) for ids, c in zip(heads, kept)]
-    kls = heal.divergences(model, behind(system), contextlib.nullcontext, ref_samples=behind(""), reg=reg, pad_id=steer.pad_of(tok))
+    kls = heal.divergences(model, behind(system), contextlib.nullcontext, ref_samples=behind(""), reg=reg, pad_id=steer.pad_of(tok, model))
     return sum(heal.aggregate(kl, how).item() for kl in kls) / len(kls)
 
 
@@ -1014,7 +1014,7 @@ def worst_kept(model, tok, samples, reference, before, vectors, coeff, hcfg) -> 
             yield
 
     def kl(of, against, reg):
-        return heal.divergences(model, of, against, reg=reg, pass_tokens=hcfg.pass_tokens, pad_id=steer.pad_of(tok))
+        return heal.divergences(model, of, against, reg=reg, pass_tokens=hcfg.pass_tokens, pad_id=steer.pad_of(tok, model))
     kls = kl(samples, reference, hcfg.reg)
     worst = max(range(len(kls)), key=lambda i: heal.aggregate(kls[i], "rmse").item())
     sample, ids = samples[worst], samples[worst].ids[samples[worst].n_prompt:]
@@ -1084,7 +1084,7 @@ class Run:
     def base_nll(self, completions) -> list[torch.Tensor]:
         """nats per completion token under the untouched model, whatever is folded: the one yardstick of coherence."""
         with self.stack.gated(0, 0):
-            return steer.token_nll(self.model, completions, pad_id=steer.pad_of(self.tok))
+            return steer.token_nll(self.model, completions, pad_id=steer.pad_of(self.tok, self.model))
 
     def bare(self, completions, prompts) -> list:
         """Answers given under a system prompt, to be judged as answers to the bare question."""
@@ -1223,7 +1223,7 @@ class Run:
         with warnings.catch_warnings(), self.screen.watch("heal", rnd, "training, steps", n_steps) as tick:
             warnings.filterwarnings("ignore", "the barrier")                # said below, in a line of its own
             record = heal.heal(self.model, self.stack.parameters(), samples, reference, hcfg, tau=tau, rnd=rnd, log=tick,
-                               pad_id=steer.pad_of(self.tok), seed=stage_seed(cfg.seed, rnd, "heal"),
+                               pad_id=steer.pad_of(self.tok, self.model), seed=stage_seed(cfg.seed, rnd, "heal"),
                                spectral=self.stack.spectral if hcfg.spectral else None)
         self.folder.event("heal", rnd, norm=self.stack.norm(), singular=self.stack.singular_values(), **record)
         self.folder.event("worst", rnd, **worst_kept(self.model, self.tok, samples, reference, lambda: self.stack.gated(1, 0), vectors,
