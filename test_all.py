@@ -1203,7 +1203,9 @@ def test_what_the_template_writes_after_an_answer_ends_it():
     assert [(c.ids, c.finished, c.text) for c in generate(model, tok, ["Hi"], max_new_tokens=5)] == [([end], True, "")]
     hook.remove()
     only_between = TEMPLATE.replace("{% if not (loop.last and continue_final_message) %}", "{% if not loop.last %}")
-    for template, found in ((only_between, {end}), (TEMPLATE.replace("<|end|>", "\n\n"), set()),     # plain text ends nothing
+    user = tok.convert_tokens_to_ids("<|user|>")
+    for template, found in ((only_between, {end}), (TEMPLATE.replace("<|end|>", "\n\n"), {user}),    # the next turn's tag
+                            ("{% for m in messages %}\n\n### {{ m['role'] }}: {{ m['content'] }}{% endfor %}", set()),
                             (TEMPLATE.replace("m in messages", "m in messages if m['role'] == 'user'"), set())):
         tok.chat_template = template
         assert set(steer.end_ids(model, tok)) == {tok.bos_token_id} | found
@@ -1466,7 +1468,7 @@ def test_patterns_words_and_unfinished_answers_are_rules_of_their_own():
     assert steer_verdict("", ids=[2]).rule == "words" and steer_verdict("  \n", ids=[5, 2]).rule == "words"
     assert steer_verdict(STEER_CLEAN, finished=False).kept
     cut = steer_verdict(STEER_CLEAN, finished=False, keep_unfinished=False)
-    assert (cut.rule, cut.value, cut.limit) == ("unfinished", 34, 34), cut   # all of its max_new_tokens
+    assert (cut.rule, cut.value, cut.limit) == ("unfinished", 33, 33), cut   # all of its max_new_tokens
 
 
 def test_readings_are_finite_for_huge_and_missing_nll_and_refuse_nan():
@@ -1475,7 +1477,7 @@ def test_readings_are_finite_for_huge_and_missing_nll_and_refuse_nan():
     assert all(math.isfinite(x) for r in (huge, empty) for x in r.values())
     with pytest.raises(RuntimeError, match="not finite"):
         readings(steer_completion("a b"), torch.tensor([0.1, math.nan]))
-    with pytest.raises(ValueError, match="one per completion token"):
+    with pytest.raises(ValueError, match="expected one per token"):
         readings(steer_completion("a b"), torch.zeros(3))
 
 
@@ -1551,7 +1553,7 @@ def test_the_demo_prints_base_and_steered_without_control_characters(tmp_path, c
     tok.save_pretrained(tmp_path)
     steer.show(str(tmp_path), "Do you love\x1b humanity?", "love", 0.5, 1.0)
     out = capsys.readouterr().out
-    assert "coeff 0.5" in out and "worst window" in out
+    assert out.startswith("base ") and "| steered at block" in out and "coeff 0.5" in out and out.count("\n") > 1
     assert not any(ord(ch) < 32 and ch != "\n" or 127 <= ord(ch) < 160 for ch in out)
 
 
