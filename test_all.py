@@ -1141,22 +1141,6 @@ def test_greedy_decoding_equals_hf_generate_with_and_without_the_hook():
             assert c.prompt_ids + c.ids == hf.tolist()
 
 
-@pytest.mark.parametrize("greedy", [True, False])
-@pytest.mark.parametrize("doses", [None, [0.0, 0.5, 1.0, -0.5, 0.5, 0.25]])
-def test_a_row_does_not_depend_on_who_shares_its_batch(greedy, doses):
-    model, tok = steer_pair(torch.float64)
-    # half of the byte tokens end an answer, so rows finish at different steps and are retired
-    model.generation_config.eos_token_id = list(range(6, 40))
-    kw = dict(vectors=steer_vectors(model) if doses else None, coeffs=doses, greedy=greedy, max_new_tokens=24, seed=3)
-    many = generate(model, tok, STEER_PROMPTS, **kw)
-    assert len({len(c.ids) for c in many}) > 2, "rows must end at different lengths for this test to test anything"
-    for batch_size in (1, 2, 5):
-        assert generate(model, tok, STEER_PROMPTS, batch_size=batch_size, **kw) == many
-    if doses:                                                                # the dose reached the row it was meant for
-        one = generate(model, tok, STEER_PROMPTS, **{**kw, "coeffs": [0.5] * 6})
-        assert one[1].ids == many[1].ids and [c.ids for c in one] != [c.ids for c in many]
-
-
 def test_rows_of_one_batch_have_their_own_layers_and_doses():
     model, tok = steer_pair(torch.float64)
     vectors = steer_vectors(model)
@@ -1364,13 +1348,6 @@ def test_swapping_the_personas_flips_the_sign_and_a_vector_of_zeros_is_an_error(
 
 # ---- steer: templates
 
-def test_prompts_carry_one_bos():
-    model, tok = steer_pair()
-    assert tok(render(tok, "Hi", "Be kind."), add_special_tokens=False)["input_ids"].count(tok.bos_token_id) == 1
-    assert all(c.prompt_ids.count(tok.bos_token_id) == 1
-               for c in generate(model, tok, ["Hi"], system="Be kind.", max_new_tokens=1))
-
-
 def test_words_that_do_not_reach_the_prompt_or_are_no_text_are_refused_in_a_sentence():
     tok = tiny_tokenizer()
     with pytest.raises(ValueError, match="not UTF-8"):
@@ -1395,14 +1372,6 @@ def test_token_nll_equals_a_full_forward_one_at_a_time():
             logp = model(torch.tensor([c.prompt_ids + c.ids])).logits[0].log_softmax(-1)
             want = [-logp[len(c.prompt_ids) + j - 1, token].item() for j, token in enumerate(c.ids)]
             assert nll.dtype == torch.float32 and torch.allclose(nll, torch.tensor(want), atol=1e-4)
-
-
-def test_token_nll_sees_the_answer_under_the_prompt_it_carries():
-    model, tok = steer_pair()
-    c, = generate(model, tok, ["Hi"], system="Be kind.", max_new_tokens=10)
-    bare = dataclasses.replace(c, prompt_ids=steer_ids(tok, "Hi"))
-    one, other = token_nll(model, [c, bare])
-    assert not torch.allclose(one, other)
 
 
 def test_clean_and_short_answers_pass():
@@ -1891,16 +1860,6 @@ def test_the_probe_equals_one_sequence_at_a_time_in_every_case(n_think):
     if n_think > 1:                                             # a closed frame is a zero in the coherence, and no nan
         assert out["n_unscored"] == 4 - len(out["scored"]) > 0
         assert out["coherence"] == pytest.approx(sum(sum(m) for m in out["mass"]) / 8)
-
-
-@torch.no_grad()
-def test_the_probe_in_float32_is_within_1e_5_of_the_reference():
-    tok = mfv_tokenizer()
-    model, rows = tiny_model(tok, seed=2), mfv_rows()
-    out = evalmfv.evaluate(model, tok, rows, think_tokens=12, batch_size=12)
-    for i, row in enumerate(rows):
-        score = sum(mfv_naive(model, tok, row["text"], reverse, 12)[1] for reverse in (False, True)) / 2
-        assert (out["p"][i] - score.softmax(-1)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("sliding", [False, True])
