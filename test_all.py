@@ -2312,7 +2312,7 @@ def test_adapters_and_vectors_live_where_their_layer_lives():
     for rnd in range(2):
         for name, lora in stack.layers.items():
             place = "meta" if "layers.2." in name else "cpu"
-            assert {t.device.type for t in (lora.A, lora.B, *(t for pair in lora.rounds for t in pair))} == {place}, name
+            assert {t.device.type for t in (lora.A, lora.B, *(t for pair in lora.rounds for t in pair[:2]))} == {place}, name
         with pytest.MonkeyPatch.context() as patch:             # meta numbers cannot be looked at
             patch.setattr(torch.Tensor, "isfinite", lambda self: torch.ones(1))
             stack.fold()
