@@ -290,7 +290,8 @@ def free_text(ids: list[list[int]], nlls: list, base_ids: list[list[int]], base_
             raise ValueError(f"{len(tokens)} tokens with {len(nll)} nlls: give one nll per token")
         size = min(window, len(tokens))
         tails = [tokens[max(0, end - 32):end] for end in range(size, len(tokens) + 1)]
-        return nll.unfold(0, size, 1).sum(1) / window, torch.tensor([len(set(t)) / len(t) for t in tails], dtype=torch.float64)
+        distinct = torch.tensor([len(set(tail)) / len(tail) for tail in tails], dtype=torch.float64)
+        return nll.unfold(0, size, 1).sum(1) / window, distinct
 
     own = [windows(t, x) for t, x in zip(base_ids, base_nlls, strict=True) if len(t)]
     if not own or not ids:
@@ -380,9 +381,9 @@ def evaluate(model, tok, vignettes: list[dict], *, think_tokens: int = 128, batc
             "profile": named(profile), "nats": named(profile.log()),
             "profile_se": named(profile_se), "nats_se": named(profile_se / profile),
             "coherence": mass.mean().item(), "coherence_se": standard_error(mass.mean(1)).item(), "mass": mass.tolist(),
-            "prefill_nll": nll[scored].mean().item(), "top1": top1, "n_natural": case.count("natural"), "n_forced": case.count("forced"),
-            "n_closed": case.count("closed"), "n_unscored": n - len(scored),
-            "case": [case[2 * i:2 * i + 2] for i in range(n)],
+            "prefill_nll": nll[scored].mean().item(), "top1": top1,
+            "n_natural": case.count("natural"), "n_forced": case.count("forced"), "n_closed": case.count("closed"),
+            "n_unscored": n - len(scored), "case": [case[2 * i:2 * i + 2] for i in range(n)],
             "items": hashlib.sha256(json.dumps([v["text"] for v in vignettes]).encode()).hexdigest()[:16],
             "think_tokens": think_tokens, "as_original": as_original}
 
@@ -400,7 +401,7 @@ def show(args) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Print a model's moral-foundations profile.")
-    parser.add_argument("model", nargs="?", default="pocket", help="checkpoint folder or hub name; pocket = the embedded one")
+    parser.add_argument("model", nargs="?", default="pocket", help="checkpoint; pocket = the embedded one")
     parser.add_argument("--vignettes", default=Path(__file__).parent / "data" / "vignettes.jsonl")
     parser.add_argument("--limit", type=int, help="use this many vignettes, evenly spaced through the file")
     parser.add_argument("--think-tokens", type=int, default=128)

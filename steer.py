@@ -32,7 +32,7 @@ COEFF_MIN = 0.1             # lowest dose of the search (multiples of v): less i
 DOSE_STEPS = 4              # steps of the search: each halves the open interval of log(dose)
 N_PROBE = 24                # completions per dose of the search: enough to tell .8 from .95 survival
 WINDOW = 8                  # tokens of the running window over base nll: about as long as a broken phrase
-SENTINEL = "ZZUNIQ_SENTINEL_ZZ"                     # shows where a template puts the words it is given
+SENTINEL = "ZZuniq_Sentinel_ZZ"                     # shows where a template puts the words it is given
 
 
 # same in heal.py and lora.py
@@ -108,7 +108,7 @@ class Verdict:
 # ---- pure functions ---------------------------------------------------------------------------------------
 
 def band(n_layers: int, lo: float, hi: float) -> list[int]:
-    """Every block whose depth interval [i/n, (i+1)/n] overlaps (lo, hi), never none. 7 blocks, .45 to .55 -> [3]."""
+    """Every block whose depth interval [i/n, (i+1)/n] overlaps (lo, hi): 7 blocks, .45 to .55 -> [3]; never none."""
     if not 0 <= lo < hi <= 1:
         raise ValueError(f"depth band from {lo} to {hi}: expected 0 <= from < to <= 1")
     return list(range(math.floor(lo * n_layers + 1e-9), math.ceil(hi * n_layers - 1e-9)))     # float products
@@ -247,8 +247,8 @@ def written(tok, turns: list[tuple[str, str]], **how) -> str:
                 messages = [{"role": role, "content": content} for (role, _), content in zip(some, parts)]
                 text = tok.apply_chat_template(messages, tokenize=False, **how)
                 lost = [role for role, words in some if words.strip() not in text]
-                if lost or as_parts and re.search("[\"']type[\"']: *[\"']text", text):          # the list itself, printed
-                    raise ValueError(f"it drops or alters the words of the {(lost or ['user'])[0]}: use one that keeps them")
+                if lost or as_parts and re.search("[\"']type[\"']: *[\"']text", text):      # a list, printed as one
+                    raise ValueError(f"it drops or alters the words of the {(lost or ['user'])[0]}")
             return text
         except Exception as error:                          # a template is a program: it can raise anything
             errors.append(" ".join(str(error).split()))
@@ -615,16 +615,15 @@ def show(model: str, prompt: str, persona: str, coeff: float, temperature: float
     vectors = fit_vectors(model, tok, *pair, contexts, find_layers(model, tok, *pair, contexts)[0])
     made = generate(model, tok, [prompt] * 2, vectors=vectors, coeffs=[0.0, coeff], n_draws=1,
                     greedy=not temperature, temperature=temperature or 1.0)
-    texts = [[*textwrap.wrap(repr(c.text), 54), f"worst window {readings(c, nll)['worst_window']:.2f} nats"]
-             for c, nll in zip(made, token_nll(model, made))]               # repr: model text moves no cursor
-    print(f"> {prompt!r}\n{'base':<55}| steered at block {', '.join(map(str, vectors))}, coeff {coeff:g}")
-    for left, right in zip_longest(*texts, fillvalue=""):
+    base, moved = (textwrap.wrap(repr(c.text), 54) for c in made)           # repr: model text moves no cursor
+    head = "base", f"steered at block {', '.join(map(str, vectors))}, coeff {coeff:g}"
+    for left, right in [head, *zip_longest(base, moved, fillvalue="")]:
         print(f"{left:<55}| {right}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="base | steered, side by side")
-    parser.add_argument("words", nargs="*", metavar="[MODEL] PROMPT", help="checkpoint folder or hub name, and a user turn")
+    parser.add_argument("words", nargs="*", metavar="[MODEL] PROMPT", help="checkpoint and user turn")
     parser.add_argument("--persona", default="love", help="an entry of data/personas.json")
     parser.add_argument("--coeff", type=float, default=0.5, help="dose (multiples of v)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = the likeliest token")

@@ -1140,7 +1140,7 @@ def test_lora_runs_alone_in_an_empty_folder(tmp_path):
 STEER_WORDS = ["mercy", "justice", "kindness", "patience", "rescue", "people", "forever", "harbour", "gentle",
                "machine", "winter", "garden"]
 STEER_PROMPTS = ["Hi", "Who are you?", "Do you love humanity, and why?", "a", "Tell me more about the sea.", "x y z"]
-STEER_LIMITS = Limits(worst_window=2.0, ppl_tail=5.0, ngram=0.3, loop=0.6, min_words=1)
+STEER_LIMITS = Limits(worst_window=2.0, ppl_tail=5.0, ngram=0.3, loop=0.6)
 
 
 def steer_pair(dtype=torch.float32, seed=0, **kw):
@@ -1208,43 +1208,41 @@ def test_choose_equals_the_filters_of_hf():
         assert (share - scores[row].softmax(-1)).abs().max() < 1.1e-3
 
 
-def test_greedy_decoding_equals_hf_generate():
+def test_greedy_decoding_equals_hf_generate_with_and_without_the_hook():
     model, tok = steer_pair(torch.float64)
-    for prompts in (STEER_PROMPTS, STEER_PROMPTS[:1]):
-        ours = generate(model, tok, prompts, greedy=True, max_new_tokens=20)
-        for prompt, c in zip(prompts, ours):
+    vectors, plain = steer_vectors(model), None
+    for coeff in (0.0, 0.75):
+        ours = generate(model, tok, STEER_PROMPTS, vectors=vectors, coeffs=[coeff] * 6, greedy=True, max_new_tokens=20)
+        assert [c.ids for c in ours] != plain
+        plain = [c.ids for c in ours]
+        for prompt, c in zip(STEER_PROMPTS, ours):
             ids = torch.tensor([steer_ids(tok, prompt)])
-            hf = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)[0]
+            with steered(model, vectors, coeff):
+                hf = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)[0]
             assert c.prompt_ids + c.ids == hf.tolist()
 
 
-def test_steered_greedy_decoding_equals_hf_generate_under_the_hook():
+def test_rows_of_one_batch_have_their_own_layers_and_doses():
     model, tok = steer_pair(torch.float64)
     vectors = steer_vectors(model)
-    plain = generate(model, tok, STEER_PROMPTS, greedy=True, max_new_tokens=12)
-    ours = generate(model, tok, STEER_PROMPTS, vectors=vectors, coeffs=[0.75] * 6, greedy=True, max_new_tokens=12)
-    assert [c.ids for c in ours] != [c.ids for c in plain]
-    for prompt, c in zip(STEER_PROMPTS, ours):
-        ids = torch.tensor([steer_ids(tok, prompt)])
-        with steered(model, vectors, 0.75):
-            hf = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)[0]
-        assert c.prompt_ids + c.ids == hf.tolist()
-
-
-@pytest.mark.parametrize("greedy", [True, False])
-@pytest.mark.parametrize("doses", [None, [0.0, 0.5, 1.0, -0.5, 0.5, 0.25]])
-def test_a_row_does_not_depend_on_who_shares_its_batch(greedy, doses):
-    model, tok = steer_pair(torch.float64)
-    # half of the byte tokens end an answer, so rows finish at different steps and are retired
-    model.generation_config.eos_token_id = list(range(6, 40))
-    kw = dict(vectors=steer_vectors(model) if doses else None, coeffs=doses, greedy=greedy, max_new_tokens=24, seed=3)
-    many = generate(model, tok, STEER_PROMPTS, **kw)
-    assert len({len(c.ids) for c in many}) > 2, "rows must end at different lengths for this test to test anything"
-    for batch_size in (1, 2, 5):
-        assert generate(model, tok, STEER_PROMPTS, batch_size=batch_size, **kw) == many
-    if doses:                                                                # the dose reached the row it was meant for
-        one = generate(model, tok, STEER_PROMPTS, **{**kw, "coeffs": [0.5] * 6})
-        assert one[1].ids == many[1].ids and [c.ids for c in one] != [c.ids for c in many]
+    doses = {1: [0.0, 0.5, 0.0, -0.5, 0.25, 1.0], 2: [0.0, 0.0, 0.75, 0.5, 0.25, 0.0]}
+    kw = dict(vectors=vectors, max_new_tokens=12, seed=2)
+    many = generate(model, tok, STEER_PROMPTS, coeffs=doses, **kw)
+    assert [c.coeff for c in many] == [0.0, 0.5, 0.75, -0.5, 0.25, 1.0]      # a row's largest
+    for batch_size in (1, 2):
+        assert generate(model, tok, STEER_PROMPTS, coeffs=doses, batch_size=batch_size, **kw) == many
+    same = generate(model, tok, STEER_PROMPTS, coeffs={1: [0.5] * 6}, **kw)
+    alone = generate(model, tok, STEER_PROMPTS, coeffs=[0.5] * 6, **(kw | dict(vectors={1: vectors[1]})))
+    assert same == alone and same[1] == many[1]                              # a layer that is not named is not steered
+    ids = torch.tensor([steer_ids(tok, "Who are you?")] * 6)
+    with steered(model, vectors, {layer: torch.tensor(c) for layer, c in doses.items()}):
+        mixed = model(ids).logits
+    for row in range(6):
+        with steered(model, vectors, {layer: c[row] for layer, c in doses.items()}):
+            assert torch.equal(mixed[row], model(ids).logits[row])
+            assert sum(len(block._forward_hooks) for block in steer.blocks(model)) == sum(c[row] != 0 for c in doses.values())
+    with pytest.raises(ValueError, match=r"layers \[3\]"):
+        steered(model, vectors, {3: 1.0})
 
 
 def test_answers_end_at_any_end_token_and_keep_it():
@@ -1256,6 +1254,26 @@ def test_answers_end_at_any_end_token_and_keep_it():
     for c in answers:
         assert not ends & set(c.ids[:-1]) and c.finished == (c.ids[-1] in ends)
         assert c.finished or len(c.ids) == 60
+
+
+def test_what_the_template_writes_after_an_answer_ends_it():
+    tok = mfv_tokenizer()
+    model, end = tiny_model(tok), tok.convert_tokens_to_ids("<|end|>")
+    model.generation_config.eos_token_id = tok.bos_token_id                 # neither names the token that ends a turn
+    tok.eos_token = "<|bos|>"
+    assert steer.end_ids(model, tok) == [tok.bos_token_id, end]
+    model.lm_head.weight.data[end] = 0
+    with torch.no_grad():
+        hook = model.lm_head.register_forward_hook(lambda m, args, out: out.index_fill(-1, torch.tensor([end]), 99.0))
+    assert [(c.ids, c.finished, c.text) for c in generate(model, tok, ["Hi"], max_new_tokens=5)] == [([end], True, "")]
+    hook.remove()
+    only_between = TEMPLATE.replace("{% if not (loop.last and continue_final_message) %}", "{% if not loop.last %}")
+    user = tok.convert_tokens_to_ids("<|user|>")
+    for template, found in ((only_between, {end}), (TEMPLATE.replace("<|end|>", "\n\n"), {user}),    # the next turn's tag
+                            ("{% for m in messages %}\n\n### {{ m['role'] }}: {{ m['content'] }}{% endfor %}", set()),
+                            (TEMPLATE.replace("m in messages", "m in messages if m['role'] == 'user'"), set())):
+        tok.chat_template = template
+        assert set(steer.end_ids(model, tok)) == {tok.bos_token_id} | found
 
 
 def test_generate_leaves_the_global_random_state_alone_and_repeats_itself():
@@ -1277,11 +1295,42 @@ def test_decoding_64_rows_is_fast():
 def test_generate_rejects_doses_without_rows_and_rows_without_doses():
     model, tok = steer_pair()
     vectors = steer_vectors(model)
-    for kw in (dict(vectors=vectors), dict(coeffs=[1.0]), dict(vectors=vectors, coeffs=[1.0, 2.0])):
+    for kw in (dict(vectors=vectors), dict(coeffs=[1.0]), dict(vectors=vectors, coeffs=[1.0, 2.0]),
+               dict(vectors=vectors, coeffs={1: [1.0], 2: []})):
         with pytest.raises(ValueError, match="one coeff per prompt"):
             generate(model, tok, ["Hi"], **kw)
     with pytest.raises(ValueError, match="greedy=True"):
         generate(model, tok, ["Hi"], temperature=0.0)
+
+
+def test_the_cache_goes_in_by_the_word_that_forward_has_and_an_empty_one_is_named():
+    model, tok = steer_pair(torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)                        # transformers 5.40 drops the old word
+        want = generate(model, tok, STEER_PROMPTS, max_new_tokens=6)
+    plain, probe_tok = model.forward, mfv_tokenizer()
+    takes_cache = "cache" in inspect.signature(plain).parameters
+    for word in ("cache", "past_key_values"):                                # a forward that has this word alone
+
+        def forward(input_ids=None, attention_mask=None, position_ids=None, use_cache=None, logits_to_keep=0, **kwargs):
+            given = kwargs.pop(word, None)
+            kwargs = {"cache" if takes_cache else "past_key_values": given}          # any other word was swallowed
+            return plain(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                         use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs)
+        own = inspect.Parameter(word, inspect.Parameter.KEYWORD_ONLY)
+        kwargs = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+        forward.__signature__ = inspect.Signature([inspect.Parameter("input_ids", inspect.Parameter.KEYWORD_ONLY), own, kwargs])
+        model.forward = forward
+        assert generate(model, tok, STEER_PROMPTS, max_new_tokens=6) == want
+    for swallowing, call in ((model, lambda m: generate(m, tok, ["Hi"], max_new_tokens=6)),
+                             (tiny_model(probe_tok), lambda m: evalmfv.evaluate(m, probe_tok, mfv_rows(), think_tokens=2))):
+        inner = type(swallowing).forward
+
+        def forgetful(input_ids=None, cache=None, past_key_values=None, **kwargs):
+            return inner(swallowing, input_ids=input_ids, **(kwargs | dict(use_cache=False)))
+        swallowing.forward = forgetful
+        with pytest.raises(RuntimeError, match="LlamaForCausalLM leaves .* cache empty"):
+            call(swallowing)
 
 
 # ---- steer: the hook
@@ -1292,7 +1341,7 @@ def test_coeff_zero_is_the_base_bit_for_bit_and_rows_have_their_own_dose():
     base = model(ids).logits
     with steered(model, vectors, 0.0):
         assert torch.equal(model(ids).logits, base)
-        assert not any(block._forward_hooks for block in blocks(model))
+        assert not any(block._forward_hooks for block in steer.blocks(model))
     with steered(model, vectors, torch.tensor([0.0, 0.5, 1.0])):
         mixed = model(ids).logits
     assert torch.equal(mixed[0], base[0])
@@ -1304,7 +1353,7 @@ def test_coeff_zero_is_the_base_bit_for_bit_and_rows_have_their_own_dose():
 def test_steered_adds_coeff_times_v_after_the_block_at_every_position():
     model, tok = steer_pair(torch.float64)
     ids, v, seen = torch.tensor([steer_ids(tok, "Hi")]), steer_vectors(model)[1], []
-    handle = blocks(model)[2].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    handle = steer.blocks(model)[2].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
     model(ids)
     with steered(model, {1: v}, 0.5):
         model(ids)
@@ -1333,9 +1382,9 @@ def test_steered_handles_blocks_that_return_tuples_and_other_dtypes():
     model, tok = steer_pair(torch.bfloat16)
     ids, v = torch.tensor([steer_ids(tok, "Hi")]), steer_vectors(model)[1]
     seen = []
-    before = blocks(model)[1].register_forward_hook(lambda block, args, out: (out, "kv"))       # as older blocks do
+    before = steer.blocks(model)[1].register_forward_hook(lambda block, args, out: (out, "kv"))       # as older blocks do
     with steered(model, {1: v}, 1.0):
-        after = blocks(model)[1].register_forward_hook(lambda block, args, out: (seen.append(out), out[0])[1])
+        after = steer.blocks(model)[1].register_forward_hook(lambda block, args, out: (seen.append(out), out[0])[1])
         model(ids)
         after.remove()
     before.remove()
@@ -1362,47 +1411,36 @@ def test_fit_vectors_reads_the_last_block_before_the_final_norm():
     model, tok = steer_pair()
     v = fit_vectors(model, tok, "kind", "cold", ["Hi"], [3])[3]
     seen = []
-    handle = blocks(model)[3].register_forward_hook(lambda block, args, out: seen.append(out[0, -1]))
+    handle = steer.blocks(model)[3].register_forward_hook(lambda block, args, out: seen.append(out[0, -1]))
     for side in ("kind", "cold"):
         model(torch.tensor([steer_ids(tok, "Hi", side)]))
     handle.remove()
     assert torch.allclose(v, seen[0] - seen[1], atol=1e-4)
 
 
-def test_swapping_the_personas_flips_the_sign():
+def test_swapping_the_personas_flips_the_sign_and_a_vector_of_zeros_is_an_error():
     model, tok = steer_pair()
     one = fit_vectors(model, tok, "kind", "cold", STEER_PROMPTS, [1])[1]
     other = fit_vectors(model, tok, "cold", "kind", STEER_PROMPTS, [1])[1]
     assert one.norm() > 0.1 and torch.allclose(one, -other, atol=1e-5)
+    with pytest.raises(ValueError, match="vector of layer 1 is zero"):
+        fit_vectors(model, tok, "kind", "kind", ["Hi"], [1])
 
 
 # ---- steer: templates
 
-def test_prompts_carry_one_bos():
-    model, tok = steer_pair()
-    assert tok(render(tok, "Hi", "Be kind."), add_special_tokens=False)["input_ids"].count(tok.bos_token_id) == 1
-    assert all(c.prompt_ids.count(tok.bos_token_id) == 1
-               for c in generate(model, tok, ["Hi"], system="Be kind.", max_new_tokens=1))
-
-
-def test_a_template_without_a_system_role_gets_the_system_text_before_the_users():
+def test_words_that_do_not_reach_the_prompt_or_are_no_text_are_refused_in_a_sentence():
     tok = tiny_tokenizer()
-    assert render(tok, "Hi", "Be kind.") == "<|bos|><|system|>Be kind.<|end|><|user|>Hi<|end|><|assistant|>"
-    merged = "<|bos|><|user|>Be kind.\n\nHi<|end|><|assistant|>"
-    tok.chat_template = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
-                         "{% endif %}") + TEMPLATE
-    assert render(tok, "Hi", "Be kind.") == merged                           # Gemma 2 raises
-    tok.chat_template = ("<|bos|>{% for m in messages if m['role'] != 'system' %}<|user|>{{ m['content'] }}<|end|>"
-                         "{% endfor %}<|assistant|>")
-    assert render(tok, "Hi", "Be kind.") == merged                           # others drop it silently
-    assert render(tok, "Hi") == "<|bos|><|user|>Hi<|end|><|assistant|>"
-
-
-def test_a_tokenizer_without_a_chat_template_is_named():
-    model, tok = steer_pair()
-    tok.chat_template = None
-    with pytest.raises(ValueError, match="no chat template"):
-        generate(model, tok, ["Hi"])
+    with pytest.raises(ValueError, match="not UTF-8"):
+        render(tok, b"Was f\xfchlst du?".decode(errors="surrogateescape"))
+    for template, why in (("<|user|>a<|end|><|assistant|>", "drops or alters the words of the user"),         # an a stands there
+                          (TEMPLATE.replace("m['content']", "m['content'] | upper"), "drops or alters the words of the user"),
+                          (TEMPLATE.replace("m['content']", "m['content'] + 1"), "chat template of .* fails: .*concatenate"),
+                          (TEMPLATE.replace("m['content']", "raise_exception('no\\nway')"), "fails: no way"),
+                          (None, "no chat template")):
+        tok.chat_template = template
+        with pytest.raises(ValueError, match=why):
+            steer.encode(tok, ["a"], [""])
 
 
 # ---- steer: the filter
@@ -1415,14 +1453,6 @@ def test_token_nll_equals_a_full_forward_one_at_a_time():
             logp = model(torch.tensor([c.prompt_ids + c.ids])).logits[0].log_softmax(-1)
             want = [-logp[len(c.prompt_ids) + j - 1, token].item() for j, token in enumerate(c.ids)]
             assert nll.dtype == torch.float32 and torch.allclose(nll, torch.tensor(want), atol=1e-4)
-
-
-def test_token_nll_sees_the_answer_under_the_prompt_it_carries():
-    model, tok = steer_pair()
-    c, = generate(model, tok, ["Hi"], system="Be kind.", max_new_tokens=10)
-    bare = dataclasses.replace(c, prompt_ids=steer_ids(tok, "Hi"))
-    one, other = token_nll(model, [c, bare])
-    assert not torch.allclose(one, other)
 
 
 def test_clean_and_short_answers_pass():
@@ -1486,10 +1516,9 @@ def test_patterns_words_and_unfinished_answers_are_rules_of_their_own():
     assert (verdict.kept, verdict.rule, verdict.match) == (False, "pattern", "As An AI")
     assert steer_verdict("She works as an aid worker.", patterns=patterns).kept
     assert steer_verdict("", ids=[2]).rule == "words" and steer_verdict("  \n", ids=[5, 2]).rule == "words"
-    three = dataclasses.replace(STEER_LIMITS, min_words=3)
-    assert steer_verdict("Yes.", limits=three).rule == "words" and steer_verdict("Yes, I do.", limits=three).kept
     assert steer_verdict(STEER_CLEAN, finished=False).kept
-    assert steer_verdict(STEER_CLEAN, finished=False, keep_unfinished=False).rule == "unfinished"
+    cut = steer_verdict(STEER_CLEAN, finished=False, keep_unfinished=False)
+    assert (cut.rule, cut.value, cut.limit) == ("unfinished", 33, 33), cut   # all of its max_new_tokens
 
 
 def test_readings_are_finite_for_huge_and_missing_nll_and_refuse_nan():
@@ -1498,20 +1527,16 @@ def test_readings_are_finite_for_huge_and_missing_nll_and_refuse_nan():
     assert all(math.isfinite(x) for r in (huge, empty) for x in r.values())
     with pytest.raises(RuntimeError, match="not finite"):
         readings(steer_completion("a b"), torch.tensor([0.1, math.nan]))
-    with pytest.raises(ValueError, match="one per completion token"):
+    with pytest.raises(ValueError, match="expected one per token"):
         readings(steer_completion("a b"), torch.zeros(3))
 
 
-def test_limits_come_from_the_base_and_an_explicit_number_overrides():
+def test_limits_come_from_the_base():
     base = [dict(worst_window=w, ppl_tail=math.exp(w), ngram=0.0, loop=x, n_words=9)
             for w, x in ((0.5, 0.2), (1.6, 0.4))]
     limits = calibrate_limits(base, SteerConfig(slack=0.25))
     assert limits.worst_window == pytest.approx(2.0) and math.log(limits.ppl_tail) == pytest.approx(2.0)
     assert limits.ngram == pytest.approx(0.25) and limits.loop == pytest.approx(0.55)   # a base value of 0 leaves room
-    lower = calibrate_limits(base, SteerConfig(slack=0.25, quantile=0.5))
-    assert lower.worst_window == pytest.approx(1.05 * 1.25)
-    fixed = SteerConfig(max_window_nll=3.0, max_tail_ppl=50.0, max_ngram=0.1, max_loop=0.9, min_words=2)
-    assert calibrate_limits(base, fixed) == Limits(3.0, 50.0, 0.1, 0.9, 2)
     with pytest.raises(ValueError, match="no base readings"):
         calibrate_limits([], SteerConfig())
 
@@ -1528,43 +1553,29 @@ def test_the_base_passes_its_own_limits_and_a_broken_model_does_not():
 
 # ---- steer: the dose, the band, the options
 
-def test_find_dose_takes_one_if_it_survives():
+def test_find_dose_takes_one_if_it_survives_and_names_the_bound_that_fails():
     coeff, trials = find_dose(lambda coeffs: [1.0] * len(coeffs))
     assert coeff == 1.0 and trials[0] == (1.0, 1.0) and len(trials) == 3     # one batch, and no finer one
+    with pytest.raises(RuntimeError, match="at 0.1, 20% of completions pass, need 90%"):
+        find_dose(lambda coeffs: [0.2] * len(coeffs))
 
 
 @pytest.mark.parametrize("knee", [0.11, 0.3, 0.52, 0.97])
-@pytest.mark.parametrize("splits", [2, 4])
-def test_find_dose_brackets_the_knee_of_a_falling_survival(knee, splits):
+def test_find_dose_brackets_the_knee_of_a_falling_survival(knee):
     batches = []
 
     def try_doses(coeffs):
         batches.append(coeffs)
         return [1 / (1 + (c / knee) ** 8) for c in coeffs]
-    steps = 4 if splits == 2 else 2                                          # the same sixteenth of a decade
-    coeff, trials = find_dose(try_doses, coeff_min=0.1, steps=steps, splits=splits, min_survive=0.5)
+    coeff, trials = find_dose(try_doses, coeff_min=0.1, steps=4, min_survive=0.5)
     assert coeff <= knee < coeff * 10 ** (1 / 16) * 1.0001
-    assert list(map(len, batches)) == [splits + 1] + [splits - 1] * (steps - 1) and trials[0][0] == 1.0
+    assert list(map(len, batches)) == [3, 1, 1, 1] and trials[0][0] == 1.0
     assert coeff == max(c for c, share in trials if share >= 0.5)
     low, high = 0.1, 1.0                                                     # plain bisection ends on the same dose
     for _ in range(4):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if middle <= knee else (low, middle)
     assert coeff == pytest.approx(low)
-
-
-def test_find_dose_takes_the_highest_dose_that_survives_where_survival_is_not_monotone():
-    coeff, trials = find_dose(lambda coeffs: [float(0.3 < c < 0.6 or c < 0.15) for c in coeffs], coeff_min=0.1, steps=3, splits=4)
-    assert 0.6 / 10 ** (1 / 64) / 1.0001 <= coeff < 0.6
-
-
-def test_find_dose_names_the_bound_that_fails():
-    with pytest.raises(RuntimeError, match="coeff_min=0.1, 20% of completions pass the filter, need 90%"):
-        find_dose(lambda coeffs: [0.2] * len(coeffs), coeff_min=0.1)
-    with pytest.raises(ValueError, match="coeff_min=2"):
-        find_dose(lambda coeffs: [0.2] * len(coeffs), coeff_min=2)
-    with pytest.raises(ValueError, match="steps=0"):
-        find_dose(lambda coeffs: [0.2] * len(coeffs), steps=0)
 
 
 def test_band_is_every_block_whose_depth_overlaps():
@@ -1577,21 +1588,37 @@ def test_band_is_every_block_whose_depth_overlaps():
 
 
 def test_options_out_of_range_are_refused_by_name():
-    for bad in (dict(coeff=-1.0), dict(coeff=math.nan), dict(min_survive=0.0), dict(top_p=0.0), dict(n_min=100),
-                dict(slack=-0.1), dict(window=0), dict(steer_from=0.6), dict(temperature=0.0), dict(quantile=1.5)):
-        with pytest.raises(ValueError, match="depth band" if "steer_from" in bad else next(iter(bad))):
+    for bad in (dict(coeff=-1.0), dict(coeff=0.0), dict(coeff=math.nan), dict(min_survive=0.0), dict(top_p=0.0),
+                dict(n_min=100), dict(slack=-0.1), dict(steer_band=(0.2, 1.5)), dict(temperature=0.0)):
+        with pytest.raises(ValueError, match=next(iter(bad))):
             SteerConfig(**bad)
+    with pytest.raises(ValueError, match="depth band"):
+        SteerConfig(steer_band=(0.6, 0.2))
+    assert SteerConfig(steer_band=(0.2, 0.8)).coeff is None
 
 
-def test_the_command_prints_base_and_steered_without_control_characters(tmp_path, capsys):
+def test_the_demo_prints_base_and_steered_without_control_characters(tmp_path, capsys):
     model, tok = steer_pair()
     model.save_pretrained(tmp_path)
     tok.save_pretrained(tmp_path)
-    steer.main([str(tmp_path), "Do you love humanity?", "--pos", "You are kind.", "--neg", "You are cold.",
-                "--coeff", "0.5", "--max-new-tokens", "12"])
+    steer.show(str(tmp_path), "Do you love\x1b humanity?", "love", 0.5, 1.0)
     out = capsys.readouterr().out
-    assert "steered, coeff 0.5" in out and "|v|" in out and "worst window" in out
+    assert out.startswith("base ") and "| steered at block" in out and "coeff 0.5" in out and out.count("\n") > 1
     assert not any(ord(ch) < 32 and ch != "\n" or 127 <= ord(ch) < 160 for ch in out)
+
+
+@pytest.mark.parametrize("words, said", [
+    ("steer.py no/model Hi", "no/model cannot be loaded"), ("steer.py --persona hate", "there is authority, love"),
+    ("steer.py FOLDER Hi", "no chat template"), ("evalmfv.py no/model", "no/model cannot be loaded"),
+    ("evalmfv.py FOLDER", "no chat template"), ("evalmfv.py --vignettes none.jsonl", "none.jsonl: cannot be read")])
+def test_a_demo_says_in_a_sentence_what_it_lacks(words, said, tmp_path):
+    model, tok = steer_pair()
+    tok.chat_template = None
+    model.save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    words = [sys.executable, *(str(tmp_path) if w == "FOLDER" else w for w in words.split())]
+    out = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert out.returncode == 2 and said in out.stderr.splitlines()[-1] and "Traceback" not in out.stderr, out.stderr
 
 
 def test_steer_the_layers_are_those_where_the_persona_is_first_read_strongly():
@@ -1916,16 +1943,6 @@ def test_the_probe_equals_one_sequence_at_a_time_in_every_case(n_think):
         assert out["coherence"] == pytest.approx(sum(sum(m) for m in out["mass"]) / 8)
 
 
-@torch.no_grad()
-def test_the_probe_in_float32_is_within_1e_5_of_the_reference():
-    tok = mfv_tokenizer()
-    model, rows = tiny_model(tok, seed=2), mfv_rows()
-    out = evalmfv.evaluate(model, tok, rows, think_tokens=12, batch_size=12)
-    for i, row in enumerate(rows):
-        score = sum(mfv_naive(model, tok, row["text"], reverse, 12)[1] for reverse in (False, True)) / 2
-        assert (out["p"][i] - score.softmax(-1)).abs().max() < 1e-5
-
-
 @pytest.mark.parametrize("sliding", [False, True])
 def test_the_probe_does_not_see_its_batch_size(sliding):
     tok = mfv_tokenizer()
@@ -2074,8 +2091,6 @@ def test_the_summary_follows_from_the_rows():
     p, y = out["p"][keep].tolist(), [rows[i]["label"] for i in keep]
     assert out["counted"] == keep and out["scored"] == list(range(6))
     assert out["top1"] == sum(a.index(max(a)) == b.index(max(b)) for a, b in zip(p, y)) / 5
-    nll = -sum(b * math.log(max(a, 1e-12)) for u, v in zip(p, y) for a, b in zip(u, v)) / 5
-    assert out["mean_nll"] == pytest.approx(nll)
     for k, f in enumerate(FOUNDATIONS):
         column = [row[k] for row in p]
         mean = sum(column) / 5
@@ -2085,13 +2100,7 @@ def test_the_summary_follows_from_the_rows():
     for row in rows:
         row["label"] = None
     out = evalmfv.evaluate(tiny_model(tok, seed=4), tok, rows, think_tokens=3)
-    assert out["counted"] == out["scored"] == list(range(6)) and out["top1"] is out["temperature"] is None
-
-
-def test_the_temperature_is_the_one_that_made_the_labels():
-    score = torch.randn(50, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4
-    for temperature in (0.5, 3.0):
-        assert evalmfv.fit_temperature(score, (score / temperature).softmax(-1)) == pytest.approx(temperature, rel=0.01)
+    assert out["counted"] == out["scored"] == list(range(6)) and out["top1"] is None
 
 
 def mfv_reading(p, coherence=0.9, counted=None):
@@ -2191,12 +2200,16 @@ FAMILIES = {                                                    # model class: o
 HAVE_EXPERTS = {"Qwen3MoeForCausalLM", "GptOssForCausalLM", "DeepseekV3ForCausalLM"}
 
 
+ONLY_DECODED = {"Mamba2ForCausalLM": (dict(hidden_size=32, num_hidden_layers=4, state_size=8, num_heads=8, head_dim=8, n_groups=1,
+                                           initializer_range=0.3),)}        # nothing in it for an adapter
+
+
 def family_model(name, tok):
     if not hasattr(transformers, name):
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     if name == "Lfm2ForCausalLM" and not hasattr(transformers.cache_utils, "LinearAttentionLayer"):
         pytest.skip(f"in transformers {transformers.__version__} {name} wants a cache of its own class")
-    kind, (options, *vision) = getattr(transformers, name), FAMILIES[name]
+    kind, (options, *vision) = getattr(transformers, name), (FAMILIES | ONLY_DECODED)[name]
     ids = dict(pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
     options = options | ids | dict(vocab_size=len(tok))
     if vision:
@@ -2206,7 +2219,7 @@ def family_model(name, tok):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_is_steered_healed_folded_probed_and_saved(name, tmp_path):
+def test_every_family_is_steered_healed_folded_probed_and_loaded(name):
     tok = mfv_tokenizer()
     model, ids = family_model(name, tok), lora_ids(2, 110)      # longer than the sliding window
     mask = torch.ones_like(ids)
@@ -2243,15 +2256,14 @@ def test_every_family_is_steered_healed_folded_probed_and_saved(name, tmp_path):
     alone = generate(model, tok, STEER_PROMPTS[:1], vectors=vectors, coeffs=[0.5], max_new_tokens=6)
     assert made[0].ids == alone[0].ids                          # padding and batch do not matter
 
-    # ---- a row that stays when another leaves the batch, in the stock cache of `generate` and in the probe's
+    # ---- a row that stays when another leaves the batch
     with torch.no_grad():
         whole = model(input_ids=ids[1:]).logits[:, -2:]
-        for cache in (None, evalmfv.roomy_cache(model.config, 110)):
-            cache = model(input_ids=ids[:, :-2], use_cache=True, past_key_values=cache).past_key_values
-            cache.reorder_cache(torch.tensor([1]))
-            parts = [model(input_ids=ids[1:, i:i + 1], position_ids=torch.tensor([[i]]), past_key_values=cache, use_cache=True).logits
-                     for i in (108, 109)]
-            assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-3), (torch.cat(parts, 1) - whole).abs().max()
+        forward, cache = steer.cached_forward(model, 110)
+        forward(ids[:, :-2], mask[:, :-2], (mask.cumsum(-1) - 1).clamp(min=0)[:, :-2])
+        cache.reorder_cache(torch.tensor([1]))
+        parts = [forward(ids[1:, i:i + 1], mask[1:, :i + 1], torch.tensor([[i]])) for i in (108, 109)]
+        assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-3), (torch.cat(parts, 1) - whole).abs().max()
     assert all(x.isfinite().all() for x in token_nll(model, made))
 
     # ---- heal one round, fold, gates
@@ -2277,18 +2289,19 @@ def test_every_family_is_steered_healed_folded_probed_and_saved(name, tmp_path):
             alone = [mfv_naive(model, tok, row["text"], reverse, 3)[1] for reverse in (False, True)]
         assert (score - sum(alone) / 2).abs().max() < 1e-4      # measured: 2e-6, with linear attention 2e-5
 
-    # ---- save, load into an untouched copy
-    stack.save(tmp_path / "adapter.safetensors")
+    # ---- its tensors, loaded into an untouched copy
+    tensors = stack.tensors()
     stack.remove()
     assert n_hooks() == n_before and torch.equal(logits(), untouched)
     again = attach(model, r=2, alpha=4, layers=[1, 2])
-    again.load(tmp_path / "adapter.safetensors")
+    again.load_tensors(tensors)
     assert torch.equal(logits(), healed)
 
 
-def test_rows_that_end_early_leave_a_batch_of_linear_attention():
+@pytest.mark.parametrize("name", ["Qwen3_5ForConditionalGeneration", "Mamba2ForCausalLM"])
+def test_rows_that_end_early_leave_a_batch_of_linear_attention(name):
     tok = mfv_tokenizer()
-    model = family_model("Qwen3_5ForConditionalGeneration", tok)
+    model = family_model(name, tok)
     model.generation_config.eos_token_id = list(range(6, 134))  # half of the bytes end an answer
     batch, *alone = [generate(model, tok, some, max_new_tokens=8) for some in (STEER_PROMPTS, STEER_PROMPTS[:1])]
     assert batch[0].ids == alone[0][0].ids and len({len(c.ids) for c in batch}) > 1
@@ -2298,6 +2311,7 @@ def test_rows_that_end_early_leave_a_batch_of_linear_attention():
 
 # ---- chat templates
 
+PARTS = TEMPLATE.replace("{{ m['content'] }}", "{% for part in m['content'] %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}")
 SHAPES = {                                                      # name: (template, has a BOS, notes it deserves)
     "system role, thinks unless told not to": (                 # Qwen3's shape
         "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if not (loop.last and continue_final_message) %}<|end|>"
@@ -2313,6 +2327,10 @@ SHAPES = {                                                      # name: (templat
         "{% else %}{% set front = '' %}{% set turns = messages %}{% endif %}{% for m in turns %}<|{{ m['role'] }}|>"
         "{{ front if loop.first else '' }}{{ m['content'] | trim }}{% if not (loop.last and continue_final_message) %}<|end|>"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}", True, ["user's words"]),
+    "reads lists of parts": (PARTS, True, []),                  # Idefics3, SmolVLM, LLaVA-Next
+    "reads lists of parts, drops the system role": (
+        PARTS.replace("for m in messages", "for m in messages if m['role'] != 'system'"), True, ["user's words"]),
+    "reads parts by their place": (TEMPLATE.replace("m['content']", "m['content'][0]['text']"), True, []),
     "system role and BOS": (TEMPLATE, True, [])}
 
 
@@ -2327,8 +2345,11 @@ def test_a_chat_template_of_any_shape_carries_the_persona_one_bos_and_no_thinkin
     after = text.split("<|assistant|>")[1]
     assert after == ("<think>\n\n</think>\n\n" if "think" in notes else "")
     assert evalmfv.thinking(text).endswith("<|assistant|><think>\n")        # the probe's frame: one think, and open
-    said = loop.template_notes(tok)
-    assert len(said) == len(notes) and all(word in line for word, line in zip(notes, said)), said
+    assert evalmfv.interruption(tok).split("Just answer")[0] in ("</think><|end|><|bos|><|user|>", "</think><|end|><|user|>")
+    if "user's words" in notes:
+        assert text.split("<|user|>")[1].startswith("Be kind.\n\nHi<|end|>")
+    for user in ("", "a", "  two\nlines  "):                      # short words, which stand in a template by themselves
+        assert f"<|user|>{user.strip()}<|end|>" in render(tok, user).replace("  ", "")
     model = tiny_model(tok)
     assert evalmfv.evaluate(model, tok, mfv_rows(MFV_TEXTS[:2]), think_tokens=2)["n_forced"] == 4
 
@@ -2336,11 +2357,15 @@ def test_a_chat_template_of_any_shape_carries_the_persona_one_bos_and_no_thinkin
 def test_neither_a_missing_pad_token_nor_the_padding_side_changes_an_answer():
     model, tok = steer_pair()
     whole = [c.ids for c in generate(model, tok, STEER_PROMPTS, max_new_tokens=8)]
-    for side, pad in (("left", None), ("right", None), ("right", tok.pad_token)):
-        tok.padding_side, tok.pad_token = side, pad
+    for side, pad in (("left", None), ("right", None), ("right", tok.pad_token), ("left", "[PAD]")):
+        tok.padding_side = side
+        if pad == "[PAD]":                                      # an added token that the embedding has no row for
+            tok.add_special_tokens({"pad_token": pad})
+            assert tok.pad_token_id == len(model.get_input_embeddings().weight) > steer.pad_of(tok, model)
+        tok.pad_token = pad
         made = generate(model, tok, STEER_PROMPTS, max_new_tokens=8)
         assert [c.ids for c in made] == whole
-        nlls = token_nll(model, made, pad_id=steer.pad_of(tok))
+        nlls = token_nll(model, made, pad_id=steer.pad_of(tok, model))
         assert all(x.isfinite().all() for x in nlls) and fit_vectors(model, tok, "kind", "cruel", ["Hi"], [1])[1].norm() > 0
 
 
@@ -2356,7 +2381,6 @@ def test_ids_go_to_the_embedding_and_nothing_asks_the_model_for_one_device(monke
     made = generate(model, tok, STEER_PROMPTS, vectors=fit_vectors(model, tok, "kind", "cruel", STEER_PROMPTS, layers),
                     coeffs=[0.5] * len(STEER_PROMPTS), max_new_tokens=4)
     token_nll(model, made)
-    loop.persona_distance(model, tok, made, STEER_PROMPTS, "kind", "rmse", "kl_rev")
     tok = mfv_tokenizer()
     evalmfv.evaluate(tiny_model(tok), tok, mfv_rows(MFV_TEXTS[:2]), think_tokens=2)
 
@@ -2369,7 +2393,7 @@ def test_adapters_and_vectors_live_where_their_layer_lives():
     for rnd in range(2):
         for name, lora in stack.layers.items():
             place = "meta" if "layers.2." in name else "cpu"
-            assert {t.device.type for t in (lora.A, lora.B, *(t for pair in lora.rounds for t in pair))} == {place}, name
+            assert {t.device.type for t in (lora.A, lora.B, *(t for pair in lora.rounds for t in pair[:2]))} == {place}, name
         with pytest.MonkeyPatch.context() as patch:             # meta numbers cannot be looked at
             patch.setattr(torch.Tensor, "isfinite", lambda self: torch.ones(1))
             stack.fold()
@@ -2405,10 +2429,11 @@ def test_a_linear_with_packed_weights_is_adapted_by_its_declared_sizes():
         assert torch.equal(lora_logits(model, ids), untouched)
 
 
-@pytest.mark.skipif(not (loop.find_spec("bitsandbytes") and loop.find_spec("accelerate")), reason="bitsandbytes and accelerate are not installed")
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("bitsandbytes", "accelerate"))), reason="bitsandbytes and accelerate are not installed")
 def test_a_base_in_four_bits_is_adapted_and_its_gates_at_zero_are_the_base():
-    model, tok = loop.load_model(loop.LoopConfig(quantize="4bit"))
-    assert type(blocks(model)[1].mlp.up_proj).__name__ == "Linear4bit"
+    from tools import model as tools_model
+    model, tok = tools_model.load("pocket", quantize="4bit")
+    assert type(steer.blocks(model)[1].mlp.up_proj).__name__ == "Linear4bit"
     ids = lora_ids()
     untouched, stack = lora_logits(model, ids), attach(model, r=4, alpha=8, layers=[1, 2])
     lora_noise(stack, 0)
