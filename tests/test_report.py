@@ -159,7 +159,7 @@ def test_the_night_that_breaks_most_stands_beside_the_others_on_the_prompt_that_
               for e in a_round(0) + a_round(1) + a_round(2)]
     text = page_of(a_run(tmp_path, rounds))
     asked = text[text.index('class="asked"'):]
-    assert asked.index("the the the the") < asked.index("case 0?") and "Night 1, steered, breaks most" in asked
+    assert asked.index("the the the the") < asked.index("case 0?") and "Night 1, steered, least coherent" in asked
     assert "Night 0, steered</b>" in text
 
 

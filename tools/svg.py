@@ -56,10 +56,10 @@ class Scale:
 
 
 class Plot:
-    """One panel; xs and ys are all that will be drawn on each axis. It grows by mark, line, level and write."""
+    """One panel. xs, ys: all that will be drawn on each axis. Then come mark, line, level and write."""
 
-    def __init__(self, alt: str, xs, ys, x_label: str, y_label: str, *, log_x=False, whole_x=False, w=440, h=310,
-                 left=62, right=14, top=12, room=0.07):
+    def __init__(self, alt: str, xs, ys, x_label: str, y_label: str, *, log_x=False, whole_x=False, w=440,
+                 h=310, left=62, right=14, top=12, room=0.07):
         self.alt, self.w, self.h = alt, w, h
         self.left, self.right, self.top, self.bottom = left, w - right, top, h - 46
         self.x = Scale(xs, self.left, self.right, log_x, room)
@@ -99,7 +99,7 @@ class Plot:
                           f'd="{MARKS.get(kind, MARKS["dot"])}"><title>{esc(says)}</title></path>')
         self.taken.append((px - 6, py - 6, px + 6, py + 6))
         if label:
-            self.labels.append((px, py, label, kind))
+            self.labels.append((px, py, label, f"{kind} {more}".strip()))
 
     def line(self, points, kind: str, label: str = "", more: str = "") -> None:
         """A line through the points that are known; its label stands at the last of them."""
