@@ -3,12 +3,12 @@
     python loop.py report RUN                writes both again, of an unfinished run too
     python loop.py report RUN RUN ...        the same for each; compare.html draws them over each other
 
-report.html is one file with its style and figures inside: no script, nothing fetched. A journal may be damaged
-or another version's: `clean` turns it into values of known types once, as the run is read, and what draws them
-trusts them. A stage that is missing leaves a sentence where its figure would be.
+report.html is one file with its style and figures inside: no script, nothing fetched. A journal may be
+damaged or another version's: `clean` turns it into values of known types once, as the run is read, and what
+draws them trusts them. A stage that is missing leaves a sentence where its figure would be.
 
-Everything that a model or a user wrote is untrusted. It passes folder.inert on its way to HTML and Markdown; a
-content security policy in the page forbids what an escape might have missed.
+Everything that a model or a user wrote is untrusted. It passes folder.inert on its way to HTML and Markdown;
+a content security policy in the page forbids what an escape might have missed.
 
 Known gaps: of a run with very many rounds the figures show a selection, and say so.
 """
@@ -143,7 +143,7 @@ class Run:
         self.accepted = [n for n in sorted(self.gates) if self.gates[n]["accepted"]]
         self.final = next((self.days[n] for n in reversed(self.accepted) if n in self.days), None)
         self.shown = self.final or next(reversed(self.days.values()), None)     # refused, or not yet judged
-        ended = self.record["status"] not in ("running", "interrupted")     # one that goes on keeps its seconds
+        ended = self.record["status"] not in ("running", "interrupted")     # going on, it keeps its seconds
         self.done = ended and self.record["seconds"] is not None
 
         # ---- the persona, and how its trait is measured
@@ -290,8 +290,8 @@ def compared(run: Run, row: dict) -> list[str]:
             lines.append(f"Trait ({names[meter]}): {row['name']} {fmt(value, '+.2f', error)}{beside}.")
     beside = "".join(f", {r['name']} {fmt(r['text'], '.3f')}" for r in (run.night, run.base) if r)
     probe = [fmt(r["coherence"], ".4f") for r in (row, run.base)]
-    lines.append(f"Text coherence: {row['name']} {fmt(row['text'], '.3f', row['text_se'])}{beside}. Coherence on "
-                 f"the probe: {probe[0]} against the base’s {probe[1]}.")
+    text = fmt(row["text"], ".3f", row["text_se"])
+    lines.append(f"Text coherence: {row['name']} {text}{beside}. On the probe: {probe[0]}, base {probe[1]}.")
     moves = {f: move for f, (move, _) in row["moved"].items() if f != run.target}
     if moves and run.target and not run.unread:
         most = max(moves, key=lambda f: abs(moves[f]))
@@ -317,14 +317,15 @@ def verdict(run: Run) -> tuple[str, str, list[str]]:
         lines += compared(run, run.shown)
     if run.unread:
         rest = "; the share does not need the probe." if run.meter == "share" else "."
-        lines.append(f"The probe cannot read this model: its allowed answers have {fmt(base['coherence'])} of the "
-                     f"base’s probability, so nats and foundations say nothing here{rest}")
+        lines.append("The probe cannot read this model: its allowed answers have "
+                     f"{fmt(base['coherence'])} of the base’s probability, so nats and foundations say nothing "
+                     f"here{rest}")
     nights = [(*run.trait_of(r), r["name"]) for r in run.nights.values() if run.trait_of(r)[0] is not None]
     if nights and not any(has_moved(value, error) for value, error, _ in nights):
         value, error, name = max(nights, key=lambda night: abs(night[0]))
-        lines.append(f"Steering alone did not move the trait: at most {fmt(value, '+.3f', error)}, in {name}. "
-                     "Either the model does not take up this persona, or the meter does not see it: read the "
-                     "answers.")
+        most = fmt(value, "+.3f", error)
+        lines.append(f"Steering alone did not move the trait: at most {most}, in {name}. Either the model "
+                     "does not take up this persona, or the meter does not see it: read the answers.")
     if run.done:
         lines.append(f"It took {duration(run.record['seconds'])}.")
     if not day or not base:
@@ -501,8 +502,8 @@ def answers(run: Run) -> str:
         what += (f". First come the prompts on which {worst['name']} breaks most" if left(order[0]) < 1 else
                  f". No greedy answer of {worst['name']} broke: its text score is that of sampled ones")
     text = ("<p>Greedy answers to prompts that no stage has trained on. Nights are steered and dropped; days "
-            "are what is left without steering. The shade is lost coherence, the darker the less the base could "
-            f"have written the answer; {what}.</p>" + grid(shown, order[:2]))
+            "are what is left without steering. The shade is lost coherence, the darker the less the base "
+            f"could have written the answer; {what}.</p>" + grid(shown, order[:2]))
     if order[2:]:
         text += folded(f"The other prompts ({len(order) - 2})", grid(shown, order[2:]))
     if rest := [r for r in (*run.nights.values(), *run.days.values()) if r not in shown]:
@@ -564,8 +565,8 @@ def dose(run: Run) -> str:
             plot.mark("steered", c, survive, says + ", settled", str(n))
         else:
             plot.mark("dot", c, survive, says, more="search")
-    return figure([plot.svg()], "The share of answers that pass the filter, at every dose that a search tried; "
-                  "diamonds are the doses that rounds settled on, numbers the rounds.")
+    return figure([plot.svg()], "The share of answers that pass the filter, at every dose that a search "
+                  "tried; diamonds are the doses that rounds settled on, numbers the rounds.")
 
 
 def dropped(run: Run) -> str:
@@ -770,8 +771,7 @@ def render(run: Run) -> str:
 
 
 def arms(runs: list[Run]) -> list[tuple[str, str]]:
-    """(arm, name) of each run. An arm: the options in which runs differ, seed and folder apart; a name adds
-    the seed."""
+    """(arm, name) of each run. An arm is the options in which runs differ but the seed, which a name adds."""
     keys = [k for k in dict.fromkeys(k for r in runs for k in r.options) if k not in ("out", "seed")]
     differing = [k for k in keys if len({json.dumps(r.options.get(k)) for r in runs}) > 1]
     several = len({json.dumps(r.options.get("seed")) for r in runs}) > 1
@@ -896,8 +896,8 @@ def write(folder) -> Path:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="loop.py report", description="write report.html and diary.md of runs; "
-                                     "of several also compare.html, beside the first")
+    what = "write report.html and diary.md of runs; of several also compare.html, beside the first"
+    parser = argparse.ArgumentParser(prog="loop.py report", description=what)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     args = parser.parse_args(argv)
     try:
