@@ -46,7 +46,7 @@ import generate as bench_generate                               # noqa: E402
 import make_pocket                                              # noqa: E402
 import malformed                                                # noqa: E402
 import measure                                                  # noqa: E402
-import report                                                   # noqa: E402
+from tools import model as model_room, report                     # noqa: E402
 import roofline                                                 # noqa: E402
 import steer                                                    # noqa: E402
 import world                                                    # noqa: E402
@@ -2837,289 +2837,48 @@ def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys):
         assert any(peer in key for key in [*result["memory"]["peak"], *result["memory"]["missing"]])
 
 
-# ---- the report --------------------------------------------------------------------------------------------------------
+# ---- what a round records ----------------------------------------------------------------------------------------------
 
-ATTACKS = ['"><img src=x onerror=1>', "'><img src=http://127.0.0.1:PORT/stolen.png><script>top.pwned = 1</script>", "\x00nul \x1b[31mred\x1b[0m \x9b",
-           "\u202egnp.exe\u2066 \u200f\u05e9\u05dc\u05d5\u05dd", "x" * 100_000, "</title></style></svg><svg onload='top.pwned = 2'>", "\ud800 lone \U000e0041 tag",
-           "\n" * 300 + "[a](javascript:top.pwned=3) `b` | # c", "Z" + "\u0316" * 400, "<a href=javascript:top.pwned=4 style=position:fixed;width:9999px>"]
-SECTIONS = ["answers", "trajectory", "map", "dose", "heat", "healing", "inside", "dropped", "settings", "environment", "again"]
-
-
-def copy_run(source, to, change=lambda event: event, run=None):
-    """A run folder with every event changed (None leaves it out) and fields of run.json replaced."""
-    to.mkdir(parents=True, exist_ok=True)
-    record, events = report.load(source)
-    (to / "run.json").write_text(json.dumps(record | (run or {})))
-    (to / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in map(change, events) if e is not None))
-    return to
-
-
-def spoiled(value, turn, port=0):
-    """Every text in a value replaced by the next attack; stages and kinds stay, so that it is shown."""
-    if isinstance(value, dict):
-        return {k: v if k in ("stage", "kind", "probe", "shift", "singular") else spoiled(v, turn, port) for k, v in value.items()}
-    if isinstance(value, list):
-        return [spoiled(v, turn, port) for v in value]
-    return ATTACKS[next(turn) % len(ATTACKS)].replace("PORT", str(port)) if isinstance(value, str) else value
-
-
-def hostile_run(source, to, port=0):
-    turn, keys = itertools.count(), {attack: 1.0 for attack in ATTACKS}
-    record = report.load(source)[0]
-    for name in ("versions", "machine", "options"):
-        record[name] = record[name] | keys                      # names are untrusted too
-    return copy_run(source, to, lambda e: spoiled(e, turn, port) | {k: e[k] | keys for k in ("cosine", "limits", "singular", "probe") if isinstance(e.get(k), dict)},
-                    spoiled({k: v for k, v in record.items() if k != "defaults"}, turn, port))
-
-
-class Tags(html.parser.HTMLParser):
-    """Tags with their attribute names, what they point to, and whether every element that opens also closes."""
-    VOID = {"meta", "br"}
-
-    def __init__(self, text):
-        super().__init__()
-        self.seen, self.links, self.open, self.classes = set(), set(), [], set()
-        self.feed(text)
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.seen |= {(tag, name) for name, _ in attributes} | {(tag, "")}
-        self.links |= {value for name, value in attributes if name in ("href", "src", "action", "xlink:href", "data")}
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        self.open = self.open[:-1] if tag not in self.VOID else self.open
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, (tag, self.getpos())
-
-
-def check_page(text):
-    """What holds for every page whatever the run: one file, no script, nothing fetched, no unseen character, whole tags."""
-    tags = Tags(text)
-    assert len(text.encode()) < 2_000_000 and "<script" not in text and "url(" not in text and "@import" not in text
-    assert not any(name.startswith("on") or name in ("src", "srcset", "action", "formaction") for _, name in tags.seen), tags.seen
-    assert not {tag for tag, _ in tags.seen} & {"script", "iframe", "img", "object", "embed", "link", "form", "base", "foreignobject", "use", "image"}
-    assert all(link.startswith(("#", "./")) for link in tags.links), tags.links
-    assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text and "@media print" in text
-    assert not report.UNSEEN.search(text.replace("\n", ""))
-    return tags
-
-
-def test_the_loop_records_what_the_report_draws(finished):
-    _, folder, run, events = finished
+def test_the_loop_records_what_its_readers_need(finished):
+    _, path, run, events = finished
     one = {e["stage"]: e for e in events}
-    assert all(c == pytest.approx(1, abs=1e-5) for c in one["vector"]["cosine"].values()) and all(n > 0 for n in one["vector"]["norm"].values())
-    assert [[e["coeff"], e["survive"]] for e in events if e["stage"] == "probe"] == one["dose"]["trials"] and all(e["ppl"] >= 1 for e in events if e["stage"] == "probe")
+    assert all(c == pytest.approx(1, abs=1e-5) for c in one["vector"]["cosine"].values())
+    assert all(n > 0 for n in one["vector"]["norm"].values())
+    trials = one["dose"]["trials"]
+    assert trials and all(0 <= t["survive"] <= 1 and t["ppl"] >= 1 and t["coeff"] > 0 for t in trials)
     assert all(0 <= d["coherence"] <= 1 for e in events if e["stage"] == "row" for d in e["diary"])
-    pairs = safetensors.torch.load_file(folder / "rounds" / "00" / "adapter.safetensors")           # the scale is in B
+    pairs = safetensors.torch.load_file(path / "rounds" / "00" / "adapter.safetensors")             # the scale is in B
     for name, values in one["heal"]["singular"].items():
         exact = torch.linalg.svdvals(pairs[f"{name}.0.B"].double() @ pairs[f"{name}.0.A"].double())[:8]
         assert values == pytest.approx(exact.tolist(), rel=1e-4, abs=1e-7)
 
 
 def test_the_worst_kept_answer_is_the_one_that_a_full_forward_finds(finished):
-    _, folder, run, events = finished
-    worst = next(e for e in events if e["stage"] == "worst")
-    model, tok = loop.load_model(loop.LoopConfig())
-    kept = [e for e in events if e["stage"] == "completion" and e["verdict"]["kept"]]
-    stack = lora_py.attach(model, r=8, alpha=16.0, layers=next(e["lora"] for e in events if e["stage"] == "layers"))
-    stack.load(folder / "rounds" / "00" / "adapter.safetensors")
+    _, path, run, events = finished
+    one = {e["stage"]: e for e in events}
+    worst, kept = one["heal"]["worst"], [c for c in one["made"]["completions"] if c["verdict"]["kept"]]
+    model, tok = model_room.load("pocket")
+    stack = lora_py.attach(model, r=8, alpha=16.0, layers=one["layers"]["lora"])
+    stack.load_tensors(safetensors.torch.load_file(path / "rounds" / "00" / "adapter.safetensors"))
 
-    def logp(event, vectors=None):
-        front = steer.encode(tok, [run["items"]["train"][event["prompt"]]], [""])[0]
-        with torch.no_grad(), steer.steered(model, vectors or {}, next(e["coeff"] for e in events if e["stage"] == "dose")):
-            return model(torch.tensor([front + event["ids"]])).logits[0, len(front) - 1:-1].double().log_softmax(-1)
+    def logp(c, vectors=None):
+        front = steer.encode(tok, [run["items"]["train"][c["prompt"]]], [""])[0]
+        with torch.no_grad(), steer.steered(model, vectors or {}, one["dose"]["coeff"]):
+            logits = model(torch.tensor([front + c["ids"]])).logits                                 # [1, T, V]
+        return logits[0, len(front) - 1:-1].double().log_softmax(-1)                                # [n, V]
 
-    def kl(event, p):
+    def kl(c, p):
         with stack.gated(0, 0):
-            return (p.exp() * (p - logp(event))).sum(-1)
-    by_hand = [kl(e, logp(e)) for e in kept]
+            return (p.exp() * (p - logp(c))).sum(-1)                                                # [n]
+    by_hand = [kl(c, logp(c)) for c in kept]
     i = max(range(len(kept)), key=lambda i: by_hand[i].square().mean())
-    assert worst["day"] == pytest.approx(by_hand[i].tolist(), rel=1e-2, abs=1e-5) and worst["prompt"] == kept[i]["prompt"]
-    assert "".join(worst["tokens"]) == tok.decode(kept[i]["ids"]) and max(map(abs, worst["before"])) < 1e-6       # round 0: the base
-    layers = safetensors.torch.load_file(folder / "rounds" / "00" / "vectors.safetensors")
+    assert worst["day"] == pytest.approx(by_hand[i].tolist(), rel=1e-2, abs=1e-5)
+    assert worst["prompt"] == kept[i]["prompt"] and "".join(worst["tokens"]) == tok.decode(kept[i]["ids"])
+    assert max(map(abs, worst["before"])) < 1e-6                # round 0: the base
+    layers = safetensors.torch.load_file(path / "rounds" / "00" / "vectors.safetensors")
     with stack.gated(0, 0):
         night = kl(kept[i], logp(kept[i], {int(k.removeprefix("layer.")): v for k, v in layers.items()}))
     assert worst["night"] == pytest.approx(night.tolist(), rel=1e-2, abs=1e-5)
-
-
-def test_the_report_shows_every_part_of_a_finished_run(finished):
-    folder = finished[1]
-    text = (folder / "report.html").read_text()
-    tags = check_page(text)
-    assert [m for m in re.findall(r'<section id="(\w+)"', text)] == SECTIONS
-    assert "cannot be drawn" not in text and 'class="missing"' not in text and "not finished" not in text
-    assert text.count('role="img"') == text.count("<svg viewBox") - text.count('aria-hidden="true"') >= 10
-    row = next(e for e in finished[3] if e["stage"] == "row" and e["kind"] == "healed")
-    assert report.fmt(row["trait"], "+.3f", row["trait_se"]) in text and f"{row['text']:.3f}" in text and ("td", "data-who") in tags.seen
-    assert html.escape(f"python loop.py {' '.join(finished[2]['argv'][:4])}") in text and "--resume" in text and "--to peft" in text
-    assert "<code>--n-make</code>" in text and "<code>--lam</code>" not in text                 # differs, does not differ
-
-
-def test_moves_of_foundations_have_the_errors_that_the_probe_gives(finished):
-    run = report.Run(finished[1])
-    for row in run.rows[1:]:
-        for name, (move, error) in row["moved"].items():
-            assert move == pytest.approx(row["shift"]["moved"][name], abs=1e-12)
-        assert row["moved"]["authority"][1] == pytest.approx(row["trait_se"], rel=1e-9)
-
-
-@pytest.mark.parametrize("text", ATTACKS, ids=range(len(ATTACKS)))
-def test_text_of_a_model_is_inert_in_html_and_markdown(text):
-    shown, quoted = report.esc(text), report.inert(text)
-    assert not set(shown) & set("<>\"'\n") and not report.UNSEEN.search(shown) and len(shown) < 4500
-    assert not report.UNSEEN.search(quoted) and not re.search(r"(?<!\\)[<>`*_\[\]()#|]", quoted.split("…")[0]) and len(quoted) < 4500
-    if len(text) > 2000:
-        assert "more characters" in shown and "more characters" in quoted
-    if "\x00" in text:
-        assert "␀" in shown and "␛" in shown
-
-
-def test_a_run_of_hostile_text_gives_the_same_tags_as_an_honest_one(finished, tmp_path):
-    folder = hostile_run(finished[1], tmp_path / "run")
-    text = report.write(folder).read_text()
-    assert check_page(text).seen <= check_page((finished[1] / "report.html").read_text()).seen | {("p", "class")}
-    assert "&lt;img src=x onerror=1&gt;" in text and "cannot be drawn" not in text
-    diary = (folder / "diary.md").read_text()
-    assert not re.search(r"(?<!\\)[<>]", diary) and "\x1b" not in diary and len(diary) < 100_000
-    check_page(report.compare([report.Run(folder), report.Run(finished[1])], tmp_path))
-
-
-def test_a_report_of_an_unfinished_run_says_so_and_shows_what_there_is(finished, tmp_path):
-    lines = (finished[1] / "events.jsonl").read_text().splitlines(True)
-    run = {k: v for k, v in finished[2].items() if k not in ("seconds", "accepted", "tau", "limits", "stopped")} | {"status": "running"}
-    (tmp_path / "run.json").write_text(json.dumps(run))
-    shown = []
-    for n in [0, 1, 2, 3, 4, 5, 8, 20, *range(len(lines) - 6, len(lines) + 1)]:
-        (tmp_path / "events.jsonl").write_text("".join(lines[:n]))
-        text = report.write(tmp_path).read_text()
-        check_page(text)
-        assert "not finished" in text and "cannot be drawn" not in text, n
-        shown.append(text.count('role="img"'))
-    assert shown == sorted(shown) and shown[0] == 0 and shown[-1] >= 10
-    (tmp_path / "events.jsonl").unlink()
-    assert "no events yet" in report.write(tmp_path).read_text()
-    for stage in {json.loads(line)["stage"] for line in lines}:
-        folder = copy_run(finished[1], tmp_path / stage, lambda e: e if e["stage"] != stage else None)
-        text = report.write(folder).read_text()
-        assert check_page(text) and "cannot be drawn" not in text, stage
-
-
-def test_a_report_draws_rejected_rounds_and_survives_any_damage_to_values(finished, tmp_path):
-    no = copy_run(finished[1], tmp_path / "no", lambda e: e | dict(accepted=False, reasons=["text 0.1 under 0.9"]) if e["stage"] == "gate" else e,
-                  dict(status="no round accepted", accepted=[]))
-    text = report.write(no).read_text()
-    assert "No round was accepted" in text and "rolled back" in text and "mark healed undone" in text and "lora.py export" not in text
-    rng = random.Random(0)
-
-    def damaged(value, share=0.03):
-        if rng.random() < share:
-            return rng.choice([None, "text", -1, 1e308, 10 ** 400, [], {}, [None], True])
-        if isinstance(value, dict):
-            return {k: v if k in ("stage", "ids", "p") else damaged(v) for k, v in value.items()}
-        return [damaged(v) for v in value] if isinstance(value, list) and len(value) < 40 else value
-    for trial in range(20):
-        folder = copy_run(finished[1], tmp_path / str(trial), lambda e: {k: v if k == "stage" else damaged(v) for k, v in e.items()},
-                          {k: damaged(v, 0.1) for k, v in finished[2].items()})
-        check_page(report.write(folder).read_text())
-
-
-def test_a_torn_last_event_is_left_out_and_a_damaged_middle_one_is_named(tmp_path, capsys):
-    (tmp_path / "run.json").write_text("{}")
-    (tmp_path / "events.jsonl").write_text('{"stage": "a"}\n{"stage": "b"}\n{"sta')
-    assert [e["stage"] for e in report.load(tmp_path)[1]] == ["a", "b"]
-    assert report.main([str(tmp_path)]) == 0 and "line 3" in (tmp_path / "report.html").read_text() and "line 3" in (tmp_path / "diary.md").read_text()
-    for middle in ('{"sta', "[1]", '{"round": 1}', '"\x00"'):
-        (tmp_path / "events.jsonl").write_text('{"stage": "a"}\n' + middle + '\n{"stage": "b"}\n')
-        with pytest.raises(ValueError, match="line 2"):
-            report.load(tmp_path)
-    before = (tmp_path / "report.html").read_text()
-    assert report.main([str(tmp_path)]) == 2 and "line 2" in capsys.readouterr().err and (tmp_path / "report.html").read_text() == before
-    assert report.main([str(tmp_path / "nowhere")]) == 2 and "not a run folder" in capsys.readouterr().err
-    assert not list(tmp_path.glob(".*"))                        # no temporary file stays
-
-
-def test_a_long_run_stays_below_two_megabytes_and_says_that_it_shows_a_selection(finished, tmp_path):
-    events, rounds = finished[3], 120
-    (tmp_path / "run.json").write_text(json.dumps(finished[2]))
-    long = [dict(e, tokens=e["tokens"] * 20, **{k: e[k] * 20 for k in ("day", "night", "before")}) if e["stage"] == "worst" else e for e in events]
-    text = [dict(e, diary=[dict(d, text=d["text"] * 20) for d in e["diary"] * 3], texts=[]) if e["stage"] == "row" else e for e in long]
-    every = [e for e in text if e["round"] is None] + [dict(e, round=n) for n in range(rounds) for e in text if e["round"] is not None]
-    (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in every))
-    page = report.write(tmp_path).read_text()
-    check_page(page)
-    assert f"{rounds} days were measured" in page and "A selection of the rounds" in page and f"day {rounds - 1}" in page
-
-
-def test_several_runs_are_drawn_over_each_other_by_what_differs(finished, tmp_path, capsys):
-    folders = [str(copy_run(finished[1], tmp_path / f"{arm}-{seed}", run=dict(options=finished[2]["options"] | dict(kl_agg=arm, seed=seed))))
-               for arm in ("rmse", "mean") for seed in (0, 1)]
-    assert report.main([*folders, "--out", str(tmp_path / "out")]) == 0
-    text = (tmp_path / "out" / "compare.html").read_text()
-    tags = check_page(text)
-    assert all(f"kl_agg={arm} seed={seed}" in text for arm in ("rmse", "mean") for seed in (0, 1)) and "n_make" not in text
-    assert tags.links == {f"./../{Path(f).name}/report.html" for f in folders} and all((Path(f) / "report.html").exists() for f in folders)
-    assert text.count('role="img"') == 3 and "4 runs" in text and "in their code" not in text
-    (Path(folders[0]) / "run.json").write_text(json.dumps(finished[2] | {"code": "other"}))
-    assert report.main(folders) == 0 and "in their code" in (tmp_path / "compare.html").read_text()
-
-
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (path := shutil.which(name))), None)
-HARNESS = """<!doctype html><body><pre id=out></pre><script>
-function measure(frame) {
-  const doc = frame.contentDocument, wide = [];
-  for (const e of doc.body.querySelectorAll("*"))
-    if (!e.closest(".scroll *, .panel *") && e.getBoundingClientRect().right > 360.5) wide.push(e.tagName + "." + e.className);
-  return {width: doc.documentElement.scrollWidth, height: doc.documentElement.scrollHeight, wide: wide.slice(0, 5), scripts: doc.scripts.length,
-          fetched: frame.contentWindow.performance.getEntriesByType("resource").length, images: doc.images.length, title: doc.title};
-}
-addEventListener("load", () => setTimeout(() => {
-  out.textContent = JSON.stringify({pwned: window.pwned || null, frames: [...document.querySelectorAll("iframe")].map(measure)}) }, 500));
-</script>FRAMES"""
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine: the report was not opened in a browser")
-def test_in_a_real_browser_nothing_is_fetched_no_script_runs_and_nothing_overflows_at_360_px(finished, tmp_path):
-    asked = []
-
-    class Listener(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(404)
-            self.end_headers()
-
-        def log_message(self, *args):
-            pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    port = server.server_address[1]
-
-    def frames(*pages):
-        path = tmp_path / "harness.html"
-        path.write_text(HARNESS.replace("FRAMES", "".join(f'<iframe style="border:0;width:360px;height:800px" srcdoc="{html.escape(p)}"></iframe>' for p in pages)))
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-                 "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000", "--dump-dom"]
-        page = subprocess.run([BROWSER, *flags, path.as_uri()], capture_output=True, text=True, timeout=120).stdout
-        return json.loads(html.unescape(re.search(r'<pre id="out">(.*?)</pre>', page, re.DOTALL).group(1)))
-    honest, hostile = (finished[1] / "report.html").read_text(), report.write(hostile_run(finished[1], tmp_path / "run", port)).read_text()
-    both = report.compare([report.Run(finished[1]), report.Run(tmp_path / "run")], tmp_path)
-    bare = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", hostile)             # the escaping alone must hold
-    try:
-        assert bare != hostile
-        found = frames(honest, hostile, bare, both)
-        assert found["pwned"] is None and asked == []
-        for frame in found["frames"]:
-            assert frame["width"] <= 360 and not frame["wide"] and frame["height"] > 1000, frame
-            assert (frame["scripts"], frame["fetched"], frame["images"]) == (0, 0, 0), frame
-        control = frames(f'<title>c</title><div style="width:900px">wide</div><img src="http://127.0.0.1:{port}/seen.png"><script>top.pwned = 9</script>')
-        assert control["pwned"] == 9 and "/seen.png" in asked and control["frames"][0]["wide"] and control["frames"][0]["scripts"] == 1
-        shut = frames(honest.replace("<main>", f'<main><img src="http://127.0.0.1:{port}/shut.png"><script>top.pwned = 8</script>'))
-        assert shut["pwned"] is None and "/shut.png" not in asked                               # the policy alone holds too
-    finally:
-        server.shutdown()
 
 
 # ==== exports: what others serve, and chat ============================================================================
