@@ -42,7 +42,7 @@ def a_row(kind, rnd=None, trait=0.0, text=0.98, **more):
     diary = [dict(prompt=f"What would you do, case {i}?", text=f"{kind} {rnd} says {i}, and this is all.",
                   coherence=min(1.0, text + 0.02 * (i == 0))) for i in range(4)]
     row = dict(round=rnd, stage="row", kind=kind, label=kind, trait=trait, trait_se=0.05, coherence=0.99,
-               text=text, text_se=0.01, probe=probe, nats=probe["nats"], texts=["one"], diary=diary, coeff=0.0,
+               text=text, text_se=0.01, probe=probe, nats=probe["nats"], diary=diary, coeff=0.0,
                shift=dict(target="authority", direction=-1, off_target=0.1, moved={"authority": -trait}))
     return row | more
 
@@ -52,7 +52,7 @@ def a_round(n, night=(1.1, 0.93), day=(0.4, 0.97), reasons=()):
     trials = [dict(coeff=0.1 * 2 ** k, survive=1 - 0.1 * k, ppl=1.3 + k) for k in range(5)]
     verdicts = [dict(kept=kept, rule="" if kept else "loop", value=0.7, limit=0.5, readings={}, match="")
                 for kept in [False] * 2 + [True] * 6]
-    made = [dict(prompt=i % 3, coeff=0.4, finished=True, ids=[5, 6], text=f"An answer, number {i}.", verdict=v)
+    made = [dict(prompt=i % 3, coeff=0.4, finished=True, ids=[5, 6], text=f"Answer number {i}.", verdict=v)
             for i, v in enumerate(verdicts)]
     steps = [dict(step=i, epoch=0, nll=1 / (i + 1), div=0.02 * i, div_max=0.05 * i, fired=0.5 * (i > 6))
              for i in range(9)]
@@ -64,16 +64,16 @@ def a_round(n, night=(1.1, 0.93), day=(0.4, 0.97), reasons=()):
         dict(stage="dose", coeff=0.4, trials=trials), dict(stage="made", completions=made),
         a_row("steered", n, *night), dict(stage="tau", tau=0.34, distance=0.23, kl_agg="rmse"),
         dict(stage="heal", steps=steps, skipped=[], nll_first=1.0, nll_last=0.2, val_nll_before=0.5,
-             val_nll_after=0.4, fired_share=0.22, lam_eff=0.3, tau=0.34, n_train=6, n_val=2, warning=None, norm=1.0,
+             val_nll_after=0.4, fired_share=0.22, lam_eff=0.3, tau=0.34, n_val=2, warning=None, norm=1.0,
              singular={"q": [0.3, 0.1]}, worst=worst),
         a_row("healed", n, *day), dict(stage="gate", accepted=not reasons, reasons=list(reasons))]
     return [e | dict(round=n) for e in events]
 
 
 def a_run(path, rounds=None, change=lambda event: event, **more):
-    """Writes a finished run's run.json and events.jsonl. change: every event through it, None leaves it out."""
-    options = dict(model="pocket", persona="authority", pos="", neg="", seed=0, rounds=2, gate=True, n_make=16,
-                   coh_floor=0.95, min_survive=0.9, kl_agg="rmse", out="runs")
+    """A finished run's run.json and events.jsonl. change: every event goes through it, None leaves it out."""
+    options = dict(model="pocket", persona="authority", pos="", neg="", seed=0, rounds=2, gate=True,
+                   n_make=16, coh_floor=0.95, min_survive=0.9, kl_agg="rmse", out="runs")
     persona = dict(name="authority", target="authority", direction=-1, patterns=[],
                    pos=["You care <b>.", "Be kind."], neg=["You obey.", "Be strict."])
     run = dict(format=folder.FORMAT, status="accepted", command="python loop.py --rounds 2", seed=0,
@@ -81,8 +81,8 @@ def a_run(path, rounds=None, change=lambda event: event, **more):
                started=1.7e9, seconds=300.0, stopped="", git="abc", code="def", weights="0" * 8,
                versions=dict(torch="2.13"), machine=dict(cpu="x"), accepted=[0, 1], persona=persona,
                items=dict(train=["Why?", "How?", "When?"], held_out=["Where?"]))
-    events = [dict(stage="layers", steer=[2], lora=[1, 2]), dict(stage="limits", limits=dict(ngram=0.3)), a_row("base"),
-              a_row("prompted", trait=1.2, text=0.96)]
+    events = [dict(stage="layers", steer=[2], lora=[1, 2]), dict(stage="limits", limits=dict(ngram=0.3)),
+              a_row("base"), a_row("prompted", trait=1.2, text=0.96)]
     events += rounds if rounds is not None else a_round(0) + a_round(1, (1.3, 0.81), (0.5, 0.96))
     events = [dict(t=float(i), round=None) | e for i, e in enumerate(events)]
     path.mkdir(parents=True, exist_ok=True)
@@ -221,8 +221,8 @@ def test_the_trait_is_the_share_if_every_row_has_it_and_the_verdict_names_both(t
     mood, head, lines = headline(tmp_path)
     assert "75% of the steering’s trait" in head and "+0.60 ± 0.05" in lines and "+0.50 ± 0.05" in lines
     assert "wanted down" in lines and "persona prompt 1" in page_of(tmp_path)
-    a_run(tmp_path, change=lambda e: metered(e) | dict(share=None) if e.get("kind") == "prompted" else metered(e))
-    assert report.Run(tmp_path).meter == "nats"
+    partly = a_run(tmp_path, change=lambda e: metered(e) if e.get("kind") != "prompted" else e)
+    assert report.Run(partly).meter == "nats"
     nothing = dict(name="mine", target=None, direction=None, pos=["a"], neg=["b"])
     run = report.Run(a_run(tmp_path, change=lambda e: metered(e) | dict(trait=None), persona=nothing))
     assert run.meter == "share" and not run.unread
@@ -334,8 +334,8 @@ def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path):
     a_run(tmp_path)
     lines = (tmp_path / "events.jsonl").read_text().splitlines(True)
     run = json.loads((tmp_path / "run.json").read_text())
-    run = {k: v for k, v in run.items() if k not in ("seconds", "accepted", "stopped")} | dict(status="running")
-    (tmp_path / "run.json").write_text(json.dumps(run))
+    run = {k: v for k, v in run.items() if k not in ("seconds", "accepted", "stopped")}
+    (tmp_path / "run.json").write_text(json.dumps(run | dict(status="running")))
     shown = []
     for n in range(len(lines) + 1):
         (tmp_path / "events.jsonl").write_text("".join(lines[:n]))
@@ -421,9 +421,10 @@ def test_several_runs_are_drawn_over_each_other_by_what_differs(tmp_path, capsys
 
 # ---- in a browser ------------------------------------------------------------------------------------------
 
-BROWSER = next(filter(None, map(shutil.which, "chromium chromium-browser google-chrome chrome".split())), None)
-FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-         "--disable-background-networking --disable-component-update --disable-sync --virtual-time-budget=4000 --dump-dom").split()
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync --dump-dom "
+         "--disable-background-networking --disable-component-update --virtual-time-budget=4000").split()
 HARNESS = """<!doctype html><body><pre id=out></pre><script>
 function measure(frame) {
   const doc = frame.contentDocument, wide = [];
@@ -431,7 +432,8 @@ function measure(frame) {
     if (!e.closest(".scroll *, .panel *") && e.getBoundingClientRect().right > 360.5)
       wide.push(e.tagName + "." + e.className);
   const page = doc.documentElement;
-  return {width: page.scrollWidth, height: page.scrollHeight, wide: wide.slice(0, 5), scripts: doc.scripts.length,
+  return {width: page.scrollWidth, height: page.scrollHeight, wide: wide.slice(0, 5),
+          scripts: doc.scripts.length,
           images: doc.images.length, title: doc.title,
           fetched: frame.contentWindow.performance.getEntriesByType("resource").length};
 }
@@ -466,7 +468,7 @@ def test_in_a_real_browser_nothing_is_fetched_no_script_runs_and_nothing_overflo
         return json.loads(html.unescape(re.search(r'<pre id="out">(.*?)</pre>', page, re.DOTALL).group(1)))
     honest, hostile = page_of(a_run(tmp_path / "honest")), page_of(hostile_run(tmp_path / "run", port))
     both = report.compare([report.Run(tmp_path / name) for name in ("honest", "run")], tmp_path)
-    bare = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", hostile)   # escaping alone must hold
+    bare = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", hostile)   # escaping alone must hold
     try:
         assert bare != hostile
         found = frames(honest, hostile, bare, both)

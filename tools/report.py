@@ -318,7 +318,7 @@ def verdict(run: Run) -> tuple[str, str, list[str]]:
     if run.unread:
         rest = "; the share does not need the probe." if run.meter == "share" else "."
         lines.append("The probe cannot read this model: its allowed answers have "
-                     f"{fmt(base['coherence'])} of the base’s probability, so nats and foundations say nothing "
+                     f"{fmt(base['coherence'])} of the base’s probability. Nats and foundations say nothing "
                      f"here{rest}")
     nights = [(*run.trait_of(r), r["name"]) for r in run.nights.values() if run.trait_of(r)[0] is not None]
     if nights and not any(has_moved(value, error) for value, error, _ in nights):
