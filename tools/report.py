@@ -444,11 +444,11 @@ def numbers(run: Run) -> str:
         traits = [fmt(trait_of(r, m)[0], "+.3f", trait_of(r, m)[1]) for m in meters]
         return [*traits, fmt(r["shift"]["off_target"], ".3f"), fmt(r["coherence"], ".4f"),
                 fmt(r["text"], ".3f", r["text_se"])]
-    rows = [[r["name"], "", "", *cells(r), "", "", ""] for r in (run.base, run.prompted) if r]
+    rows = [[r["name"], "", "", *cells(r), *[""] * 4] for r in (run.base, run.prompted) if r]
     for n in run.rounds[-400:]:
         gate, heal, made = run.gates.get(n), run.heals.get(n), run.made.get(n, [])
         if n in run.nights:
-            rows.append([f"night {n}", fmt(run.doses.get(n)), "", *cells(run.nights[n]), "", "", ""])
+            rows.append([f"night {n}", fmt(run.doses.get(n)), "", *cells(run.nights[n]), *[""] * 4])
         end = "in progress" if gate is None else "accepted"
         if gate and not gate["accepted"]:
             end = f"rolled back: {said('; '.join(gate['reasons']))}"
@@ -456,9 +456,10 @@ def numbers(run: Run) -> str:
         kept = f"{sum(c['verdict']['kept'] is True for c in made)}/{len(made)}"
         D = heal["steps"][-1]["div"] if heal and heal["steps"] else None
         fired = percent(heal["fired_share"]) if heal else "n/a"
-        rows.append([f"day {n}", fmt(run.doses.get(n)), kept, *day, fmt(D, ".3f"), fired, end])
+        nll = " → ".join(fmt(heal[k], ".3f") for k in ("val_nll_before", "val_nll_after")) if heal else "n/a"
+        rows.append([f"day {n}", fmt(run.doses.get(n)), kept, *day, nll, fmt(D, ".3f"), fired, end])
     head = ["row", "dose", "kept", *(f"trait, {METERS[m][2]}" for m in meters), "off-target", "coherence",
-            "text", "D, nats", "steps fired", "gate"]
+            "text", "held-out nll", "D, nats", "steps fired", "gate"]
     return table(head, rows, "numbers")
 
 
@@ -647,52 +648,35 @@ def heat(run: Run) -> str:
 
 
 def healing(run: Run) -> str:
+    """D at every optimiser step of every round, with the barrier's tau and the steps in which it pushed."""
     heals, steps, starts = {n: e for n, e in sorted(run.heals.items()) if e["steps"]}, [], []
     for e in heals.values():
         starts.append(len(steps))
         steps += e["steps"]
-    if not steps:
+    every, taus = chosen(range(len(steps)), 1500), {n: e["tau"] for n, e in heals.items() if e["lam_eff"]}
+    values = [steps[i][key] for i in every for key in ("div", "div_max")]
+    if all(v is None for v in values):
         return missing("No round has trained yet.")
-    spans = list(zip(heals.values(), starts, [*starts[1:], len(steps)]))
-    every = chosen(range(len(steps)), 1500)
-    taus = [e["tau"] for e in heals.values() if e["lam_eff"] and e["tau"] is not None]
-    ends = [e[k] for e in heals.values() for k in ("val_nll_before", "val_nll_after")]
-    panels = []
-    for keys, unit, others in ((("nll",), "nll (nats per token)", ends),
-                               (("div_max", "div"), "D (nats)", [*taus, 0.0])):
-        values = [steps[i][key] for i in every for key in keys]
-        if all(v is None for v in values):
-            continue
-        plot = Plot(f"{unit} at each of {len(steps)} optimiser steps of {len(heals)} rounds", [0, len(steps)],
-                    [*values, *others], "optimiser step, all rounds", unit, whole_x=True, w=900, h=236,
-                    right=80, top=24, room=0.005)
-        for i, (n, (e, begin, end)) in enumerate(zip(heals, spans)):
-            plot.back.append(f'<path class="grid" d="M{plot.x(begin)},{plot.top}V{plot.bottom}"/>')
-            if i % math.ceil(len(heals) / 20) == 0:
-                name = f"round {n}" if len(heals) <= 10 else f"r{n}"
-                plot.write(plot.x(begin) + 3, plot.top - 6, name, "tick")
-            if unit.startswith("nll"):
-                plot.line([(begin, e["val_nll_before"]), (end, e["val_nll_after"])], "val")
-            elif e["lam_eff"] and e["tau"] is not None:
-                level = f"M{plot.x(begin)},{plot.y(e['tau'])}H{plot.x(end)}"
-                fired = "".join(f"M{plot.x(j)},{plot.top}V{plot.bottom}" for j in every
-                                if begin <= j < end and (steps[j]["fired"] or 0) > 0)
-                plot.back += [f'<path class="fired" d="{fired}"/>' * bool(fired),
-                              f'<path class="level tau" d="{level}"/>']
-        for key in keys:
-            plot.line([(i, steps[i][key]) for i in every], "peak" if key == "div_max" else "healed")
-        if taus and not unit.startswith("nll"):
-            plot.levels.append((plot.y(taus[-1]), f"tau {fmt(taus[-1], '.3f')}", "tau"))
-        panels.append(plot.svg())
+    plot = Plot(f"D at each of {len(steps)} optimiser steps of {len(heals)} rounds", [0, len(steps)],
+                [*values, *taus.values(), 0.0], "optimiser step, all rounds", "D (nats)", whole_x=True, w=900,
+                h=236, right=80, top=24, room=0.005)
+    for i, (n, begin, end) in enumerate(zip(heals, starts, [*starts[1:], len(steps)])):
+        plot.back.append(f'<path class="grid" d="M{plot.x(begin)},{plot.top}V{plot.bottom}"/>')
+        if i % math.ceil(len(heals) / 20) == 0:
+            plot.write(plot.x(begin) + 3, plot.top - 6, f"round {n}" if len(heals) <= 10 else f"r{n}", "tick")
+        if (tau := taus.get(n)) is not None:
+            fired = [j for j in every if begin <= j < end and (steps[j]["fired"] or 0) > 0]
+            plot.back += [f'<path class="fired" d="M{plot.x(j)},{plot.top}V{plot.bottom}"/>' for j in fired]
+            plot.line([(begin, tau), (end, tau)], "rule", f"tau {fmt(tau, '.3f')}" * (end == len(steps)))
+    for key, kind in (("div_max", "peak"), ("div", "healed")):
+        plot.line([(i, steps[i][key]) for i in every], kind)
     notes = [f"Round {n}: {said(e['warning'])}." for n, e in run.heals.items() if e["warning"]][-12:]
     if skipped := sum(len(e["skipped"]) for e in run.heals.values()):
         notes.append(f"{skipped} steps were skipped: their loss or gradient was not finite.")
     barrier = "shaded where the barrier fired, an answer being over tau" if taus else "no barrier was used"
-    caption = ("Above: nll of the training answers; dashed, from before a round to after it: nll of prompts "
-               "held out from it. Below: D, the mean over a step’s answers (line) and the largest (thin); "
-               f"{barrier}."
+    caption = (f"D: the mean over a step’s answers (line) and the largest (thin); {barrier}."
                + f" A selection: {len(every)} of {len(steps)} steps." * (len(every) < len(steps)))
-    return figure(panels, caption, "wide") + "".join(f'<p class="note">{note}</p>' for note in notes)
+    return figure([plot.svg()], caption, "wide") + "".join(f'<p class="note">{note}</p>' for note in notes)
 
 
 def setting(run: Run) -> str:
@@ -786,12 +770,12 @@ def arms(runs: list[Run]) -> list[tuple[str, str]]:
 
 
 def compare(runs: list[Run], out: Path) -> str:
-    """compare.html of several runs, as text: trajectories, trait per round, and a table.
+    """compare.html of several runs, as text: their trajectories over each other, and a table.
 
     Marks and lines are arms, means over their runs; single runs are dots. out: the folder of the page.
     """
     meter = "share" if all(r.meter == "share" for r in runs) else "nats"
-    unit, named, known, groups = METERS[meter][0], arms(runs), [], {}
+    named, known, groups = arms(runs), [], {}
     for (arm, name), run in zip(named, runs):           # groups: arm -> round (-1 = base) -> [(trait, text)]
         for n, row in [(-1, run.base)] * bool(run.base) + list(run.days.items()):
             at = trait_of(row, meter)[0], row["text"]
@@ -807,28 +791,22 @@ def compare(runs: list[Run], out: Path) -> str:
         if len({json.dumps(r.record[key], sort_keys=True) for r in runs}) > 1:
             body.append(f'<p class="note">The runs differ in their {what} too, not only in options.</p>')
 
-    for by_round in (False, True):
-        def place(n, at):
-            return (n if n >= 0 else None, at[0]) if by_round else at
-        points = [xy for _, n, at, _, _ in known if None not in (xy := place(n, at))]
-        if not points:
-            continue
-        axes = ("round", unit) if by_round else (unit, "text coherence")
-        alt = f"{axes[1]} by {axes[0]}, of {len(runs)} runs in {len(order)} arms"
-        plot = Plot(alt, *zip(*points), *axes, whole_x=by_round)
-        for arm, n, at, name, undone in known:
+    if known:
+        alt = f"Trait against text coherence, of {len(runs)} runs in {len(order)} arms"
+        xs, ys = zip(*(at for _, _, at, _, _ in known))
+        plot = Plot(alt, xs, ys, METERS[meter][0], "text coherence", w=560, h=380)
+        for arm, n, (trait, text), name, undone in known:
             if len(groups[arm][n]) > 1 or undone:
-                says = f"{name}: trait {fmt(at[0], '+.3f')}, text {fmt(at[1], '.3f')}"
-                faint = "undone" if undone else "faint"
-                plot.mark("dot", *place(n, at), says, more=f"{colours[arm]} {faint}")
+                says = f"{name}: trait {fmt(trait, '+.3f')}, text {fmt(text, '.3f')}"
+                plot.mark("dot", trait, text, says, more=f"{colours[arm]} {'undone' if undone else 'faint'}")
         for arm, rounds in groups.items():
-            means = [(n, tuple(map(statistics.fmean, zip(*ats)))) for n, ats in sorted(rounds.items())]
-            for n, at in means:
+            means = [(n, *map(statistics.fmean, zip(*ats))) for n, ats in sorted(rounds.items())]
+            plot.line([(trait, text) for _, trait, text in means], colours[arm])
+            for n, trait, text in means:
                 says = (f"{arm}, {'base' if n < 0 else f'day {n}'}, mean of {len(rounds[n])}: "
-                        f"trait {fmt(at[0], '+.3f')}, text {fmt(at[1], '.3f')}")
-                kind, name = "base" if n < 0 else "healed", label[arm] if n == means[-1][0] else ""
-                plot.mark(kind, *place(n, at), says, name, more=colours[arm])
-            plot.line([place(n, at) for n, at in means], f"{colours[arm]} {'' if by_round else 'faint'}")
+                        f"trait {fmt(trait, '+.3f')}, text {fmt(text, '.3f')}")
+                name = label[arm] if n == means[-1][0] else ""
+                plot.mark("base" if n < 0 else "healed", trait, text, says, name, more=colours[arm])
         panels.append(plot.svg())
     names = {arm: arm if label[arm] == arm else f"{label[arm]}: {arm}" for arm in order}
     keys = "".join(f"<li>{swatch('healed', colours[arm])}{said(names[arm])}</li>" for arm in order)
