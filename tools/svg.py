@@ -121,7 +121,7 @@ class Plot:
 
         It hides no mark and no other label, and no whisker if it can; where nothing is free it is left out.
         """
-        width = 7.4 * len(label)
+        width = 7.8 * len(label)
         free = [(reach, self.taken + self.whiskers) for reach in (9, 17, 27, 39)]
         for reach, others in [*free, (9, self.taken), (27, self.taken)]:
             for dx, dy in AROUND:
@@ -145,7 +145,7 @@ class Plot:
             floor = min(at + 4 if beside else at + 14, floor - 13)
             x = self.right + 6 if beside else self.left + 4
             self.front.append(f'<text class="name {kind}" x="{x}" y="{floor:.1f}">{esc(label)}</text>')
-            self.taken.append((x, floor - 10, x + 7.4 * len(label), floor + 2))
+            self.taken.append((x, floor - 10, x + 7.8 * len(label), floor + 2))
         for label in self.labels:
             self.place(*label)
         return drawing(self.w, self.h, self.alt, "".join(self.back + self.front))
