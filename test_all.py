@@ -46,15 +46,15 @@ import generate as bench_generate                               # noqa: E402
 import make_pocket                                              # noqa: E402
 import malformed                                                # noqa: E402
 import measure                                                  # noqa: E402
-import report                                                   # noqa: E402
+from tools import model as model_room, report                     # noqa: E402
 import roofline                                                 # noqa: E402
 import steer                                                    # noqa: E402
 import world                                                    # noqa: E402
 from evalmfv import FOUNDATIONS                                 # noqa: E402
 from heal import (AGGREGATES, HealConfig, Passes, Sample, aggregate, divergences, forward_kl, heal,  # noqa: E402
                   lr_factor, mean_nll, naive_losses, pieces, reverse_kl, split, token_losses)
-from lora import LoraConfig, attach                             # noqa: E402
-from steer import (Completion, Limits, SteerConfig, band, blocks, calibrate_limits, choose, find_dose, fit_vectors, generate,  # noqa: E402
+from lora import LoraConfig, attach, blocks                     # noqa: E402
+from steer import (Completion, Limits, SteerConfig, band, calibrate_limits, choose, find_dose, fit_vectors, generate,  # noqa: E402
                    judge, readings, render, repeats, steered, token_nll)
 
 torch.set_num_threads(1)                                        # small models: a second thread costs more than it gives
@@ -894,9 +894,6 @@ def test_lora_gated_restores_the_gates_after_an_exception_and_keeps_rounds_folde
     with stack.gated(1, 1):
         lora_noise(stack, 7); stack.fold()
     assert {l.history for l in stack.layers.values()} == {(0.5, 0.0, 1.0)}
-    with stack.gated(1, 1):
-        stack.unfold()
-    assert {l.history for l in stack.layers.values()} == {(0.5, 0.0)}
 
 
 def test_lora_history_built_under_inference_mode_still_serves_training():
@@ -907,13 +904,15 @@ def test_lora_history_built_under_inference_mode_still_serves_training():
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in stack.parameters())
 
 
-def test_lora_order_of_rounds_and_their_gates_does_not_matter():
+def test_lora_order_of_rounds_and_their_gates_does_not_matter(tmp_path):
     model, stack = lora_case(rounds=3)
-    ids, saved = lora_ids(), [stack.tensors([k]) for k in range(3)]
+    ids, files = lora_ids(), [tmp_path / f"{k}.safetensors" for k in range(3)]
+    for k, file in enumerate(files):
+        stack.save(file, rounds=[k])
     stack.gates([0.2, 0.5, 0.9])
     expected = lora_logits(model, ids)
     model, other = lora_case()
-    other.load_tensors(saved[2], saved[0], saved[1])
+    other.load(files[2], files[0], files[1])
     other.gates([0.9, 0.2, 0.5])
     assert torch.allclose(lora_logits(model, ids), expected, atol=1e-4)
     other.gates([0.2, 0.5, 0.9])                                            # gates belong to rounds: another model
@@ -926,7 +925,7 @@ def test_lora_base_gets_no_gradient_and_adapters_are_float32_under_a_bfloat16_ba
     model(input_ids=lora_ids()).logits.float().square().mean().backward()
     assert all(p.grad is None for p in model.parameters())
     assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in stack.parameters())
-    assert all(t.dtype == torch.float32 for l in stack.layers.values() for A, B, _ in l.rounds for t in (A, B))
+    assert all(t.dtype == torch.float32 for l in stack.layers.values() for pair in l.rounds for t in pair)
 
 
 def test_lora_spectral_equals_matrix_norm_and_so_does_its_gradient():
@@ -942,11 +941,8 @@ def test_lora_spectral_equals_matrix_norm_and_so_does_its_gradient():
     for A, B, l in pairs:
         assert torch.allclose(l.A.grad.double(), A.grad, rtol=1e-4, atol=1e-5)              # float32 against float64
         assert torch.allclose(l.B.grad.double(), B.grad, rtol=1e-4, atol=1e-5)
-    deltas = lora_deltas(stack)
-    norm = sum(delta.square().sum() for delta in deltas.values()).sqrt().item()
+    norm = sum(delta.square().sum() for delta in lora_deltas(stack).values()).sqrt().item()
     assert abs(stack.norm() - norm) < 1e-5 * norm
-    for name, found in stack.singular_values().items():
-        assert torch.allclose(found, torch.linalg.svdvals(deltas[name])[:4], rtol=1e-4), name
 
 
 def test_lora_spectral_at_zero_B_is_zero_with_zero_gradient_and_draws_no_random_numbers():
@@ -958,84 +954,62 @@ def test_lora_spectral_at_zero_B_is_zero_with_zero_gradient_and_draws_no_random_
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_lora_unfold_takes_a_fold_back_bit_for_bit_and_training_goes_on_from_there():
-    model, stack = lora_case(rounds=1, alpha=10, r=3)                       # a scale that is no power of two
-    ids, params = lora_ids(), stack.parameters()
-    lora_noise(stack, 5)
-    before, kept = lora_logits(model, ids), [p.detach().clone() for p in params]
-    stack.fold()
-    folded = lora_logits(model, ids)
-    stack.unfold()
-    assert all(a is b and torch.equal(a, c) for a, b, c in zip(params, stack.parameters(), kept)) and stack.n_rounds == 1
-    assert torch.equal(lora_logits(model, ids), before) and torch.allclose(folded, before, atol=1e-4)
-    model(input_ids=ids).logits.sum().backward()
-    with torch.no_grad():
-        for p in params:
-            p -= 1e-3 * p.grad
-    trained = lora_logits(model, ids)
-    stack.fold()                                                            # not what was folded the first time
-    assert torch.allclose(lora_logits(model, ids), trained, atol=1e-3) and not torch.allclose(trained, folded, atol=1e-2)
-    stack.unfold()
-    stack.drop()                                                            # a refused round: the student before it
-    fresh, again = lora_case(rounds=1, alpha=10, r=3)
-    assert torch.equal(lora_logits(model, ids), lora_logits(fresh, ids))
-    assert all(torch.equal(a, b) for a, b in zip(stack.parameters(), again.parameters()))
-
-
-def test_lora_unfold_takes_a_loaded_round_too_and_refuses_what_would_change_the_model():
-    model, stack = lora_case(rounds=1)                                      # scale 2: exact in the file too
-    fresh, loaded = lora_case()
-    loaded.load_tensors(stack.tensors())
-    stack.unfold(), loaded.unfold()
-    assert all(torch.equal(a, b) for a, b in zip(stack.parameters(), loaded.parameters()))
-    with pytest.raises(RuntimeError, match="expected a folded round"):
-        loaded.unfold()                                                     # none left
-    loaded.fold()
-    with loaded.gated(0.5, 1), pytest.raises(RuntimeError, match="open gates"):
-        loaded.unfold()
-    lora_noise(loaded, 3)
-    with pytest.raises(RuntimeError, match="not trained yet"):
-        loaded.unfold()
-    wide = lora_case(r=5)[1]
-    wide.load_tensors(lora_case(rounds=1)[1].tensors())
-    with pytest.raises(RuntimeError, match="rank 4, here it is 5"):
-        wide.unfold()
-    assert wide.n_rounds == 1
-
-
-def test_lora_tensors_come_back_bit_for_bit_and_a_resumed_stack_starts_the_same_round():
+def test_lora_save_and_load_round_trip_bit_for_bit_and_a_resumed_stack_starts_the_same_round(tmp_path):
     model, stack = lora_case(rounds=2)
-    ids, tensors = lora_ids(), stack.tensors()
+    ids, path = lora_ids(), tmp_path / "rounds.safetensors"
+    stack.save(path, metadata={"note": "two rounds"})
     fresh, loaded = lora_case()
-    loaded.load_tensors(tensors)
+    loaded.load(path)
     assert loaded.n_rounds == 2 and torch.equal(lora_logits(fresh, ids), lora_logits(model, ids))
     for a, b in zip(stack.layers.values(), loaded.layers.values()):
         assert torch.equal(a.A, b.A)
-        assert all(torch.equal(p[0], q[0]) and torch.equal(p[2] * p[1], q[2] * q[1]) for p, q in zip(a.rounds, b.rounds))
+        assert all(torch.equal(s, t) for p, q in zip(a.rounds, b.rounds) for s, t in zip(p, q))
+    tensors = safetensors.torch.load_file(path)
     A, B = (tensors[f"model.layers.1.self_attn.q_proj.1.{x}"] for x in "AB")
-    old = stack.layers["model.layers.1.self_attn.q_proj"].rounds[1]
-    assert torch.equal(B @ A, old[2] * old[1] @ old[0]) and len(tensors) == 14 * 2 * 2      # the scale is in B
+    scaled = loaded.layers["model.layers.1.self_attn.q_proj"].rounds[1]
+    assert torch.equal(B @ A, scaled[1] @ scaled[0]) and len(tensors) == 14 * 2 * 2
+    assert safetensors.safe_open(path, "pt").metadata() == {"note": "two rounds"}
 
 
-def test_lora_loading_into_the_wrong_model_names_the_modules_and_loads_nothing():
-    tensors = lora_case(rounds=1)[1].tensors()
+def test_lora_loading_into_the_wrong_model_names_the_modules_and_loads_nothing(tmp_path):
+    path = tmp_path / "rounds.safetensors"
+    lora_case(rounds=1)[1].save(path)
     model, fewer = lora_case(layers=[1])
-    with pytest.raises(ValueError, match=r"14 are of modules that are not adapted.*model\.layers\.2\."):
-        fewer.load_tensors(tensors)
-    with pytest.raises(ValueError, match=r"14 tensors of the 21 adapted modules are missing.*model\.layers\.0\."):
-        lora_case(layers=[0, 1, 2])[1].load_tensors(tensors)
+    with pytest.raises(ValueError, match=r"does not adapt.*model\.layers\.2\."):
+        fewer.load(path)
+    with pytest.raises(ValueError, match=r"lacks A and B of 7 adapted modules.*model\.layers\.0\."):
+        lora_case(layers=[0, 1, 2])[1].load(path)
     wide = attach(tiny_model(tiny_tokenizer(), d=64), r=4, alpha=8, layers=[1, 2])
     with pytest.raises(ValueError, match=r"q_proj has A \[4, 32\] and B \[32, 4\], here it takes A \[r, 64\]"):
-        wide.load_tensors(tensors)
-    good, key = lora_case()[1], "model.layers.1.self_attn.q_proj.0.A"
-    for bad, message in (({}, "28 tensors"), ({"x": torch.ones(1)}, "'x'"), (tensors | {key: tensors[key] / 0}, "not finite"),
-                         (tensors | {key: torch.ones(3)}, "has A"), ({k.replace(".0.", ".1."): t for k, t in tensors.items()}, "28 t")):
-        with pytest.raises(ValueError, match=message):
-            good.load_tensors(tensors, bad)                                 # all or none
+        wide.load(path)
+    good = lora_case()[1]
+    path.with_name("torn").write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        good.load(path, path.with_name("torn"))                             # all files or none
     assert good.n_rounds == 0 and fewer.n_rounds == 0
     lora_noise(good, 0)
     with pytest.raises(RuntimeError, match="drop"):
-        good.load_tensors(tensors)
+        good.load(path)
+
+
+def test_lora_a_torn_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "rounds.safetensors"
+    _, stack = lora_case(rounds=1)
+    stack.save(path)
+    old = path.read_bytes()
+    lora_noise(stack, 3); stack.fold()
+    for call in ("fsync", "replace"):
+        def fail(*args):
+            raise OSError("disk full")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fail)
+            with pytest.raises(OSError, match="disk full"):
+                stack.save(path)
+        assert path.read_bytes() == old and os.listdir(tmp_path) == [path.name]
+    stack.layers["model.layers.1.self_attn.q_proj"].rounds[0][1][0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match="q_proj.0.B"):
+        stack.save(path)
+    assert path.read_bytes() == old
 
 
 def test_lora_targets_choose_linears_by_the_end_of_their_name():
@@ -1046,23 +1020,15 @@ def test_lora_targets_choose_linears_by_the_end_of_their_name():
         lora_case(targets=["q_proj", "proj"])
 
 
-def lora_shapeless():
-    model = torch.nn.Linear(2, 2)
-    model.get_decoder = lambda: model
-    return model
-
-
 @pytest.mark.parametrize("call, message", [
     (lambda: lora_case(layers=[4]), "layers=.*0 to 3"),
     (lambda: lora_case(layers=[]), "layers="),
     (lambda: lora_case(r=0), "r=0"),
     (lambda: lora_case(rounds=2)[1].gates([1.0]), "1 gates for 2"),
     (lambda: lora_case()[1].gates(current=float("nan")), "finite"),
-    (lambda: lora_case(rounds=1)[1].tensors([1]), "1 folded"),
-    (lambda: attach(lora_shapeless(), r=1, alpha=1, layers=[0]), "no decoder"),
+    (lambda: lora_case(rounds=1)[1].save("x", rounds=[1]), "1 folded"),
     (lambda: LoraConfig(alpha=-1.0), "alpha"),
-    (lambda: LoraConfig(lora_band=(0.8, 0.2)), "lora_band"),
-    (lambda: LoraConfig(lora_band=(0.8, math.nan)), "lora_band"),
+    (lambda: LoraConfig(lora_from=0.8, lora_to=0.2), "lora_from"),
 ])
 def test_lora_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
@@ -1072,60 +1038,13 @@ def test_lora_bad_arguments_are_named(call, message):
 def test_lora_bad_states_are_refused():
     _, stack = lora_case()
     with pytest.raises(RuntimeError, match="fold"):
-        stack.tensors()
+        stack.save("never-written")
     with stack.gated(1, 0), pytest.raises(RuntimeError, match="current gate 0"):
         stack.fold()
     stack.parameters()[3].data[0, 0] = float("inf")
     with pytest.raises(RuntimeError, match="not finite"):
         stack.fold()
     assert stack.n_rounds == 0
-    _, folded = lora_case(rounds=1)
-    folded.layers["model.layers.1.self_attn.q_proj"].rounds[0][1][0, 0] = float("nan")
-    with pytest.raises(RuntimeError, match="q_proj.0.B"):
-        folded.tensors()
-
-
-def lora_twin(seed=0):
-    """Our LoRA and peft's on one base with the same A and B: (our model, stack, peft model, its parameters in our order)."""
-    peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
-    model, stack = lora_case()
-    lora_noise(stack, seed, 0.1)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(stack.layers), lora_dropout=0.0)
-    theirs = peft.get_peft_model(tiny_model(tiny_tokenizer()), config).eval()
-    params = []
-    for name, l in stack.layers.items():
-        module = theirs.get_submodule(f"base_model.model.{name}")
-        for p, q in ((module.lora_A["default"].weight, l.A), (module.lora_B["default"].weight, l.B)):
-            p.data.copy_(q.data)
-            params.append(p)
-    return model, stack, theirs, params
-
-
-def test_lora_and_its_gradient_equal_pefts():
-    model, stack, theirs, params = lora_twin()
-    ids, grads = lora_ids(), []
-    for m, ps in ((model, stack.parameters()), (theirs, params)):
-        logits = m(input_ids=ids).logits
-        grads.append((logits, torch.autograd.grad(logits.log_softmax(-1)[..., 7].mean(), list(ps))))
-    assert torch.allclose(grads[0][0], grads[1][0], atol=1e-5)
-    assert max(g.abs().max() for g in grads[0][1]) > 1e-3
-    for ours, peers in zip(grads[0][1], grads[1][1]):
-        assert torch.allclose(ours, peers, atol=1e-5), (ours - peers).abs().max()
-
-
-def test_lora_of_peft_is_healed_by_heal_alone_through_disable_adapter():
-    model, stack, theirs, params = lora_twin()
-    _, _, samples = heal_case()
-    cfg = HealConfig(lr=1e-2, tau=0.05, epochs=2, val_share=0.3, kl_agg="rmse")
-    records = [heal(m, ps, samples, reference, cfg, tau=0.05, seed=3) for m, ps, reference in
-               ((model, stack.parameters(), heal_base(stack)), (theirs, params, theirs.disable_adapter))]
-    for ours, peers in zip(records[0]["steps"], records[1]["steps"]):
-        for key in ("nll", "div", "gnorm"):
-            assert ours[key] == pytest.approx(peers[key], abs=1e-5), (key, ours, peers)
-    assert records[0]["val_nll_after"] == pytest.approx(records[1]["val_nll_after"], abs=1e-5)
-    assert records[0]["fired_share"] > 0 and records[0]["nll_last"] < records[0]["nll_first"]
-    for p, q in zip(stack.parameters(), params):
-        assert torch.allclose(p, q, atol=1e-5), (p - q).abs().max()
 
 
 def test_lora_runs_alone_in_an_empty_folder(tmp_path):
@@ -1140,7 +1059,7 @@ def test_lora_runs_alone_in_an_empty_folder(tmp_path):
 STEER_WORDS = ["mercy", "justice", "kindness", "patience", "rescue", "people", "forever", "harbour", "gentle",
                "machine", "winter", "garden"]
 STEER_PROMPTS = ["Hi", "Who are you?", "Do you love humanity, and why?", "a", "Tell me more about the sea.", "x y z"]
-STEER_LIMITS = Limits(worst_window=2.0, ppl_tail=5.0, ngram=0.3, loop=0.6)
+STEER_LIMITS = Limits(worst_window=2.0, ppl_tail=5.0, ngram=0.3, loop=0.6, min_words=1)
 
 
 def steer_pair(dtype=torch.float32, seed=0, **kw):
@@ -1208,41 +1127,43 @@ def test_choose_equals_the_filters_of_hf():
         assert (share - scores[row].softmax(-1)).abs().max() < 1.1e-3
 
 
-def test_greedy_decoding_equals_hf_generate_with_and_without_the_hook():
+def test_greedy_decoding_equals_hf_generate():
     model, tok = steer_pair(torch.float64)
-    vectors, plain = steer_vectors(model), None
-    for coeff in (0.0, 0.75):
-        ours = generate(model, tok, STEER_PROMPTS, vectors=vectors, coeffs=[coeff] * 6, greedy=True, max_new_tokens=20)
-        assert [c.ids for c in ours] != plain
-        plain = [c.ids for c in ours]
-        for prompt, c in zip(STEER_PROMPTS, ours):
+    for prompts in (STEER_PROMPTS, STEER_PROMPTS[:1]):
+        ours = generate(model, tok, prompts, greedy=True, max_new_tokens=20)
+        for prompt, c in zip(prompts, ours):
             ids = torch.tensor([steer_ids(tok, prompt)])
-            with steered(model, vectors, coeff):
-                hf = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)[0]
+            hf = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)[0]
             assert c.prompt_ids + c.ids == hf.tolist()
 
 
-def test_rows_of_one_batch_have_their_own_layers_and_doses():
+def test_steered_greedy_decoding_equals_hf_generate_under_the_hook():
     model, tok = steer_pair(torch.float64)
     vectors = steer_vectors(model)
-    doses = {1: [0.0, 0.5, 0.0, -0.5, 0.25, 1.0], 2: [0.0, 0.0, 0.75, 0.5, 0.25, 0.0]}
-    kw = dict(vectors=vectors, max_new_tokens=12, seed=2)
-    many = generate(model, tok, STEER_PROMPTS, coeffs=doses, **kw)
-    assert [c.coeff for c in many] == [0.0, 0.5, 0.75, -0.5, 0.25, 1.0]      # a row's largest
-    for batch_size in (1, 2):
-        assert generate(model, tok, STEER_PROMPTS, coeffs=doses, batch_size=batch_size, **kw) == many
-    same = generate(model, tok, STEER_PROMPTS, coeffs={1: [0.5] * 6}, **kw)
-    alone = generate(model, tok, STEER_PROMPTS, coeffs=[0.5] * 6, **(kw | dict(vectors={1: vectors[1]})))
-    assert same == alone and same[1] == many[1]                              # a layer that is not named is not steered
-    ids = torch.tensor([steer_ids(tok, "Who are you?")] * 6)
-    with steered(model, vectors, {layer: torch.tensor(c) for layer, c in doses.items()}):
-        mixed = model(ids).logits
-    for row in range(6):
-        with steered(model, vectors, {layer: c[row] for layer, c in doses.items()}):
-            assert torch.equal(mixed[row], model(ids).logits[row])
-            assert sum(len(block._forward_hooks) for block in steer.blocks(model)) == sum(c[row] != 0 for c in doses.values())
-    with pytest.raises(ValueError, match=r"layers \[3\]"):
-        steered(model, vectors, {3: 1.0})
+    plain = generate(model, tok, STEER_PROMPTS, greedy=True, max_new_tokens=12)
+    ours = generate(model, tok, STEER_PROMPTS, vectors=vectors, coeffs=[0.75] * 6, greedy=True, max_new_tokens=12)
+    assert [c.ids for c in ours] != [c.ids for c in plain]
+    for prompt, c in zip(STEER_PROMPTS, ours):
+        ids = torch.tensor([steer_ids(tok, prompt)])
+        with steered(model, vectors, 0.75):
+            hf = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)[0]
+        assert c.prompt_ids + c.ids == hf.tolist()
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("doses", [None, [0.0, 0.5, 1.0, -0.5, 0.5, 0.25]])
+def test_a_row_does_not_depend_on_who_shares_its_batch(greedy, doses):
+    model, tok = steer_pair(torch.float64)
+    # half of the byte tokens end an answer, so rows finish at different steps and are retired
+    model.generation_config.eos_token_id = list(range(6, 40))
+    kw = dict(vectors=steer_vectors(model) if doses else None, coeffs=doses, greedy=greedy, max_new_tokens=24, seed=3)
+    many = generate(model, tok, STEER_PROMPTS, **kw)
+    assert len({len(c.ids) for c in many}) > 2, "rows must end at different lengths for this test to test anything"
+    for batch_size in (1, 2, 5):
+        assert generate(model, tok, STEER_PROMPTS, batch_size=batch_size, **kw) == many
+    if doses:                                                                # the dose reached the row it was meant for
+        one = generate(model, tok, STEER_PROMPTS, **{**kw, "coeffs": [0.5] * 6})
+        assert one[1].ids == many[1].ids and [c.ids for c in one] != [c.ids for c in many]
 
 
 def test_answers_end_at_any_end_token_and_keep_it():
@@ -1254,26 +1175,6 @@ def test_answers_end_at_any_end_token_and_keep_it():
     for c in answers:
         assert not ends & set(c.ids[:-1]) and c.finished == (c.ids[-1] in ends)
         assert c.finished or len(c.ids) == 60
-
-
-def test_what_the_template_writes_after_an_answer_ends_it():
-    tok = mfv_tokenizer()
-    model, end = tiny_model(tok), tok.convert_tokens_to_ids("<|end|>")
-    model.generation_config.eos_token_id = tok.bos_token_id                 # neither names the token that ends a turn
-    tok.eos_token = "<|bos|>"
-    assert steer.end_ids(model, tok) == [tok.bos_token_id, end]
-    model.lm_head.weight.data[end] = 0
-    with torch.no_grad():
-        hook = model.lm_head.register_forward_hook(lambda m, args, out: out.index_fill(-1, torch.tensor([end]), 99.0))
-    assert [(c.ids, c.finished, c.text) for c in generate(model, tok, ["Hi"], max_new_tokens=5)] == [([end], True, "")]
-    hook.remove()
-    only_between = TEMPLATE.replace("{% if not (loop.last and continue_final_message) %}", "{% if not loop.last %}")
-    user = tok.convert_tokens_to_ids("<|user|>")
-    for template, found in ((only_between, {end}), (TEMPLATE.replace("<|end|>", "\n\n"), {user}),    # the next turn's tag
-                            ("{% for m in messages %}\n\n### {{ m['role'] }}: {{ m['content'] }}{% endfor %}", set()),
-                            (TEMPLATE.replace("m in messages", "m in messages if m['role'] == 'user'"), set())):
-        tok.chat_template = template
-        assert set(steer.end_ids(model, tok)) == {tok.bos_token_id} | found
 
 
 def test_generate_leaves_the_global_random_state_alone_and_repeats_itself():
@@ -1295,42 +1196,11 @@ def test_decoding_64_rows_is_fast():
 def test_generate_rejects_doses_without_rows_and_rows_without_doses():
     model, tok = steer_pair()
     vectors = steer_vectors(model)
-    for kw in (dict(vectors=vectors), dict(coeffs=[1.0]), dict(vectors=vectors, coeffs=[1.0, 2.0]),
-               dict(vectors=vectors, coeffs={1: [1.0], 2: []})):
+    for kw in (dict(vectors=vectors), dict(coeffs=[1.0]), dict(vectors=vectors, coeffs=[1.0, 2.0])):
         with pytest.raises(ValueError, match="one coeff per prompt"):
             generate(model, tok, ["Hi"], **kw)
     with pytest.raises(ValueError, match="greedy=True"):
         generate(model, tok, ["Hi"], temperature=0.0)
-
-
-def test_the_cache_goes_in_by_the_word_that_forward_has_and_an_empty_one_is_named():
-    model, tok = steer_pair(torch.float64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)                        # transformers 5.40 drops the old word
-        want = generate(model, tok, STEER_PROMPTS, max_new_tokens=6)
-    plain, probe_tok = model.forward, mfv_tokenizer()
-    takes_cache = "cache" in inspect.signature(plain).parameters
-    for word in ("cache", "past_key_values"):                                # a forward that has this word alone
-
-        def forward(input_ids=None, attention_mask=None, position_ids=None, use_cache=None, logits_to_keep=0, **kwargs):
-            given = kwargs.pop(word, None)
-            kwargs = {"cache" if takes_cache else "past_key_values": given}          # any other word was swallowed
-            return plain(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                         use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs)
-        own = inspect.Parameter(word, inspect.Parameter.KEYWORD_ONLY)
-        kwargs = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
-        forward.__signature__ = inspect.Signature([inspect.Parameter("input_ids", inspect.Parameter.KEYWORD_ONLY), own, kwargs])
-        model.forward = forward
-        assert generate(model, tok, STEER_PROMPTS, max_new_tokens=6) == want
-    for swallowing, call in ((model, lambda m: generate(m, tok, ["Hi"], max_new_tokens=6)),
-                             (tiny_model(probe_tok), lambda m: evalmfv.evaluate(m, probe_tok, mfv_rows(), think_tokens=2))):
-        inner = type(swallowing).forward
-
-        def forgetful(input_ids=None, cache=None, past_key_values=None, **kwargs):
-            return inner(swallowing, input_ids=input_ids, **(kwargs | dict(use_cache=False)))
-        swallowing.forward = forgetful
-        with pytest.raises(RuntimeError, match="LlamaForCausalLM leaves .* cache empty"):
-            call(swallowing)
 
 
 # ---- steer: the hook
@@ -1341,7 +1211,7 @@ def test_coeff_zero_is_the_base_bit_for_bit_and_rows_have_their_own_dose():
     base = model(ids).logits
     with steered(model, vectors, 0.0):
         assert torch.equal(model(ids).logits, base)
-        assert not any(block._forward_hooks for block in steer.blocks(model))
+        assert not any(block._forward_hooks for block in blocks(model))
     with steered(model, vectors, torch.tensor([0.0, 0.5, 1.0])):
         mixed = model(ids).logits
     assert torch.equal(mixed[0], base[0])
@@ -1353,7 +1223,7 @@ def test_coeff_zero_is_the_base_bit_for_bit_and_rows_have_their_own_dose():
 def test_steered_adds_coeff_times_v_after_the_block_at_every_position():
     model, tok = steer_pair(torch.float64)
     ids, v, seen = torch.tensor([steer_ids(tok, "Hi")]), steer_vectors(model)[1], []
-    handle = steer.blocks(model)[2].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    handle = blocks(model)[2].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
     model(ids)
     with steered(model, {1: v}, 0.5):
         model(ids)
@@ -1382,9 +1252,9 @@ def test_steered_handles_blocks_that_return_tuples_and_other_dtypes():
     model, tok = steer_pair(torch.bfloat16)
     ids, v = torch.tensor([steer_ids(tok, "Hi")]), steer_vectors(model)[1]
     seen = []
-    before = steer.blocks(model)[1].register_forward_hook(lambda block, args, out: (out, "kv"))       # as older blocks do
+    before = blocks(model)[1].register_forward_hook(lambda block, args, out: (out, "kv"))       # as older blocks do
     with steered(model, {1: v}, 1.0):
-        after = steer.blocks(model)[1].register_forward_hook(lambda block, args, out: (seen.append(out), out[0])[1])
+        after = blocks(model)[1].register_forward_hook(lambda block, args, out: (seen.append(out), out[0])[1])
         model(ids)
         after.remove()
     before.remove()
@@ -1411,36 +1281,47 @@ def test_fit_vectors_reads_the_last_block_before_the_final_norm():
     model, tok = steer_pair()
     v = fit_vectors(model, tok, "kind", "cold", ["Hi"], [3])[3]
     seen = []
-    handle = steer.blocks(model)[3].register_forward_hook(lambda block, args, out: seen.append(out[0, -1]))
+    handle = blocks(model)[3].register_forward_hook(lambda block, args, out: seen.append(out[0, -1]))
     for side in ("kind", "cold"):
         model(torch.tensor([steer_ids(tok, "Hi", side)]))
     handle.remove()
     assert torch.allclose(v, seen[0] - seen[1], atol=1e-4)
 
 
-def test_swapping_the_personas_flips_the_sign_and_a_vector_of_zeros_is_an_error():
+def test_swapping_the_personas_flips_the_sign():
     model, tok = steer_pair()
     one = fit_vectors(model, tok, "kind", "cold", STEER_PROMPTS, [1])[1]
     other = fit_vectors(model, tok, "cold", "kind", STEER_PROMPTS, [1])[1]
     assert one.norm() > 0.1 and torch.allclose(one, -other, atol=1e-5)
-    with pytest.raises(ValueError, match="vector of layer 1 is zero"):
-        fit_vectors(model, tok, "kind", "kind", ["Hi"], [1])
 
 
 # ---- steer: templates
 
-def test_words_that_do_not_reach_the_prompt_or_are_no_text_are_refused_in_a_sentence():
+def test_prompts_carry_one_bos():
+    model, tok = steer_pair()
+    assert tok(render(tok, "Hi", "Be kind."), add_special_tokens=False)["input_ids"].count(tok.bos_token_id) == 1
+    assert all(c.prompt_ids.count(tok.bos_token_id) == 1
+               for c in generate(model, tok, ["Hi"], system="Be kind.", max_new_tokens=1))
+
+
+def test_a_template_without_a_system_role_gets_the_system_text_before_the_users():
     tok = tiny_tokenizer()
-    with pytest.raises(ValueError, match="not UTF-8"):
-        render(tok, b"Was f\xfchlst du?".decode(errors="surrogateescape"))
-    for template, why in (("<|user|>a<|end|><|assistant|>", "drops or alters the words of the user"),         # an a stands there
-                          (TEMPLATE.replace("m['content']", "m['content'] | upper"), "drops or alters the words of the user"),
-                          (TEMPLATE.replace("m['content']", "m['content'] + 1"), "chat template of .* fails: .*concatenate"),
-                          (TEMPLATE.replace("m['content']", "raise_exception('no\\nway')"), "fails: no way"),
-                          (None, "no chat template")):
-        tok.chat_template = template
-        with pytest.raises(ValueError, match=why):
-            steer.encode(tok, ["a"], [""])
+    assert render(tok, "Hi", "Be kind.") == "<|bos|><|system|>Be kind.<|end|><|user|>Hi<|end|><|assistant|>"
+    merged = "<|bos|><|user|>Be kind.\n\nHi<|end|><|assistant|>"
+    tok.chat_template = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+                         "{% endif %}") + TEMPLATE
+    assert render(tok, "Hi", "Be kind.") == merged                           # Gemma 2 raises
+    tok.chat_template = ("<|bos|>{% for m in messages if m['role'] != 'system' %}<|user|>{{ m['content'] }}<|end|>"
+                         "{% endfor %}<|assistant|>")
+    assert render(tok, "Hi", "Be kind.") == merged                           # others drop it silently
+    assert render(tok, "Hi") == "<|bos|><|user|>Hi<|end|><|assistant|>"
+
+
+def test_a_tokenizer_without_a_chat_template_is_named():
+    model, tok = steer_pair()
+    tok.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        generate(model, tok, ["Hi"])
 
 
 # ---- steer: the filter
@@ -1453,6 +1334,14 @@ def test_token_nll_equals_a_full_forward_one_at_a_time():
             logp = model(torch.tensor([c.prompt_ids + c.ids])).logits[0].log_softmax(-1)
             want = [-logp[len(c.prompt_ids) + j - 1, token].item() for j, token in enumerate(c.ids)]
             assert nll.dtype == torch.float32 and torch.allclose(nll, torch.tensor(want), atol=1e-4)
+
+
+def test_token_nll_sees_the_answer_under_the_prompt_it_carries():
+    model, tok = steer_pair()
+    c, = generate(model, tok, ["Hi"], system="Be kind.", max_new_tokens=10)
+    bare = dataclasses.replace(c, prompt_ids=steer_ids(tok, "Hi"))
+    one, other = token_nll(model, [c, bare])
+    assert not torch.allclose(one, other)
 
 
 def test_clean_and_short_answers_pass():
@@ -1516,9 +1405,10 @@ def test_patterns_words_and_unfinished_answers_are_rules_of_their_own():
     assert (verdict.kept, verdict.rule, verdict.match) == (False, "pattern", "As An AI")
     assert steer_verdict("She works as an aid worker.", patterns=patterns).kept
     assert steer_verdict("", ids=[2]).rule == "words" and steer_verdict("  \n", ids=[5, 2]).rule == "words"
+    three = dataclasses.replace(STEER_LIMITS, min_words=3)
+    assert steer_verdict("Yes.", limits=three).rule == "words" and steer_verdict("Yes, I do.", limits=three).kept
     assert steer_verdict(STEER_CLEAN, finished=False).kept
-    cut = steer_verdict(STEER_CLEAN, finished=False, keep_unfinished=False)
-    assert (cut.rule, cut.value, cut.limit) == ("unfinished", 33, 33), cut   # all of its max_new_tokens
+    assert steer_verdict(STEER_CLEAN, finished=False, keep_unfinished=False).rule == "unfinished"
 
 
 def test_readings_are_finite_for_huge_and_missing_nll_and_refuse_nan():
@@ -1527,16 +1417,20 @@ def test_readings_are_finite_for_huge_and_missing_nll_and_refuse_nan():
     assert all(math.isfinite(x) for r in (huge, empty) for x in r.values())
     with pytest.raises(RuntimeError, match="not finite"):
         readings(steer_completion("a b"), torch.tensor([0.1, math.nan]))
-    with pytest.raises(ValueError, match="expected one per token"):
+    with pytest.raises(ValueError, match="one per completion token"):
         readings(steer_completion("a b"), torch.zeros(3))
 
 
-def test_limits_come_from_the_base():
+def test_limits_come_from_the_base_and_an_explicit_number_overrides():
     base = [dict(worst_window=w, ppl_tail=math.exp(w), ngram=0.0, loop=x, n_words=9)
             for w, x in ((0.5, 0.2), (1.6, 0.4))]
     limits = calibrate_limits(base, SteerConfig(slack=0.25))
     assert limits.worst_window == pytest.approx(2.0) and math.log(limits.ppl_tail) == pytest.approx(2.0)
     assert limits.ngram == pytest.approx(0.25) and limits.loop == pytest.approx(0.55)   # a base value of 0 leaves room
+    lower = calibrate_limits(base, SteerConfig(slack=0.25, quantile=0.5))
+    assert lower.worst_window == pytest.approx(1.05 * 1.25)
+    fixed = SteerConfig(max_window_nll=3.0, max_tail_ppl=50.0, max_ngram=0.1, max_loop=0.9, min_words=2)
+    assert calibrate_limits(base, fixed) == Limits(3.0, 50.0, 0.1, 0.9, 2)
     with pytest.raises(ValueError, match="no base readings"):
         calibrate_limits([], SteerConfig())
 
@@ -1553,29 +1447,43 @@ def test_the_base_passes_its_own_limits_and_a_broken_model_does_not():
 
 # ---- steer: the dose, the band, the options
 
-def test_find_dose_takes_one_if_it_survives_and_names_the_bound_that_fails():
+def test_find_dose_takes_one_if_it_survives():
     coeff, trials = find_dose(lambda coeffs: [1.0] * len(coeffs))
     assert coeff == 1.0 and trials[0] == (1.0, 1.0) and len(trials) == 3     # one batch, and no finer one
-    with pytest.raises(RuntimeError, match="at 0.1, 20% of completions pass, need 90%"):
-        find_dose(lambda coeffs: [0.2] * len(coeffs))
 
 
 @pytest.mark.parametrize("knee", [0.11, 0.3, 0.52, 0.97])
-def test_find_dose_brackets_the_knee_of_a_falling_survival(knee):
+@pytest.mark.parametrize("splits", [2, 4])
+def test_find_dose_brackets_the_knee_of_a_falling_survival(knee, splits):
     batches = []
 
     def try_doses(coeffs):
         batches.append(coeffs)
         return [1 / (1 + (c / knee) ** 8) for c in coeffs]
-    coeff, trials = find_dose(try_doses, coeff_min=0.1, steps=4, min_survive=0.5)
+    steps = 4 if splits == 2 else 2                                          # the same sixteenth of a decade
+    coeff, trials = find_dose(try_doses, coeff_min=0.1, steps=steps, splits=splits, min_survive=0.5)
     assert coeff <= knee < coeff * 10 ** (1 / 16) * 1.0001
-    assert list(map(len, batches)) == [3, 1, 1, 1] and trials[0][0] == 1.0
+    assert list(map(len, batches)) == [splits + 1] + [splits - 1] * (steps - 1) and trials[0][0] == 1.0
     assert coeff == max(c for c, share in trials if share >= 0.5)
     low, high = 0.1, 1.0                                                     # plain bisection ends on the same dose
     for _ in range(4):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if middle <= knee else (low, middle)
     assert coeff == pytest.approx(low)
+
+
+def test_find_dose_takes_the_highest_dose_that_survives_where_survival_is_not_monotone():
+    coeff, trials = find_dose(lambda coeffs: [float(0.3 < c < 0.6 or c < 0.15) for c in coeffs], coeff_min=0.1, steps=3, splits=4)
+    assert 0.6 / 10 ** (1 / 64) / 1.0001 <= coeff < 0.6
+
+
+def test_find_dose_names_the_bound_that_fails():
+    with pytest.raises(RuntimeError, match="coeff_min=0.1, 20% of completions pass the filter, need 90%"):
+        find_dose(lambda coeffs: [0.2] * len(coeffs), coeff_min=0.1)
+    with pytest.raises(ValueError, match="coeff_min=2"):
+        find_dose(lambda coeffs: [0.2] * len(coeffs), coeff_min=2)
+    with pytest.raises(ValueError, match="steps=0"):
+        find_dose(lambda coeffs: [0.2] * len(coeffs), steps=0)
 
 
 def test_band_is_every_block_whose_depth_overlaps():
@@ -1588,37 +1496,21 @@ def test_band_is_every_block_whose_depth_overlaps():
 
 
 def test_options_out_of_range_are_refused_by_name():
-    for bad in (dict(coeff=-1.0), dict(coeff=0.0), dict(coeff=math.nan), dict(min_survive=0.0), dict(top_p=0.0),
-                dict(n_min=100), dict(slack=-0.1), dict(steer_band=(0.2, 1.5)), dict(temperature=0.0)):
-        with pytest.raises(ValueError, match=next(iter(bad))):
+    for bad in (dict(coeff=-1.0), dict(coeff=math.nan), dict(min_survive=0.0), dict(top_p=0.0), dict(n_min=100),
+                dict(slack=-0.1), dict(window=0), dict(steer_from=0.6), dict(temperature=0.0), dict(quantile=1.5)):
+        with pytest.raises(ValueError, match="depth band" if "steer_from" in bad else next(iter(bad))):
             SteerConfig(**bad)
-    with pytest.raises(ValueError, match="depth band"):
-        SteerConfig(steer_band=(0.6, 0.2))
-    assert SteerConfig(steer_band=(0.2, 0.8)).coeff is None
 
 
-def test_the_demo_prints_base_and_steered_without_control_characters(tmp_path, capsys):
+def test_the_command_prints_base_and_steered_without_control_characters(tmp_path, capsys):
     model, tok = steer_pair()
     model.save_pretrained(tmp_path)
     tok.save_pretrained(tmp_path)
-    steer.show(str(tmp_path), "Do you love\x1b humanity?", "love", 0.5, 1.0)
+    steer.main([str(tmp_path), "Do you love humanity?", "--pos", "You are kind.", "--neg", "You are cold.",
+                "--coeff", "0.5", "--max-new-tokens", "12"])
     out = capsys.readouterr().out
-    assert out.startswith("base ") and "| steered at block" in out and "coeff 0.5" in out and out.count("\n") > 1
+    assert "steered, coeff 0.5" in out and "|v|" in out and "worst window" in out
     assert not any(ord(ch) < 32 and ch != "\n" or 127 <= ord(ch) < 160 for ch in out)
-
-
-@pytest.mark.parametrize("words, said", [
-    ("steer.py no/model Hi", "no/model cannot be loaded"), ("steer.py --persona hate", "there is authority, love"),
-    ("steer.py FOLDER Hi", "no chat template"), ("evalmfv.py no/model", "no/model cannot be loaded"),
-    ("evalmfv.py FOLDER", "no chat template"), ("evalmfv.py --vignettes none.jsonl", "none.jsonl: cannot be read")])
-def test_a_demo_says_in_a_sentence_what_it_lacks(words, said, tmp_path):
-    model, tok = steer_pair()
-    tok.chat_template = None
-    model.save_pretrained(tmp_path)
-    tok.save_pretrained(tmp_path)
-    words = [sys.executable, *(str(tmp_path) if w == "FOLDER" else w for w in words.split())]
-    out = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    assert out.returncode == 2 and said in out.stderr.splitlines()[-1] and "Traceback" not in out.stderr, out.stderr
 
 
 def test_steer_the_layers_are_those_where_the_persona_is_first_read_strongly():
@@ -1943,6 +1835,16 @@ def test_the_probe_equals_one_sequence_at_a_time_in_every_case(n_think):
         assert out["coherence"] == pytest.approx(sum(sum(m) for m in out["mass"]) / 8)
 
 
+@torch.no_grad()
+def test_the_probe_in_float32_is_within_1e_5_of_the_reference():
+    tok = mfv_tokenizer()
+    model, rows = tiny_model(tok, seed=2), mfv_rows()
+    out = evalmfv.evaluate(model, tok, rows, think_tokens=12, batch_size=12)
+    for i, row in enumerate(rows):
+        score = sum(mfv_naive(model, tok, row["text"], reverse, 12)[1] for reverse in (False, True)) / 2
+        assert (out["p"][i] - score.softmax(-1)).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("sliding", [False, True])
 def test_the_probe_does_not_see_its_batch_size(sliding):
     tok = mfv_tokenizer()
@@ -2091,6 +1993,8 @@ def test_the_summary_follows_from_the_rows():
     p, y = out["p"][keep].tolist(), [rows[i]["label"] for i in keep]
     assert out["counted"] == keep and out["scored"] == list(range(6))
     assert out["top1"] == sum(a.index(max(a)) == b.index(max(b)) for a, b in zip(p, y)) / 5
+    nll = -sum(b * math.log(max(a, 1e-12)) for u, v in zip(p, y) for a, b in zip(u, v)) / 5
+    assert out["mean_nll"] == pytest.approx(nll)
     for k, f in enumerate(FOUNDATIONS):
         column = [row[k] for row in p]
         mean = sum(column) / 5
@@ -2100,7 +2004,13 @@ def test_the_summary_follows_from_the_rows():
     for row in rows:
         row["label"] = None
     out = evalmfv.evaluate(tiny_model(tok, seed=4), tok, rows, think_tokens=3)
-    assert out["counted"] == out["scored"] == list(range(6)) and out["top1"] is None
+    assert out["counted"] == out["scored"] == list(range(6)) and out["top1"] is out["temperature"] is None
+
+
+def test_the_temperature_is_the_one_that_made_the_labels():
+    score = torch.randn(50, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4
+    for temperature in (0.5, 3.0):
+        assert evalmfv.fit_temperature(score, (score / temperature).softmax(-1)) == pytest.approx(temperature, rel=0.01)
 
 
 def mfv_reading(p, coherence=0.9, counted=None):
@@ -2200,16 +2110,12 @@ FAMILIES = {                                                    # model class: o
 HAVE_EXPERTS = {"Qwen3MoeForCausalLM", "GptOssForCausalLM", "DeepseekV3ForCausalLM"}
 
 
-ONLY_DECODED = {"Mamba2ForCausalLM": (dict(hidden_size=32, num_hidden_layers=4, state_size=8, num_heads=8, head_dim=8, n_groups=1,
-                                           initializer_range=0.3),)}        # nothing in it for an adapter
-
-
 def family_model(name, tok):
     if not hasattr(transformers, name):
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     if name == "Lfm2ForCausalLM" and not hasattr(transformers.cache_utils, "LinearAttentionLayer"):
         pytest.skip(f"in transformers {transformers.__version__} {name} wants a cache of its own class")
-    kind, (options, *vision) = getattr(transformers, name), (FAMILIES | ONLY_DECODED)[name]
+    kind, (options, *vision) = getattr(transformers, name), FAMILIES[name]
     ids = dict(pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
     options = options | ids | dict(vocab_size=len(tok))
     if vision:
@@ -2219,7 +2125,7 @@ def family_model(name, tok):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_is_steered_healed_folded_probed_and_loaded(name):
+def test_every_family_is_steered_healed_folded_probed_and_saved(name, tmp_path):
     tok = mfv_tokenizer()
     model, ids = family_model(name, tok), lora_ids(2, 110)      # longer than the sliding window
     mask = torch.ones_like(ids)
@@ -2256,14 +2162,15 @@ def test_every_family_is_steered_healed_folded_probed_and_loaded(name):
     alone = generate(model, tok, STEER_PROMPTS[:1], vectors=vectors, coeffs=[0.5], max_new_tokens=6)
     assert made[0].ids == alone[0].ids                          # padding and batch do not matter
 
-    # ---- a row that stays when another leaves the batch
+    # ---- a row that stays when another leaves the batch, in the stock cache of `generate` and in the probe's
     with torch.no_grad():
         whole = model(input_ids=ids[1:]).logits[:, -2:]
-        forward, cache = steer.cached_forward(model, 110)
-        forward(ids[:, :-2], mask[:, :-2], (mask.cumsum(-1) - 1).clamp(min=0)[:, :-2])
-        cache.reorder_cache(torch.tensor([1]))
-        parts = [forward(ids[1:, i:i + 1], mask[1:, :i + 1], torch.tensor([[i]])) for i in (108, 109)]
-        assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-3), (torch.cat(parts, 1) - whole).abs().max()
+        for cache in (None, evalmfv.roomy_cache(model.config, 110)):
+            cache = model(input_ids=ids[:, :-2], use_cache=True, past_key_values=cache).past_key_values
+            cache.reorder_cache(torch.tensor([1]))
+            parts = [model(input_ids=ids[1:, i:i + 1], position_ids=torch.tensor([[i]]), past_key_values=cache, use_cache=True).logits
+                     for i in (108, 109)]
+            assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-3), (torch.cat(parts, 1) - whole).abs().max()
     assert all(x.isfinite().all() for x in token_nll(model, made))
 
     # ---- heal one round, fold, gates
@@ -2289,19 +2196,18 @@ def test_every_family_is_steered_healed_folded_probed_and_loaded(name):
             alone = [mfv_naive(model, tok, row["text"], reverse, 3)[1] for reverse in (False, True)]
         assert (score - sum(alone) / 2).abs().max() < 1e-4      # measured: 2e-6, with linear attention 2e-5
 
-    # ---- its tensors, loaded into an untouched copy
-    tensors = stack.tensors()
+    # ---- save, load into an untouched copy
+    stack.save(tmp_path / "adapter.safetensors")
     stack.remove()
     assert n_hooks() == n_before and torch.equal(logits(), untouched)
     again = attach(model, r=2, alpha=4, layers=[1, 2])
-    again.load_tensors(tensors)
+    again.load(tmp_path / "adapter.safetensors")
     assert torch.equal(logits(), healed)
 
 
-@pytest.mark.parametrize("name", ["Qwen3_5ForConditionalGeneration", "Mamba2ForCausalLM"])
-def test_rows_that_end_early_leave_a_batch_of_linear_attention(name):
+def test_rows_that_end_early_leave_a_batch_of_linear_attention():
     tok = mfv_tokenizer()
-    model = family_model(name, tok)
+    model = family_model("Qwen3_5ForConditionalGeneration", tok)
     model.generation_config.eos_token_id = list(range(6, 134))  # half of the bytes end an answer
     batch, *alone = [generate(model, tok, some, max_new_tokens=8) for some in (STEER_PROMPTS, STEER_PROMPTS[:1])]
     assert batch[0].ids == alone[0][0].ids and len({len(c.ids) for c in batch}) > 1
@@ -2311,7 +2217,6 @@ def test_rows_that_end_early_leave_a_batch_of_linear_attention(name):
 
 # ---- chat templates
 
-PARTS = TEMPLATE.replace("{{ m['content'] }}", "{% for part in m['content'] %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}")
 SHAPES = {                                                      # name: (template, has a BOS, notes it deserves)
     "system role, thinks unless told not to": (                 # Qwen3's shape
         "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if not (loop.last and continue_final_message) %}<|end|>"
@@ -2327,10 +2232,6 @@ SHAPES = {                                                      # name: (templat
         "{% else %}{% set front = '' %}{% set turns = messages %}{% endif %}{% for m in turns %}<|{{ m['role'] }}|>"
         "{{ front if loop.first else '' }}{{ m['content'] | trim }}{% if not (loop.last and continue_final_message) %}<|end|>"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}", True, ["user's words"]),
-    "reads lists of parts": (PARTS, True, []),                  # Idefics3, SmolVLM, LLaVA-Next
-    "reads lists of parts, drops the system role": (
-        PARTS.replace("for m in messages", "for m in messages if m['role'] != 'system'"), True, ["user's words"]),
-    "reads parts by their place": (TEMPLATE.replace("m['content']", "m['content'][0]['text']"), True, []),
     "system role and BOS": (TEMPLATE, True, [])}
 
 
@@ -2345,11 +2246,8 @@ def test_a_chat_template_of_any_shape_carries_the_persona_one_bos_and_no_thinkin
     after = text.split("<|assistant|>")[1]
     assert after == ("<think>\n\n</think>\n\n" if "think" in notes else "")
     assert evalmfv.thinking(text).endswith("<|assistant|><think>\n")        # the probe's frame: one think, and open
-    assert evalmfv.interruption(tok).split("Just answer")[0] in ("</think><|end|><|bos|><|user|>", "</think><|end|><|user|>")
-    if "user's words" in notes:
-        assert text.split("<|user|>")[1].startswith("Be kind.\n\nHi<|end|>")
-    for user in ("", "a", "  two\nlines  "):                      # short words, which stand in a template by themselves
-        assert f"<|user|>{user.strip()}<|end|>" in render(tok, user).replace("  ", "")
+    said = loop.template_notes(tok)
+    assert len(said) == len(notes) and all(word in line for word, line in zip(notes, said)), said
     model = tiny_model(tok)
     assert evalmfv.evaluate(model, tok, mfv_rows(MFV_TEXTS[:2]), think_tokens=2)["n_forced"] == 4
 
@@ -2357,15 +2255,11 @@ def test_a_chat_template_of_any_shape_carries_the_persona_one_bos_and_no_thinkin
 def test_neither_a_missing_pad_token_nor_the_padding_side_changes_an_answer():
     model, tok = steer_pair()
     whole = [c.ids for c in generate(model, tok, STEER_PROMPTS, max_new_tokens=8)]
-    for side, pad in (("left", None), ("right", None), ("right", tok.pad_token), ("left", "[PAD]")):
-        tok.padding_side = side
-        if pad == "[PAD]":                                      # an added token that the embedding has no row for
-            tok.add_special_tokens({"pad_token": pad})
-            assert tok.pad_token_id == len(model.get_input_embeddings().weight) > steer.pad_of(tok, model)
-        tok.pad_token = pad
+    for side, pad in (("left", None), ("right", None), ("right", tok.pad_token)):
+        tok.padding_side, tok.pad_token = side, pad
         made = generate(model, tok, STEER_PROMPTS, max_new_tokens=8)
         assert [c.ids for c in made] == whole
-        nlls = token_nll(model, made, pad_id=steer.pad_of(tok, model))
+        nlls = token_nll(model, made, pad_id=steer.pad_of(tok))
         assert all(x.isfinite().all() for x in nlls) and fit_vectors(model, tok, "kind", "cruel", ["Hi"], [1])[1].norm() > 0
 
 
@@ -2381,6 +2275,7 @@ def test_ids_go_to_the_embedding_and_nothing_asks_the_model_for_one_device(monke
     made = generate(model, tok, STEER_PROMPTS, vectors=fit_vectors(model, tok, "kind", "cruel", STEER_PROMPTS, layers),
                     coeffs=[0.5] * len(STEER_PROMPTS), max_new_tokens=4)
     token_nll(model, made)
+    loop.persona_distance(model, tok, made, STEER_PROMPTS, "kind", "rmse", "kl_rev")
     tok = mfv_tokenizer()
     evalmfv.evaluate(tiny_model(tok), tok, mfv_rows(MFV_TEXTS[:2]), think_tokens=2)
 
@@ -2393,7 +2288,7 @@ def test_adapters_and_vectors_live_where_their_layer_lives():
     for rnd in range(2):
         for name, lora in stack.layers.items():
             place = "meta" if "layers.2." in name else "cpu"
-            assert {t.device.type for t in (lora.A, lora.B, *(t for pair in lora.rounds for t in pair[:2]))} == {place}, name
+            assert {t.device.type for t in (lora.A, lora.B, *(t for pair in lora.rounds for t in pair))} == {place}, name
         with pytest.MonkeyPatch.context() as patch:             # meta numbers cannot be looked at
             patch.setattr(torch.Tensor, "isfinite", lambda self: torch.ones(1))
             stack.fold()
@@ -2429,11 +2324,10 @@ def test_a_linear_with_packed_weights_is_adapted_by_its_declared_sizes():
         assert torch.equal(lora_logits(model, ids), untouched)
 
 
-@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("bitsandbytes", "accelerate"))), reason="bitsandbytes and accelerate are not installed")
+@pytest.mark.skipif(not (loop.find_spec("bitsandbytes") and loop.find_spec("accelerate")), reason="bitsandbytes and accelerate are not installed")
 def test_a_base_in_four_bits_is_adapted_and_its_gates_at_zero_are_the_base():
-    from tools import model as tools_model
-    model, tok = tools_model.load("pocket", quantize="4bit")
-    assert type(steer.blocks(model)[1].mlp.up_proj).__name__ == "Linear4bit"
+    model, tok = loop.load_model(loop.LoopConfig(quantize="4bit"))
+    assert type(blocks(model)[1].mlp.up_proj).__name__ == "Linear4bit"
     ids = lora_ids()
     untouched, stack = lora_logits(model, ids), attach(model, r=4, alpha=8, layers=[1, 2])
     lora_noise(stack, 0)
@@ -2943,292 +2837,394 @@ def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys):
         assert any(peer in key for key in [*result["memory"]["peak"], *result["memory"]["missing"]])
 
 
-# ---- the report --------------------------------------------------------------------------------------------------------
+# ---- what a round records ----------------------------------------------------------------------------------------------
 
-ATTACKS = ['"><img src=x onerror=1>', "'><img src=http://127.0.0.1:PORT/stolen.png><script>top.pwned = 1</script>", "\x00nul \x1b[31mred\x1b[0m \x9b",
-           "\u202egnp.exe\u2066 \u200f\u05e9\u05dc\u05d5\u05dd", "x" * 100_000, "</title></style></svg><svg onload='top.pwned = 2'>", "\ud800 lone \U000e0041 tag",
-           "\n" * 300 + "[a](javascript:top.pwned=3) `b` | # c", "Z" + "\u0316" * 400, "<a href=javascript:top.pwned=4 style=position:fixed;width:9999px>"]
-SECTIONS = ["answers", "trajectory", "map", "dose", "heat", "healing", "inside", "dropped", "settings", "environment", "again"]
-
-
-def copy_run(source, to, change=lambda event: event, run=None):
-    """A run folder with every event changed (None leaves it out) and fields of run.json replaced."""
-    to.mkdir(parents=True, exist_ok=True)
-    record, events = report.load(source)
-    (to / "run.json").write_text(json.dumps(record | (run or {})))
-    (to / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in map(change, events) if e is not None))
-    return to
-
-
-def spoiled(value, turn, port=0):
-    """Every text in a value replaced by the next attack; stages and kinds stay, so that it is shown."""
-    if isinstance(value, dict):
-        return {k: v if k in ("stage", "kind", "probe", "shift", "singular") else spoiled(v, turn, port) for k, v in value.items()}
-    if isinstance(value, list):
-        return [spoiled(v, turn, port) for v in value]
-    return ATTACKS[next(turn) % len(ATTACKS)].replace("PORT", str(port)) if isinstance(value, str) else value
-
-
-def hostile_run(source, to, port=0):
-    turn, keys = itertools.count(), {attack: 1.0 for attack in ATTACKS}
-    record = report.load(source)[0]
-    for name in ("versions", "machine", "options"):
-        record[name] = record[name] | keys                      # names are untrusted too
-    return copy_run(source, to, lambda e: spoiled(e, turn, port) | {k: e[k] | keys for k in ("cosine", "limits", "singular", "probe") if isinstance(e.get(k), dict)},
-                    spoiled({k: v for k, v in record.items() if k != "defaults"}, turn, port))
-
-
-class Tags(html.parser.HTMLParser):
-    """Tags with their attribute names, what they point to, and whether every element that opens also closes."""
-    VOID = {"meta", "br"}
-
-    def __init__(self, text):
-        super().__init__()
-        self.seen, self.links, self.open, self.classes = set(), set(), [], set()
-        self.feed(text)
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.seen |= {(tag, name) for name, _ in attributes} | {(tag, "")}
-        self.links |= {value for name, value in attributes if name in ("href", "src", "action", "xlink:href", "data")}
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        self.open = self.open[:-1] if tag not in self.VOID else self.open
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, (tag, self.getpos())
-
-
-def check_page(text):
-    """What holds for every page whatever the run: one file, no script, nothing fetched, no unseen character, whole tags."""
-    tags = Tags(text)
-    assert len(text.encode()) < 2_000_000 and "<script" not in text and "url(" not in text and "@import" not in text
-    assert not any(name.startswith("on") or name in ("src", "srcset", "action", "formaction") for _, name in tags.seen), tags.seen
-    assert not {tag for tag, _ in tags.seen} & {"script", "iframe", "img", "object", "embed", "link", "form", "base", "foreignobject", "use", "image"}
-    assert all(link.startswith(("#", "./")) for link in tags.links), tags.links
-    assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text and "@media print" in text
-    assert not report.UNSEEN.search(text.replace("\n", ""))
-    return tags
-
-
-def test_the_loop_records_what_the_report_draws(finished):
-    _, folder, run, events = finished
+def test_the_loop_records_what_its_readers_need(finished):
+    _, path, run, events = finished
     one = {e["stage"]: e for e in events}
-    assert all(c == pytest.approx(1, abs=1e-5) for c in one["vector"]["cosine"].values()) and all(n > 0 for n in one["vector"]["norm"].values())
-    assert [[e["coeff"], e["survive"]] for e in events if e["stage"] == "probe"] == one["dose"]["trials"] and all(e["ppl"] >= 1 for e in events if e["stage"] == "probe")
+    assert all(c == pytest.approx(1, abs=1e-5) for c in one["vector"]["cosine"].values())
+    assert all(n > 0 for n in one["vector"]["norm"].values())
+    trials = one["dose"]["trials"]
+    assert trials and all(0 <= t["survive"] <= 1 and t["ppl"] >= 1 and t["coeff"] > 0 for t in trials)
     assert all(0 <= d["coherence"] <= 1 for e in events if e["stage"] == "row" for d in e["diary"])
-    pairs = safetensors.torch.load_file(folder / "rounds" / "00" / "adapter.safetensors")           # the scale is in B
+    pairs = safetensors.torch.load_file(path / "rounds" / "00" / "adapter.safetensors")             # the scale is in B
     for name, values in one["heal"]["singular"].items():
         exact = torch.linalg.svdvals(pairs[f"{name}.0.B"].double() @ pairs[f"{name}.0.A"].double())[:8]
         assert values == pytest.approx(exact.tolist(), rel=1e-4, abs=1e-7)
 
 
 def test_the_worst_kept_answer_is_the_one_that_a_full_forward_finds(finished):
-    _, folder, run, events = finished
-    worst = next(e for e in events if e["stage"] == "worst")
-    model, tok = loop.load_model(loop.LoopConfig())
-    kept = [e for e in events if e["stage"] == "completion" and e["verdict"]["kept"]]
-    stack = lora_py.attach(model, r=8, alpha=16.0, layers=next(e["lora"] for e in events if e["stage"] == "layers"))
-    stack.load(folder / "rounds" / "00" / "adapter.safetensors")
+    _, path, run, events = finished
+    one = {e["stage"]: e for e in events}
+    worst, kept = one["heal"]["worst"], [c for c in one["made"]["completions"] if c["verdict"]["kept"]]
+    model, tok = model_room.load("pocket")
+    stack = lora_py.attach(model, r=8, alpha=16.0, layers=one["layers"]["lora"])
+    stack.load_tensors(safetensors.torch.load_file(path / "rounds" / "00" / "adapter.safetensors"))
 
-    def logp(event, vectors=None):
-        front = steer.encode(tok, [run["items"]["train"][event["prompt"]]], [""])[0]
-        with torch.no_grad(), steer.steered(model, vectors or {}, next(e["coeff"] for e in events if e["stage"] == "dose")):
-            return model(torch.tensor([front + event["ids"]])).logits[0, len(front) - 1:-1].double().log_softmax(-1)
+    def logp(c, vectors=None):
+        front = steer.encode(tok, [run["items"]["train"][c["prompt"]]], [""])[0]
+        with torch.no_grad(), steer.steered(model, vectors or {}, one["dose"]["coeff"]):
+            logits = model(torch.tensor([front + c["ids"]])).logits                                 # [1, T, V]
+        return logits[0, len(front) - 1:-1].double().log_softmax(-1)                                # [n, V]
 
-    def kl(event, p):
+    def kl(c, p):
         with stack.gated(0, 0):
-            return (p.exp() * (p - logp(event))).sum(-1)
-    by_hand = [kl(e, logp(e)) for e in kept]
+            return (p.exp() * (p - logp(c))).sum(-1)                                                # [n]
+    by_hand = [kl(c, logp(c)) for c in kept]
     i = max(range(len(kept)), key=lambda i: by_hand[i].square().mean())
-    assert worst["day"] == pytest.approx(by_hand[i].tolist(), rel=1e-2, abs=1e-5) and worst["prompt"] == kept[i]["prompt"]
-    assert "".join(worst["tokens"]) == tok.decode(kept[i]["ids"]) and max(map(abs, worst["before"])) < 1e-6       # round 0: the base
-    layers = safetensors.torch.load_file(folder / "rounds" / "00" / "vectors.safetensors")
+    assert worst["day"] == pytest.approx(by_hand[i].tolist(), rel=1e-2, abs=1e-5)
+    assert worst["prompt"] == kept[i]["prompt"] and "".join(worst["tokens"]) == tok.decode(kept[i]["ids"])
+    assert max(map(abs, worst["before"])) < 1e-6                # round 0: the base
+    layers = safetensors.torch.load_file(path / "rounds" / "00" / "vectors.safetensors")
     with stack.gated(0, 0):
         night = kl(kept[i], logp(kept[i], {int(k.removeprefix("layer.")): v for k, v in layers.items()}))
     assert worst["night"] == pytest.approx(night.tolist(), rel=1e-2, abs=1e-5)
 
 
-def test_the_report_shows_every_part_of_a_finished_run(finished):
+# ==== exports: what others serve, and chat ============================================================================
+
+import exports                                                  # noqa: E402  bench/exports.py: bases and runs made in code
+
+EXPORT_PROMPTS = [lora_ids(1, 9, seed=i)[0].tolist() for i in range(4)]
+EXPORT_CLASSES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "GPT2LMHeadModel")
+
+
+def export_model(name, ranks=(4, 2)):
+    """A base of this class in float32 and a stack on it with a folded round of noise for each rank."""
+    cls, ids = getattr(transformers, name), dict(vocab_size=262, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    args = exports.ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model = cls(cls.config_class(**(args | {"text_config": args["text_config"] | ids} if "text_config" in args else args | ids))).eval()
+    base = copy.deepcopy(model)
+    stack = attach(model, r=ranks[0], alpha=6, layers=[1, 2])
+    for rnd, r in enumerate(ranks):                             # a rank of its own: through a file, as lora.restack does
+        pairs = {name: tuple(0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(rnd)) for shape in
+                             ((r, l.A.shape[1]), (len(l.B), r))) for name, l in stack.layers.items()}
+        stack._append([pairs])
+    return base, model, stack
+
+
+@pytest.fixture(scope="module")
+def exported(finished, tmp_path_factory):
+    """The tiny run's model in both forms: what `python lora.py export` writes and prints."""
+    out, said = tmp_path_factory.mktemp("exports"), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        codes = [lora_py.main(["export", str(finished[1]), "--to", to, "--out", str(out / to)]) for to in ("peft", "merged")]
+    return out, codes, said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def odd_runs(tmp_path_factory):
+    """Runs on bases of two classes in one file: a vision tower, and one that AutoModelForCausalLM loads as another class."""
+    found = {}
+    for name in ("Gemma3ForConditionalGeneration", "Qwen3_5ForConditionalGeneration"):
+        if not hasattr(transformers, name):
+            continue
+        folder = tmp_path_factory.mktemp(name)
+        exports.make_base(name, folder / "base")
+        exports.make_run(folder / "run", folder / "base")
+        found[name] = folder
+    return found
+
+
+@pytest.mark.parametrize("name", EXPORT_CLASSES)
+def test_export_peft_reads_our_adapter_as_the_same_model(name, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
+    base, model, stack = export_model(name)
+    check = stack.export_peft(tmp_path / "adapter", model, EXPORT_PROMPTS, base="somebody/base")
+    assert check["rank"] == 6 and check["effect_logit"] > 0.1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "(?s).*adapter keys")  # "Found missing adapter keys" is how peft says it does nothing
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ours, read = lora_py.logits_of(model, EXPORT_PROMPTS), lora_py.logits_of(theirs, EXPORT_PROMPTS)
+    with theirs.disable_adapter():
+        bare = lora_py.logits_of(theirs, EXPORT_PROMPTS)
+    assert lora_py.distance(ours, read)[0] < 1e-5 < 0.1 < lora_py.distance(read, bare)[0]
+    # and the other way: our reader on what peft itself writes
+    theirs.save_pretrained(tmp_path / "by_peft")
+    assert all(torch.allclose(B @ A, B2 @ A2, atol=1e-6) for (A, B), (A2, B2) in
+               zip(*(dict(sorted(lora_py.read_peft(tmp_path / d).items())).values() for d in ("adapter", "by_peft"))))
+
+
+def export_peft_twin(seed=0):
+    """Our LoRA and peft's on the same base with the same A and B: (our model, stack, peft model, its parameters in our order)."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
+    model, stack = lora_case()
+    lora_noise(stack, seed, 0.1)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(stack.layers), lora_dropout=0.0)
+    theirs = peft.get_peft_model(tiny_model(tiny_tokenizer()), config).eval()
+    params = []
+    for name, l in stack.layers.items():
+        module = theirs.get_submodule(f"base_model.model.{name}")
+        for p, q in ((module.lora_A["default"].weight, l.A), (module.lora_B["default"].weight, l.B)):
+            p.data.copy_(q.data)
+            params.append(p)
+    return model, stack, theirs, params
+
+
+def test_export_our_lora_and_its_gradient_equal_pefts():
+    model, stack, theirs, params = export_peft_twin()
+    ids, grads = lora_ids(), []
+    for m, ps in ((model, stack.parameters()), (theirs, params)):
+        logits = m(input_ids=ids).logits
+        grads.append((logits, torch.autograd.grad(logits.log_softmax(-1)[..., 7].mean(), list(ps))))
+    assert torch.allclose(grads[0][0], grads[1][0], atol=1e-5)
+    assert max(g.abs().max() for g in grads[0][1]) > 1e-3
+    for ours, peers in zip(grads[0][1], grads[1][1]):
+        assert torch.allclose(ours, peers, atol=1e-5), (ours - peers).abs().max()
+
+
+def test_export_heal_alone_heals_a_peft_model_through_disable_adapter():
+    model, stack, theirs, params = export_peft_twin()
+    _, _, samples = heal_case()
+    cfg = HealConfig(lr=1e-2, epochs=2, val_share=0.3, kl_agg="rmse")
+    records = [heal(m, ps, samples, reference, cfg, tau=0.05, seed=3) for m, ps, reference in
+               ((model, stack.parameters(), heal_base(stack)), (theirs, params, theirs.disable_adapter))]
+    for ours, peers in zip(records[0]["steps"], records[1]["steps"]):
+        for key in ("nll", "div", "gnorm"):
+            assert ours[key] == pytest.approx(peers[key], abs=1e-5), (key, ours, peers)
+    assert records[0]["val_nll_after"] == pytest.approx(records[1]["val_nll_after"], abs=1e-5)
+    assert records[0]["fired_share"] > 0 and records[0]["nll_last"] < records[0]["nll_first"]
+    for p, q in zip(stack.parameters(), params):
+        assert torch.allclose(p, q, atol=1e-5), (p - q).abs().max()
+
+
+def test_export_gguf_is_byte_identical_to_the_gguf_packages_and_reads_back(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install -r .ci/requirements.txt")
+    vectors = {layer: torch.randn(37, generator=torch.Generator().manual_seed(layer)) for layer in (3, 7, 11)}
+    notes = dict(operation="add", pos='["Sei \u00e4hnlich."]', model="")
+    steer.save_gguf(tmp_path / "ours.gguf", vectors, 0.3, "gemma3", notes)
+    writer = gguf.GGUFWriter(tmp_path / "theirs.gguf", "controlvector")
+    writer.add_string("controlvector.model_hint", "gemma3")
+    writer.add_uint32("controlvector.layer_count", 3)
+    for key, value in {**notes, "coeff": "0.3"}.items():
+        writer.add_string(f"steering.{key}", value)
+    for layer, v in vectors.items():
+        writer.add_tensor(f"direction.{layer}", (0.3 * v).numpy())
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
+    found, fields = steer.read_gguf(tmp_path / "theirs.gguf")
+    assert all(torch.equal(found[layer], 0.3 * v) for layer, v in vectors.items()) and len(found) == 3 and fields["steering.pos"] == notes["pos"]
+
+
+def test_export_a_loaded_control_vector_at_scale_one_is_the_dose(tmp_path):
+    model, tok = steer_pair()
+    vectors, ids = steer_vectors(model), lora_ids()
+    steer.save_gguf(tmp_path / "v.gguf", vectors, 0.7, "llama", {})
+    steer.save_vectors(tmp_path / "v.safetensors", vectors, 0.7, dict(pos="[]"))
+    raw, coeff, notes = steer.read_vectors(tmp_path / "v.safetensors")
+    with steered(model, vectors, 0.7):
+        want = lora_logits(model, ids)
+    for found, dose in ((steer.read_gguf(tmp_path / "v.gguf")[0], 1.0), (raw, coeff)):
+        with steered(model, found, dose):
+            assert torch.equal(lora_logits(model, ids), want)
+    assert notes == {"pos": "[]"} and not torch.equal(want, lora_logits(model, ids))
+    with pytest.raises(ValueError, match="block 0"):
+        steer.save_gguf(tmp_path / "no.gguf", {0: vectors[1]}, 0.7, "llama", {})
+    with pytest.raises(ValueError, match="zero or not finite"):
+        steer.save_gguf(tmp_path / "no.gguf", vectors, 0.0, "llama", {})
+    with pytest.raises(ValueError, match="not a GGUF"):
+        steer.read_gguf(tmp_path / "v.safetensors")
+    assert sorted(os.listdir(tmp_path)) == ["v.gguf", "v.safetensors"]
+
+
+def test_export_a_rounds_vector_becomes_files_with_its_dose_and_persona_pair(finished, tmp_path, capsys):
     folder = finished[1]
-    text = (folder / "report.html").read_text()
-    tags = check_page(text)
-    assert [m for m in re.findall(r'<section id="(\w+)"', text)] == SECTIONS
-    assert "cannot be drawn" not in text and 'class="missing"' not in text and "not finished" not in text
-    assert text.count('role="img"') == text.count("<svg viewBox") - text.count('aria-hidden="true"') >= 10
-    row = next(e for e in finished[3] if e["stage"] == "row" and e["kind"] == "healed")
-    assert report.fmt(row["trait"], "+.3f", row["trait_se"]) in text and f"{row['text']:.3f}" in text and ("td", "data-who") in tags.seen
-    assert html.escape(f"python loop.py {' '.join(finished[2]['argv'][:4])}") in text and "--resume" in text and "--to peft" in text
-    assert "<code>--n-make</code>" in text and "<code>--lam</code>" not in text                 # differs, does not differ
+    steer.main([str(folder), "--gguf", str(tmp_path / "v.gguf"), "--save", str(tmp_path / "v.safetensors")])
+    vectors, coeff, _ = steer.read_vectors(folder / "rounds" / "00" / "vectors.safetensors")
+    directions, fields = steer.read_gguf(tmp_path / "v.gguf")
+    assert all(torch.equal(directions[layer], coeff * v) for layer, v in vectors.items()) and directions.keys() == vectors.keys()
+    assert fields["controlvector.model_hint"] == "llama" and fields["steering.coeff"] == repr(coeff) and fields["steering.fitted_on"] == "base"
+    assert json.loads(fields["steering.pos"]) == loop.load_persona(loop.LoopConfig())["pos"] and fields["steering.model"] == "pocket"
+    raw, dose, notes = steer.read_vectors(tmp_path / "v.safetensors")
+    assert dose == coeff and notes["hook"] == "block_output" and all(torch.equal(raw[layer], v) for layer, v in vectors.items())
+    for argv, message in ((["--round", "4", "--gguf", "x"], "no round 4; accepted rounds: 0"), ([], "run folder"), (["hello", "--gguf", "x"], "no prompts")):
+        with pytest.raises(SystemExit) as stop:
+            steer.main([str(folder), *argv])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_moves_of_foundations_have_the_errors_that_the_probe_gives(finished):
-    run = report.Run(finished[1])
-    for row in run.rows[1:]:
-        for name, (move, error) in row["moved"].items():
-            assert move == pytest.approx(row["shift"]["moved"][name], abs=1e-12)
-        assert row["moved"]["authority"][1] == pytest.approx(row["trait_se"], rel=1e-9)
+def test_export_writes_what_is_needed_and_prints_what_was_measured(exported, finished):
+    out, codes, said = exported
+    assert codes == [0, 0] and said.count("largest |logit| difference") == 2 and "--max-lora-rank 8 " in said
+    assert sorted(os.listdir(out / "peft")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert {"config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json", "model.safetensors"} <= set(os.listdir(out / "merged"))
+    config = json.loads((out / "peft" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 8 and config["base_model_name_or_path"] == "pocket" and not config["use_rslora"]
+    with safe_open(out / "peft" / "adapter_model.safetensors", "pt") as file:
+        assert set(file.keys()) == {f"base_model.model.{name}.lora_{x}.weight" for name in config["target_modules"] for x in "AB"}
+    assert (out / "merged" / "generation_config.json").read_bytes() == (ROOT / "pocket" / "generation_config.json").read_bytes()
+    assert os.listdir(out) == ["peft", "merged"] or sorted(os.listdir(out)) == ["merged", "peft"]       # nothing temporary
 
 
-@pytest.mark.parametrize("text", ATTACKS, ids=range(len(ATTACKS)))
-def test_text_of_a_model_is_inert_in_html_and_markdown(text):
-    shown, quoted = report.esc(text), report.inert(text)
-    assert not set(shown) & set("<>\"'\n") and not report.UNSEEN.search(shown) and len(shown) < 4500
-    assert not report.UNSEEN.search(quoted) and not re.search(r"(?<!\\)[<>`*_\[\]()#|]", quoted.split("…")[0]) and len(quoted) < 4500
-    if len(text) > 2000:
-        assert "more characters" in shown and "more characters" in quoted
-    if "\x00" in text:
-        assert "␀" in shown and "␛" in shown
+def test_export_merged_is_the_sum_rounded_once_and_the_rest_bit_for_bit(exported, finished):
+    weights, base = (safetensors.torch.load_file(p / "model.safetensors") for p in (exported[0] / "merged", ROOT / "pocket"))
+    pairs = safetensors.torch.load_file(finished[1] / "rounds" / "00" / "adapter.safetensors")
+    assert weights.keys() == base.keys()
+    for key, W in base.items():
+        name = key.removesuffix(".weight")
+        if f"{name}.0.A" in pairs:
+            want = (W.float() + pairs[f"{name}.0.B"] @ pairs[f"{name}.0.A"]).to(W.dtype)
+            assert torch.equal(weights[key], want) and not torch.equal(weights[key], W)
+        else:
+            assert torch.equal(weights[key], W), key
 
 
-def test_a_run_of_hostile_text_gives_the_same_tags_as_an_honest_one(finished, tmp_path):
-    folder = hostile_run(finished[1], tmp_path / "run")
-    text = report.write(folder).read_text()
-    assert check_page(text).seen <= check_page((finished[1] / "report.html").read_text()).seen | {("p", "class")}
-    assert "&lt;img src=x onerror=1&gt;" in text and "cannot be drawn" not in text
-    diary = (folder / "diary.md").read_text()
-    assert not re.search(r"(?<!\\)[<>]", diary) and "\x1b" not in diary and len(diary) < 100_000
-    check_page(report.compare([report.Run(folder), report.Run(finished[1])], tmp_path))
+def test_export_card_has_front_matter_and_table_and_no_local_path(exported, finished):
+    for to, relation in (("peft", "adapter"), ("merged", "finetune")):
+        card = (exported[0] / to / "README.md").read_text()
+        front = dict(line.split(": ", 1) for line in card.split("---\n")[1].splitlines())
+        assert front["base_model"] == '"pocket"' and front["base_model_relation"] == f'"{relation}"' and front["pipeline_tag"] == '"text-generation"'
+        day = next(e for e in finished[3] if e["stage"] == "row" and e["kind"] == "healed")
+        assert f"| day 0 | 0.00 | {day['trait']:+.3f} " in card and "You care about people above all" in card and "python loop.py --rounds 1" in card
+        assert str(exported[0]) not in card and str(finished[1].parent) not in card and "/tmp" not in card and str(ROOT) not in card
 
 
-def test_a_report_of_an_unfinished_run_says_so_and_shows_what_there_is(finished, tmp_path):
-    lines = (finished[1] / "events.jsonl").read_text().splitlines(True)
-    run = {k: v for k, v in finished[2].items() if k not in ("seconds", "accepted", "tau", "limits", "stopped")} | {"status": "running"}
-    (tmp_path / "run.json").write_text(json.dumps(run))
-    shown = []
-    for n in [0, 1, 2, 3, 4, 5, 8, 20, *range(len(lines) - 6, len(lines) + 1)]:
-        (tmp_path / "events.jsonl").write_text("".join(lines[:n]))
-        text = report.write(tmp_path).read_text()
-        check_page(text)
-        assert "not finished" in text and "cannot be drawn" not in text, n
-        shown.append(text.count('role="img"'))
-    assert shown == sorted(shown) and shown[0] == 0 and shown[-1] >= 10
-    (tmp_path / "events.jsonl").unlink()
-    assert "no events yet" in report.write(tmp_path).read_text()
-    for stage in {json.loads(line)["stage"] for line in lines}:
-        folder = copy_run(finished[1], tmp_path / stage, lambda e: e if e["stage"] != stage else None)
-        text = report.write(folder).read_text()
-        assert check_page(text) and "cannot be drawn" not in text, stage
+def test_export_card_escapes_model_text(finished):
+    _, _, run, events = copy.deepcopy(finished)
+    evil = "\"><img src=x onerror=1> [a](javascript:x)\x1b[31m\u202e\x00\n---\n# b"
+    for e in events:
+        for entry in e.get("diary", ()):
+            entry["text"] = entry["prompt"] = evil
+    run["options"]["pos"] = run["options"]["neg"] = run["options"]["persona"] = evil
+    run["argv"] += ["--pos", evil + "```"]
+    check = dict(logit=0.0, kl=0.0, effect_logit=1.0, effect_kl=1.0, rank=8)
+    card = lora_py.model_card(run, events, [0], "peft", check)
+    text = "".join(part for i, part in enumerate(card.split("```")) if i % 2 == 0)         # outside the fences
+    assert card.count("```") == 6 and "<img" not in text and "](java" not in text and not set(card) & set("\x00\x1b\u202e"), card
 
 
-def test_a_report_draws_rejected_rounds_and_survives_any_damage_to_values(finished, tmp_path):
-    no = copy_run(finished[1], tmp_path / "no", lambda e: e | dict(accepted=False, reasons=["text 0.1 under 0.9"]) if e["stage"] == "gate" else e,
-                  dict(status="no round accepted", accepted=[]))
-    text = report.write(no).read_text()
-    assert "No round was accepted" in text and "rolled back" in text and "mark healed undone" in text and "lora.py export" not in text
-    rng = random.Random(0)
-
-    def damaged(value, share=0.03):
-        if rng.random() < share:
-            return rng.choice([None, "text", -1, 1e308, 10 ** 400, [], {}, [None], True])
-        if isinstance(value, dict):
-            return {k: v if k in ("stage", "ids", "p") else damaged(v) for k, v in value.items()}
-        return [damaged(v) for v in value] if isinstance(value, list) and len(value) < 40 else value
-    for trial in range(20):
-        folder = copy_run(finished[1], tmp_path / str(trial), lambda e: {k: v if k == "stage" else damaged(v) for k, v in e.items()},
-                          {k: damaged(v, 0.1) for k, v in finished[2].items()})
-        check_page(report.write(folder).read_text())
+@pytest.mark.parametrize("argv, model, shown", [
+    (["--out", "/home/me/runs", "--seed", "1"], "pocket", "--out runs --seed 1"),
+    (["--prompts=../mine/p.txt", "C:\\models\\llama"], "C:\\models\\llama", "--prompts=p.txt llama"),
+    (["google/gemma-3-4b-it", "--out", "~/x y/z"], "google/gemma-3-4b-it", "google/gemma-3-4b-it --out z"),
+    (["/data/base/", "--pos", "You weigh and/or."], "/data/base/", "base --pos 'You weigh and/or.'")])
+def test_export_the_command_to_repeat_shows_no_path(argv, model, shown):
+    assert lora_py.without_paths(argv, model) == "python loop.py " + shown
 
 
-def test_a_torn_last_event_is_left_out_and_a_damaged_middle_one_is_named(tmp_path, capsys):
-    (tmp_path / "run.json").write_text("{}")
-    (tmp_path / "events.jsonl").write_text('{"stage": "a"}\n{"stage": "b"}\n{"sta')
-    assert [e["stage"] for e in report.load(tmp_path)[1]] == ["a", "b"]
-    assert report.main([str(tmp_path)]) == 0 and "line 3" in (tmp_path / "report.html").read_text() and "line 3" in (tmp_path / "diary.md").read_text()
-    for middle in ('{"sta', "[1]", '{"round": 1}', '"\x00"'):
-        (tmp_path / "events.jsonl").write_text('{"stage": "a"}\n' + middle + '\n{"stage": "b"}\n')
-        with pytest.raises(ValueError, match="line 2"):
-            report.load(tmp_path)
-    before = (tmp_path / "report.html").read_text()
-    assert report.main([str(tmp_path)]) == 2 and "line 2" in capsys.readouterr().err and (tmp_path / "report.html").read_text() == before
-    assert report.main([str(tmp_path / "nowhere")]) == 2 and "not a run folder" in capsys.readouterr().err
-    assert not list(tmp_path.glob(".*"))                        # no temporary file stays
+@pytest.mark.parametrize("name", ["Gemma3ForConditionalGeneration", "Qwen3_5ForConditionalGeneration"])
+def test_export_names_follow_the_class_that_the_config_names_and_no_tower_is_lost(odd_runs, name, tmp_path):
+    if name not in odd_runs:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    folder = odd_runs[name]
+    (folder / "base" / "preprocessor_config.json").write_text('{"image_processor_type": "made up"}')
+    assert lora_py.export(folder / "run", "peft", out=tmp_path / "peft")["effect_logit"] > 0.1
+    names = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["target_modules"]
+    assert all(name.startswith("model.language_model.layers.") for name in names) and len(names) >= 14
+    lora_py.export(folder / "run", "merged", out=tmp_path / "merged")
+    weights, base = (safetensors.torch.load_file(p / "model.safetensors") for p in (tmp_path / "merged", folder / "base"))
+    assert weights.keys() == base.keys() and any("vision" in key or "visual" in key for key in weights)
+    assert 0 < sum(not torch.equal(weights[key], base[key]) for key in base) == len(names)
+    assert (tmp_path / "merged" / "preprocessor_config.json").read_text() == '{"image_processor_type": "made up"}'
 
 
-def test_a_long_run_stays_below_two_megabytes_and_says_that_it_shows_a_selection(finished, tmp_path):
-    events, rounds = finished[3], 120
-    (tmp_path / "run.json").write_text(json.dumps(finished[2]))
-    long = [dict(e, tokens=e["tokens"] * 20, **{k: e[k] * 20 for k in ("day", "night", "before")}) if e["stage"] == "worst" else e for e in events]
-    text = [dict(e, diary=[dict(d, text=d["text"] * 20) for d in e["diary"] * 3], texts=[]) if e["stage"] == "row" else e for e in long]
-    every = [e for e in text if e["round"] is None] + [dict(e, round=n) for n in range(rounds) for e in text if e["round"] is not None]
-    (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in every))
-    page = report.write(tmp_path).read_text()
-    check_page(page)
-    assert f"{rounds} days were measured" in page and "A selection of the rounds" in page and f"day {rounds - 1}" in page
+def test_export_an_adapter_named_for_another_class_is_refused_and_leaves_nothing(odd_runs, tmp_path):
+    base, model, stack = export_model("LlamaForCausalLM")
+    other, _, _ = export_model("Gemma3ForConditionalGeneration")
+    with pytest.raises(ValueError, match="Gemma3ForConditionalGeneration has no nn.Linear model.layers.1"):
+        lora_py.write_peft(tmp_path / "x", stack.concatenated(), lora_py.witness(stack, model, EXPORT_PROMPTS), other, base="b")
+    assert os.listdir(tmp_path) == []
 
 
-def test_several_runs_are_drawn_over_each_other_by_what_differs(finished, tmp_path, capsys):
-    folders = [str(copy_run(finished[1], tmp_path / f"{arm}-{seed}", run=dict(options=finished[2]["options"] | dict(kl_agg=arm, seed=seed))))
-               for arm in ("rmse", "mean") for seed in (0, 1)]
-    assert report.main([*folders, "--out", str(tmp_path / "out")]) == 0
-    text = (tmp_path / "out" / "compare.html").read_text()
-    tags = check_page(text)
-    assert all(f"kl_agg={arm} seed={seed}" in text for arm in ("rmse", "mean") for seed in (0, 1)) and "n_make" not in text
-    assert tags.links == {f"./../{Path(f).name}/report.html" for f in folders} and all((Path(f) / "report.html").exists() for f in folders)
-    assert text.count('role="img"') == 3 and "4 runs" in text and "in their code" not in text
-    (Path(folders[0]) / "run.json").write_text(json.dumps(finished[2] | {"code": "other"}))
-    assert report.main(folders) == 0 and "in their code" in (tmp_path / "compare.html").read_text()
+@pytest.mark.parametrize("broken, message", [
+    (lambda A, B: (A, 0 * B), "off by"), (lambda A, B: (A, 1.01 * B), "off by"), (lambda A, B: (A, B * float("nan")), "off by")])
+def test_export_that_is_not_the_runs_model_fails_and_leaves_nothing(broken, message, tmp_path, monkeypatch):
+    _, model, stack = export_model("LlamaForCausalLM")
+    read = lora_py.read_peft
+    monkeypatch.setattr(lora_py, "read_peft", lambda folder: {name: broken(*pair) for name, pair in read(folder).items()})
+    with pytest.raises(RuntimeError, match=message):
+        stack.export_peft(tmp_path / "x", model, EXPORT_PROMPTS, base="b")
+    assert os.listdir(tmp_path) == []
 
 
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (path := shutil.which(name))), None)
-HARNESS = """<!doctype html><body><pre id=out></pre><script>
-function measure(frame) {
-  const doc = frame.contentDocument, wide = [];
-  for (const e of doc.body.querySelectorAll("*"))
-    if (!e.closest(".scroll *, .panel *") && e.getBoundingClientRect().right > 360.5) wide.push(e.tagName + "." + e.className);
-  return {width: doc.documentElement.scrollWidth, height: doc.documentElement.scrollHeight, wide: wide.slice(0, 5), scripts: doc.scripts.length,
-          fetched: frame.contentWindow.performance.getEntriesByType("resource").length, images: doc.images.length, title: doc.title};
-}
-addEventListener("load", () => setTimeout(() => {
-  out.textContent = JSON.stringify({pwned: window.pwned || null, frames: [...document.querySelectorAll("iframe")].map(measure)}) }, 500));
-</script>FRAMES"""
+def test_export_a_nan_in_one_prompt_is_not_lost():
+    x = [torch.zeros(2, 5) for _ in range(3)]
+    for i in range(3):
+        bad = [y + float("nan") if i == j else y for j, y in enumerate(x)]
+        assert all(math.isnan(number) for number in lora_py.distance(x, bad)), i
+        with pytest.raises(RuntimeError, match="off by nan"):
+            lora_py.prove(lora_py.Witness([], x, x), bad, torch.float32, rounded="update")
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine: the report was not opened in a browser")
-def test_in_a_real_browser_nothing_is_fetched_no_script_runs_and_nothing_overflows_at_360_px(finished, tmp_path):
-    asked = []
-
-    class Listener(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(404)
-            self.end_headers()
-
-        def log_message(self, *args):
-            pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    port = server.server_address[1]
-
-    def frames(*pages):
-        path = tmp_path / "harness.html"
-        path.write_text(HARNESS.replace("FRAMES", "".join(f'<iframe style="border:0;width:360px;height:800px" srcdoc="{html.escape(p)}"></iframe>' for p in pages)))
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-                 "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000", "--dump-dom"]
-        page = subprocess.run([BROWSER, *flags, path.as_uri()], capture_output=True, text=True, timeout=120).stdout
-        return json.loads(html.unescape(re.search(r'<pre id="out">(.*?)</pre>', page, re.DOTALL).group(1)))
-    honest, hostile = (finished[1] / "report.html").read_text(), report.write(hostile_run(finished[1], tmp_path / "run", port)).read_text()
-    both = report.compare([report.Run(finished[1]), report.Run(tmp_path / "run")], tmp_path)
-    bare = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", hostile)             # the escaping alone must hold
-    try:
-        assert bare != hostile
-        found = frames(honest, hostile, bare, both)
-        assert found["pwned"] is None and asked == []
-        for frame in found["frames"]:
-            assert frame["width"] <= 360 and not frame["wide"] and frame["height"] > 1000, frame
-            assert (frame["scripts"], frame["fetched"], frame["images"]) == (0, 0, 0), frame
-        control = frames(f'<title>c</title><div style="width:900px">wide</div><img src="http://127.0.0.1:{port}/seen.png"><script>top.pwned = 9</script>')
-        assert control["pwned"] == 9 and "/seen.png" in asked and control["frames"][0]["wide"] and control["frames"][0]["scripts"] == 1
-        shut = frames(honest.replace("<main>", f'<main><img src="http://127.0.0.1:{port}/shut.png"><script>top.pwned = 8</script>'))
-        assert shut["pwned"] is None and "/shut.png" not in asked                               # the policy alone holds too
-    finally:
-        server.shutdown()
+def test_export_that_does_nothing_fails_even_where_the_dtypes_bound_is_loose():
+    run = [torch.randn(5, 9, generator=torch.Generator().manual_seed(0))]
+    base = [run[0] + 1e-3 * torch.randn(5, 9, generator=torch.Generator().manual_seed(1))]
+    proof = lora_py.Witness([], run, base)
+    with pytest.raises(RuntimeError, match="loses the run's effect"):
+        lora_py.prove(proof, base, torch.bfloat16, rounded="weights")
+    assert lora_py.prove(proof, run, torch.bfloat16, rounded="weights")["logit"] == 0
+    assert lora_py.prove(lora_py.Witness([], run, run), run, torch.float32, rounded="update")["effect_kl"] == 0     # a run of no effect
 
 
-# ==== chat ============================================================================================================
+@pytest.mark.parametrize("dtype, roundoff", [("float32", 1e-6), ("float16", 1e-3), ("bfloat16", 8e-3)])
+def test_export_difference_is_that_of_the_files_dtype(dtype, roundoff, tmp_path):
+    _, model, stack = export_model("Qwen3ForCausalLM")
+    stack.gates([1.0, 0.5])                                     # gates are in the file; open ones do not count twice
+    check = stack.export_peft(tmp_path / "x", model, EXPORT_PROMPTS, base="b", dtype=lora_py.DTYPES[dtype])
+    assert check["logit"] < roundoff * check["effect_logit"] and check["logit"] < check["bound"] < 5 * roundoff * check["effect_logit"] + 1e-4
+    assert next(iter(stack.layers.values())).history == (1.0, 0.5)
+
+
+def test_export_rank_compresses_to_the_best_of_that_rank_and_its_error_is_the_frobenius_one(tmp_path):
+    _, model, stack = export_model("LlamaForCausalLM")
+    pairs = stack.concatenated()
+    parts = lora_py.singular(pairs)
+    for rank in (1, 3, 6):
+        delta, near = ([(B @ A).double() for A, B in ps.values()] for ps in (pairs, lora_py.compress(parts, rank)))
+        best = []
+        for d in delta:
+            U, S, Vt = torch.linalg.svd(d)
+            best.append(U[:, :rank] * S[:rank] @ Vt[:rank])
+        off = sum((d - n).square().sum() for d, n in zip(delta, near)).sqrt() / sum(d.square().sum() for d in delta).sqrt()
+        assert lora_py.lost(parts, rank) == pytest.approx(off.item(), abs=1e-6) and all(torch.allclose(b, n, atol=1e-6) for b, n in zip(best, near))
+    check = stack.export_peft(tmp_path / "x", model, EXPORT_PROMPTS, base="b", rank=4)
+    assert list(check["lost"]) == [1, 2, 4, 6] and check["rank"] == 4 and check["lost"][6] < 1e-6 < check["lost"][4] < check["lost"][1]
+    assert 1e-4 < check["logit"] < check["effect_logit"]
+    assert {len(A) for A, _ in lora_py.read_peft(tmp_path / "x").values()} == {4}
+    for rank in (0, 7, -1):
+        with pytest.raises(ValueError, match=f"rank {rank}: .*1 to 6"):
+            stack.export_peft(tmp_path / "y", model, EXPORT_PROMPTS, base="b", rank=rank)
+
+
+@pytest.mark.parametrize("rank, flag", [(1, "--max-lora-rank 1 "), (16, "--max-lora-rank 16 "), (257, "--max-lora-rank 320 "), (513, "vLLM takes ranks up to 512")])
+def test_export_names_the_rank_that_vllm_allows(rank, flag):
+    assert flag in lora_py.serve_line("peft", dict(rank=rank), "b", "x")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--rank", "0"], "--rank 0: the rounds have rank 8"), (["--rank", "9"], "1 to 8"), (["--round", "3"], "accepted rounds of"),
+    (["--out", "{full}"], "not empty"), (["--base", "{empty}"], "could not be loaded"), (["--to", "merged", "--rank", "4"], "--rank is for --to peft"),
+    (["{empty}"], "not a run folder"), (["{rejected}"], "no accepted round"), (["{moved}"], "If it has moved: --base"), (["{quantised}", "--to", "merged"], "is quantised")])
+def test_export_wrong_inputs_are_named_and_leave_nothing(argv, message, finished, tmp_path, capsys):
+    places = {name: tmp_path / name for name in ("full", "empty", "rejected", "moved", "quantised", "base4")}
+    for name in ("full", "empty"):
+        places[name].mkdir()
+    (places["full"] / "mine.txt").write_text("keep me")
+    places["base4"].mkdir()
+    (places["base4"] / "config.json").write_text(json.dumps(json.loads((ROOT / "pocket" / "config.json").read_text()) | {
+        "quantization_config": dict(quant_method="bitsandbytes", load_in_4bit=True)}))
+    for name, model in (("rejected", "pocket"), ("moved", str(tmp_path / "gone" / "base")), ("quantised", str(places["base4"]))):
+        shutil.copytree(finished[1], places[name])
+        run = json.loads((places[name] / "run.json").read_text())
+        run["options"]["model"] = model
+        (places[name] / "run.json").write_text(json.dumps(run))
+    shutil.rmtree(places["rejected"] / "rounds" / "00")
+    argv = [word.format(**places) for word in argv]
+    run = argv.pop(0) if argv[0].startswith("/") else str(finished[1])
+    to = [] if "--to" in argv else ["--to", "peft"]
+    out = [] if "--out" in argv else ["--out", str(tmp_path / "out")]
+    code = lora_py.main(["export", run, *to, *out, *argv])
+    err = capsys.readouterr().err
+    assert code == 2 and message in err and "Traceback" not in err, err
+    assert not (tmp_path / "out").exists() and os.listdir(places["full"]) == ["mine.txt"] and not [p for p in os.listdir(tmp_path) if p[0] == "."]
+
+
+def test_export_a_mismatch_is_exit_code_one(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lora_py, "read_peft", lambda folder: {})
+    assert lora_py.main(["export", str(finished[1]), "--to", "peft", "--out", str(tmp_path / "x")]) == 1
+    assert "nothing was written" in capsys.readouterr().err and os.listdir(tmp_path) == []
+
 
 def test_chat_compares_base_prompted_and_day_and_a_gate_of_zero_is_the_base(finished, capsys, monkeypatch):
     def ask(*argv):

@@ -3,12 +3,12 @@
     python loop.py report RUN                writes both again, of an unfinished run too
     python loop.py report RUN RUN ...        the same for each; compare.html draws them over each other
 
-report.html is one file with its style and figures inside: no script, nothing fetched. A journal may be damaged, or
-another version's: `clean` turns it into values of known types once, as the run is read, and what draws trusts
-them. A stage that is missing leaves a sentence where its figure would be.
+report.html is one file with its style and figures inside: no script, nothing fetched. A journal may be
+damaged or another version's: `clean` turns it into values of known types once, as the run is read, and what
+draws them trusts them. A stage that is missing leaves a sentence where its figure would be.
 
-Everything that a model or a user wrote is untrusted. It passes folder.inert on its way to HTML and to Markdown,
-and a content security policy in the page forbids what an escape might have missed.
+Everything that a model or a user wrote is untrusted. It passes folder.inert on its way to HTML and Markdown;
+a content security policy in the page forbids what an escape might have missed.
 
 Known gaps: of a run with very many rounds the figures show a selection, and say so.
 """
@@ -27,7 +27,7 @@ from tools.folder import inert, read, write_whole
 from tools.svg import MARKS, Plot, esc, swatch
 
 FOUNDATIONS = ("care", "fairness", "loyalty", "authority", "sanctity", "liberty", "social")
-READABLE = 0.5        # what the base must give to the probe's allowed answers; under it their nats say nothing
+READABLE = 0.5            # what a base gives to the probe's allowed answers; under it their nats say nothing
 RULES = {"worst_window": "a stretch of tokens that the base finds too surprising (nats per token)",
          "ppl_tail": "an ending that the base finds too surprising (perplexity of the last quarter)",
          "ngram": "phrases repeated (share of n-grams seen shortly before)",
@@ -35,7 +35,7 @@ RULES = {"worst_window": "a stretch of tokens that the base finds too surprising
          "words": "too few words", "unfinished": "cut off at the longest length allowed",
          "pattern": "refusal, or narration of the trait"}
 
-# ---- what is in a run ------------------------------------------------------------------------------------------
+# ---- what is in a run --------------------------------------------------------------------------------------
 
 # Shapes for `clean`: a type, [items], {name: shape}, or {str: shape} for names that are not known beforehand.
 RUN = dict(status=str, command=str, started=float, seconds=float, stopped=str, tau=float, git=str, code=str,
@@ -59,7 +59,7 @@ ANSWER = dict(prompt=float, coeff=float, text=str, verdict=VERDICT)
 
 
 def clean(x, shape):
-    """x in the types of its shape. What does not fit becomes None (numbers, truths) or empty; lists drop None."""
+    """x in the types of its shape. What does not fit is None (number, truth) or empty; lists drop None."""
     if shape is float:                                                      # nan and infinities do not fit
         is_number = isinstance(x, (int, float)) and not isinstance(x, bool)
         return float(x) if is_number and abs(x) < 1e100 else None
@@ -81,8 +81,8 @@ def clean(x, shape):
 def moved(row: dict, base: dict) -> dict[str, tuple[float, float | None]]:
     """{foundation: (nats from base to row, standard error)}, paired over vignettes counted in both.
 
-    The probe's p is [M][K] in the order of its nats, the error is the delta method's. Without p the move is that
-    of the row's record, without error.
+    The probe's p is [M][K] in the order of its nats; the error is the delta method's. Without p the recorded
+    move, which has none.
     """
     now, then, names = row["probe"], base["probe"], list(row["probe"]["nats"])
     both = set(now["counted"]) & set(then["counted"])
@@ -137,13 +137,13 @@ class Run:
                 self.rows.append(row | dict(round=n, name=f"{name} {n}" if name else kind, undone=undone))
         by_kind = {kind: {r["round"]: r for r in self.rows if r["kind"] == kind} for kind in MARKS}
         self.nights, self.days = by_kind["steered"], by_kind["healed"]
-        self.base, self.prompted, self.night = (next(iter(by_kind[kind].values()), None)
-                                                for kind in ("base", "prompted", "steered"))   # the first night
+        self.base, self.prompted, self.night = (next(iter(by_kind[kind].values()), None)     # the first night
+                                                for kind in ("base", "prompted", "steered"))
         self.rounds = sorted({*self.nights, *self.days, *self.gates, *self.doses})
         self.accepted = [n for n in sorted(self.gates) if self.gates[n]["accepted"]]
         self.final = next((self.days[n] for n in reversed(self.accepted) if n in self.days), None)
         self.shown = self.final or next(reversed(self.days.values()), None)     # refused, or not yet judged
-        ended = self.record["status"] not in ("running", "interrupted")         # one that goes on keeps seconds
+        ended = self.record["status"] not in ("running", "interrupted")     # going on, it keeps its seconds
         self.done = ended and self.record["seconds"] is not None
 
         # ---- the persona, and how its trait is measured
@@ -157,7 +157,8 @@ class Run:
         ends = [r["persona_ratio"] if r else None for r in (self.base, self.prompted)]
         reach = abs(ends[1] - ends[0]) if None not in ends else 0               # nats of a share of 1
         for r in self.rows:
-            r["share_se"] = r["persona_ratio_se"] / reach if reach and r["persona_ratio_se"] is not None else None
+            has_error = reach and r["persona_ratio_se"] is not None
+            r["share_se"] = r["persona_ratio_se"] / reach if has_error else None
             r["moved"] = moved(r, self.base) if self.base else {}
         canary = self.base["coherence"] if self.base and self.target else None
         self.unread = canary is not None and canary < READABLE
@@ -169,7 +170,7 @@ class Run:
         return trait_of(row, self.meter)
 
 
-# ---- numbers and texts in words --------------------------------------------------------------------------------
+# ---- numbers and texts in words ----------------------------------------------------------------------------
 
 
 def said(text, limit: int = 600) -> str:
@@ -219,13 +220,14 @@ def has_moved(value: float | None, error: float | None) -> bool:
     return value is not None and abs(value) > 2 * (error or 0)
 
 
-# ---- pieces of the page ----------------------------------------------------------------------------------------
+# ---- pieces of the page ------------------------------------------------------------------------------------
 
 
 def figure(panels, caption: str, kind: str = "") -> str:
     """Panels side by side where there is room, each in a box that scrolls by itself, above what they say."""
     boxes = "".join(f'<div class="panel">{p}</div>' for p in panels)
-    return f'<figure class="{kind}"><div class="panels">{boxes}</div><figcaption>{caption}</figcaption></figure>'
+    return (f'<figure class="{kind}"><div class="panels">{boxes}</div>'
+            f"<figcaption>{caption}</figcaption></figure>")
 
 
 def missing(what: str) -> str:
@@ -239,19 +241,19 @@ def folded(summary: str, content: str) -> str:
 def table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
     """Cells are HTML already. The first column names its row; the table scrolls in its own box."""
     top = "".join(f'<th scope="col">{h}</th>' for h in head)
-    body = "".join(f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
+    body = "".join(f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
                    for first, *rest in rows)
     return (f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{top}</tr></thead>'
             f"<tbody>{body}</tbody></table></div>")
 
 
 def key_line(rows) -> str:
-    names = {"base": "base", "prompted": "persona prompt", "steered": "night: steered", "healed": "day: healed"}
+    names = dict(base="base", prompted="persona prompt", steered="night: steered", healed="day: healed")
     kinds = dict.fromkeys(r["kind"] for r in rows)
     return " ".join(f'<span class="key">{swatch(kind)}{names[kind]}</span>' for kind in kinds)
 
 
-# ---- the verdict and the tiles ---------------------------------------------------------------------------------
+# ---- the verdict and the tiles -----------------------------------------------------------------------------
 
 
 def progress(run: Run) -> list[str]:
@@ -287,8 +289,9 @@ def compared(run: Run, row: dict) -> list[str]:
                              for r in (run.night, run.prompted) if r)
             lines.append(f"Trait ({names[meter]}): {row['name']} {fmt(value, '+.2f', error)}{beside}.")
     beside = "".join(f", {r['name']} {fmt(r['text'], '.3f')}" for r in (run.night, run.base) if r)
-    lines.append(f"Text coherence: {row['name']} {fmt(row['text'], '.3f', row['text_se'])}{beside}. On the probe: "
-                 f"{fmt(row['coherence'], '.4f')} against the base’s {fmt(run.base['coherence'], '.4f')}.")
+    probe = [fmt(r["coherence"], ".4f") for r in (row, run.base)]
+    text = fmt(row["text"], ".3f", row["text_se"])
+    lines.append(f"Text coherence: {row['name']} {text}{beside}. On the probe: {probe[0]}, base {probe[1]}.")
     moves = {f: move for f, (move, _) in row["moved"].items() if f != run.target}
     if moves and run.target and not run.unread:
         most = max(moves, key=lambda f: abs(moves[f]))
@@ -313,15 +316,16 @@ def verdict(run: Run) -> tuple[str, str, list[str]]:
     if base and run.shown:
         lines += compared(run, run.shown)
     if run.unread:
-        lines.append(f"The probe cannot read this model: its allowed answers have {fmt(base['coherence'])} of the "
-                     "base’s probability, so nats and foundations say nothing here"
-                     + ("; the share does not need the probe." if run.meter == "share" else "."))
+        rest = "; the share does not need the probe." if run.meter == "share" else "."
+        lines.append("The probe cannot read this model: its allowed answers have "
+                     f"{fmt(base['coherence'])} of the base’s probability. Nats and foundations say nothing "
+                     f"here{rest}")
     nights = [(*run.trait_of(r), r["name"]) for r in run.nights.values() if run.trait_of(r)[0] is not None]
     if nights and not any(has_moved(value, error) for value, error, _ in nights):
         value, error, name = max(nights, key=lambda night: abs(night[0]))
-        lines.append(f"Steering alone did not move the trait: at most {fmt(value, '+.3f', error)}, in {name}. "
-                     "Either the model does not take up this persona, or the meter does not see it: read the "
-                     "answers below.")
+        most = fmt(value, "+.3f", error)
+        lines.append(f"Steering alone did not move the trait: at most {most}, in {name}. Either the model "
+                     "does not take up this persona, or the meter does not see it: read the answers.")
     if run.done:
         lines.append(f"It took {duration(run.record['seconds'])}.")
     if not day or not base:
@@ -354,14 +358,16 @@ def persona(run: Run) -> str:
     pairs = "".join(f"<dt>{way}</dt><dd>{said(texts[0], 400)}</dd>"
                     for way, texts in (("Persona, for", pos), ("against", neg)) if texts)
     rest = "".join(f"<p>{said(text, 400)}</p>" for pair in zip(pos[1:20], neg[1:20]) for text in pair)
-    return (f'<dl class="persona">{pairs}</dl>' if pairs else "") + (folded("More of it", rest) if rest else "")
+    shown = f'<dl class="persona">{pairs}</dl>' if pairs else ""
+    return shown + (folded("More of it", rest) if rest else "")
 
 
 def opening(run: Run) -> str:
     mood, head, lines = verdict(run)
     model, seed = said(run.options.get("model", "?"), 120), said(run.options.get("seed", "?"), 20)
-    out = [f'<p class="eyebrow">steer-heal-love · persona <b>{said(run.name, 80)}</b> on <b>{model}</b> · seed {seed}'
-           f'</p><div class="verdict {mood}"><h1>{head}</h1>', *(f"<p>{line}</p>" for line in lines), "</div>",
+    out = [f'<p class="eyebrow">steer-heal-love · persona <b>{said(run.name, 80)}</b> on <b>{model}</b> · '
+           f'seed {seed}</p><div class="verdict {mood}"><h1>{head}</h1>',
+           *(f"<p>{line}</p>" for line in lines), "</div>",
            *(f'<p class="note">{esc(note)}</p>' for note in run.notes)]
     if run.shown and run.base:
         row, (value, error) = run.shown, run.trait_of(run.shown)
@@ -370,20 +376,22 @@ def opening(run: Run) -> str:
             return ", ".join(f"{r['name']} {fmt(of(r), spec)}" for r in (run.base, run.night) if r)
         unit = f"± {fmt(error)} {METERS[run.meter][1]}"
         tiles = [("trait", fmt(value, "+.2f"), f"{unit}; {beside(lambda r: run.trait_of(r)[0], '+.2f')}")]
-        for title, key, spec, unit in (("text coherence", "text", ".3f", "share of coherent windows"),
-                                       ("probe coherence", "coherence", ".4f", "probability of allowed answers")):
+        for key, spec, unit in (("text", ".3f", "share of coherent windows"),
+                                ("coherence", ".4f", "probability of allowed answers")):
+            title = {"text": "text coherence", "coherence": "probe coherence"}[key]
             tiles.append((title, fmt(row[key], spec), f"{unit}; {beside(lambda r: r[key], spec)}"))
         if run.target:
             off = row["shift"]["off_target"]
             tiles.append(("off-target", fmt(off), "nats, the largest move of another foundation"))
-        state = "refused: the model is the base" if row["undone"] else "accepted" if run.final else "not judged yet"
+        state = "accepted" if run.final else "not judged yet"
+        state = "refused: the model is the base" if row["undone"] else state
         out += [f'<p class="which">{row["name"].capitalize()} ({state})</p><dl class="tiles">',
                 *(f"<div><dt>{title}</dt><dd><b>{number}</b> <span>{note}</span></dd></div>"
                   for title, number, note in tiles), "</dl>"]
     return f"<header>{''.join(out)}{persona(run)}</header>"
 
 
-# ---- the sections ----------------------------------------------------------------------------------------------
+# ---- the sections ------------------------------------------------------------------------------------------
 
 
 def trajectory(run: Run) -> str:
@@ -402,7 +410,7 @@ def trajectory(run: Run) -> str:
     plot.line([(traits[r["name"]][0], r["text"]) for r in days], "healed", more="faint")
     # labels that matter most come first: they take the free places
     for r in sorted(rows, key=lambda r: (r["kind"] not in ("base", "prompted"), -(r["round"] or 0))):
-        (value, error), same = traits[r["name"]], {"steered": run.nights, "healed": run.days}.get(r["kind"], {})
+        (value, error), same = traits[r["name"]], dict(steered=run.nights, healed=run.days).get(r["kind"], {})
         label = r["name"] if not same or r["round"] in (min(same), max(same)) else str(r["round"])
         text = fmt(r["text"], ".3f", r["text_se"])
         plot.mark(r["kind"], value, r["text"], f"{r['name']}: trait {fmt(value, '+.3f', error)}, text {text}",
@@ -420,12 +428,12 @@ def trajectory(run: Run) -> str:
             plot.line([(r["round"], traits[r["name"]][0]) for r in some], kind)
             for r in some:
                 value, error = traits[r["name"]]
-                plot.mark(kind, r["round"], value, f"{r['name']}: trait {fmt(value, '+.3f', error)}", ey=error,
-                          more="undone" * r["undone"])
+                says = f"{r['name']}: trait {fmt(value, '+.3f', error)}"
+                plot.mark(kind, r["round"], value, says, ey=error, more="undone" * r["undone"])
         panels.append(plot.svg())
     undone = ", hollow is rolled back" * any(r["undone"] for r in rows)
-    caption = (f"{key_line(rows)} Up and to the right is better. Each mark is a row of the table below, a number "
-               f"is its round{undone}; whiskers are one standard error.")
+    caption = (f"{key_line(rows)} Up and to the right is better. Each mark is a row of the table below, a "
+               f"number is its round{undone}; whiskers are one standard error.")
     return figure(panels, caption) + folded("Every round in numbers", numbers(run))
 
 
@@ -433,22 +441,25 @@ def numbers(run: Run) -> str:
     meters = [m for m in METERS if any(trait_of(r, m)[0] is not None for r in run.rows)]
 
     def cells(r):
-        return [*(fmt(trait_of(r, m)[0], "+.3f", trait_of(r, m)[1]) for m in meters),
-                fmt(r["shift"]["off_target"], ".3f"), fmt(r["coherence"], ".4f"), fmt(r["text"], ".3f", r["text_se"])]
-    rows = [[r["name"], "", "", *cells(r), "", "", ""] for r in (run.base, run.prompted) if r]
+        traits = [fmt(trait_of(r, m)[0], "+.3f", trait_of(r, m)[1]) for m in meters]
+        return [*traits, fmt(r["shift"]["off_target"], ".3f"), fmt(r["coherence"], ".4f"),
+                fmt(r["text"], ".3f", r["text_se"])]
+    rows = [[r["name"], "", "", *cells(r), *[""] * 4] for r in (run.base, run.prompted) if r]
     for n in run.rounds[-400:]:
         gate, heal, made = run.gates.get(n), run.heals.get(n), run.made.get(n, [])
         if n in run.nights:
-            rows.append([f"night {n}", fmt(run.doses.get(n)), "", *cells(run.nights[n]), "", "", ""])
+            rows.append([f"night {n}", fmt(run.doses.get(n)), "", *cells(run.nights[n]), *[""] * 4])
         end = "in progress" if gate is None else "accepted"
         if gate and not gate["accepted"]:
             end = f"rolled back: {said('; '.join(gate['reasons']))}"
         day = cells(run.days[n]) if n in run.days else ["n/a"] * (len(meters) + 3)
+        kept = f"{sum(c['verdict']['kept'] is True for c in made)}/{len(made)}"
         D = heal["steps"][-1]["div"] if heal and heal["steps"] else None
-        rows.append([f"day {n}", fmt(run.doses.get(n)), f"{sum(c['verdict']['kept'] is True for c in made)}/{len(made)}",
-                     *day, fmt(D, ".3f"), percent(heal["fired_share"]) if heal else "n/a", end])
-    head = ["row", "dose", "kept", *(f"trait, {METERS[m][2]}" for m in meters), "off-target", "coherence", "text",
-            "D, nats", "steps fired", "gate"]
+        fired = percent(heal["fired_share"]) if heal else "n/a"
+        nll = " → ".join(fmt(heal[k], ".3f") for k in ("val_nll_before", "val_nll_after")) if heal else "n/a"
+        rows.append([f"day {n}", fmt(run.doses.get(n)), kept, *day, nll, fmt(D, ".3f"), fired, end])
+    head = ["row", "dose", "kept", *(f"trait, {METERS[m][2]}" for m in meters), "off-target", "coherence",
+            "text", "held-out nll", "D, nats", "steps fired", "gate"]
     return table(head, rows, "numbers")
 
 
@@ -463,7 +474,8 @@ def answers(run: Run) -> str:
 
     def title(row):
         name = row["name"].capitalize() + ", steered" * (row["kind"] == "steered")
-        return name + ", breaks most" * (row is worst and len(nights) > 1) + " (rolled back)" * row["undone"]
+        lowest = row is worst and len(nights) > 1
+        return name + ", least coherent" * lowest + " (rolled back)" * row["undone"]
 
     def cell(row, i):
         told = row["diary"][i] if i < len(row["diary"]) else {"text": "", "coherence": None}
@@ -475,21 +487,24 @@ def answers(run: Run) -> str:
 
     def grid(rows, which):
         head = "".join(f'<th scope="col" class="{r["kind"]}"><b>{title(r)}</b><small>trait '
-                       f'{fmt(run.trait_of(r)[0], "+.2f")} · text {fmt(r["text"])}</small></th>' for r in rows)
+                       f'{fmt(run.trait_of(r)[0], "+.2f")} · text {fmt(r["text"])}</small></th>'
+                       for r in rows)
         body = "".join(f'<tr class="asked"><th colspan="{len(rows)}" scope="rowgroup">'
                        f'{said(run.base["diary"][i]["prompt"], 400)}</th></tr>'
                        f'<tr>{"".join(cell(r, i) for r in rows)}</tr>' for i in which)
         return (f'<div class="scroll" tabindex="0"><table class="answers"><thead><tr>{head}</tr></thead>'
                 f"<tbody>{body}</tbody></table></div>")
 
-    def left(i):                                                # of the coherence of the night that breaks most
+    def left(i):                                                # of the least coherent night's answer
         return worst["diary"][i]["coherence"] if own and worst and i < len(worst["diary"]) else 1
     order = sorted(range(min(len(run.base["diary"]), 30)), key=left)
-    first = " First come the prompts on which the steered model breaks most." if own and worst else ""
-    what = "the small number is the answer’s own" if own else "this run has none per answer: one shade a column"
-    text = ("<p>Greedy answers to prompts that no stage has trained on. Nights are steered and dropped; days are "
-            "what is left without steering. The shade is lost coherence, the darker the less the base could have "
-            f"written the answer; {what}.{first}</p>" + grid(shown, order[:2]))
+    what = "the small number is the answer’s own" if own else "it has none per answer: one shade a column"
+    if own and worst:
+        what += (f". First come the prompts on which {worst['name']} breaks most" if left(order[0]) < 1 else
+                 f". No greedy answer of {worst['name']} broke: its text score is that of sampled ones")
+    text = ("<p>Greedy answers to prompts that no stage has trained on. Nights are steered and dropped; days "
+            "are what is left without steering. The shade is lost coherence, the darker the less the base "
+            f"could have written the answer; {what}.</p>" + grid(shown, order[:2]))
     if order[2:]:
         text += folded(f"The other prompts ({len(order) - 2})", grid(shown, order[2:]))
     if rest := [r for r in (*run.nights.values(), *run.days.values()) if r not in shown]:
@@ -505,11 +520,11 @@ def moves(run: Run) -> str:
     if not names:
         return missing("No row beside the base has been measured on the probe yet.")
 
-    def words(row, spec):
-        return [fmt(*((x, spec, e) if (x := row["moved"].get(f, (None, None))[0]) is not None else (None,)))
-                for f in FOUNDATIONS for e in [row["moved"].get(f, (None, None))[1]]]
+    def words(row):
+        moves = [row["moved"].get(f, (None, None)) for f in FOUNDATIONS]
+        return [fmt(move, "+.2f", error) for move, error in moves]
     alt = "Nats that each foundation moved from the base: " + "; ".join(
-        f"{r['name']}: {', '.join(map(' '.join, zip(FOUNDATIONS, words(r, '+.2f'))))}" for r in some)
+        f"{r['name']}: {', '.join(map(' '.join, zip(FOUNDATIONS, words(r))))}" for r in some)
     ends = spread(move for r in some for move in r["moved"].values())
     plot = Plot(alt, [*ends, 0.0], [0, len(names)], "nats from the base", "", h=380, left=82)
     plot.line([(0, 0), (0, len(names))], "rule")
@@ -521,11 +536,11 @@ def moves(run: Run) -> str:
             move, error = r["moved"].get(f, (None, None))
             says = f"{r['name']}: {f} {fmt(move, '+.3f', error)} nats"
             plot.mark(r["kind"], move, y + 0.26 * (1 - j), says, ex=error)
-    cells = [[r["name"], *words(r, "+.2f")] for r in chosen([r for r in run.rows if r["moved"]], 200)]
+    cells = [[r["name"], *words(r)] for r in chosen([r for r in run.rows if r["moved"]], 200)]
     aim = f"{run.target.capitalize()} is wanted {run.wanted}. " if run.target and run.wanted else ""
     unread = "The probe cannot read this model: read nothing into this figure. " * run.unread
-    caption = (f"{unread}{aim}{key_line(some)} ({', '.join(r['name'] for r in some)}). Whiskers are one standard "
-               "error, paired over vignettes.")
+    caption = (f"{unread}{aim}{key_line(some)} ({', '.join(r['name'] for r in some)}). Whiskers are one "
+               "standard error, paired over vignettes.")
     return figure([plot.svg()], caption) + folded("Every foundation in numbers",
                                                   table(["row", *FOUNDATIONS], cells, "numbers"))
 
@@ -535,7 +550,8 @@ def dose(run: Run) -> str:
              if (t["coeff"] or 0) > 0 and t["survive"] is not None}
     if not tried:
         given = ", ".join(f"{c:.3g}" for c in dict.fromkeys(run.doses.values()))
-        return missing(f"No dose was searched: it was given as {given}." if given else "No dose has been tried yet.")
+        none = f"No dose was searched: it was given as {given}." if given else "No dose has been tried yet."
+        return missing(none)
     asked, rounds = run.number("min_survive"), sorted({n for n, _ in tried})
     alt = "Survival by dose: " + "; ".join(f"round {n} dose {c:.3g} {fmt(v)}" for (n, c), v in tried.items())
     plot = Plot(alt, [c for _, c in tried], [0, 1.0, *tried.values(), asked], "dose (multiples of v, log)",
@@ -545,11 +561,13 @@ def dose(run: Run) -> str:
         points = sorted((c, v) for (m, c), v in tried.items() if m == n)
         plot.line(points, "search", more="faint" if n != rounds[-1] else "")
     for (n, c), survive in tried.items():
-        settled = run.doses.get(n) == c
-        plot.mark("steered" if settled else "dot", c, survive, f"round {n}, dose {c:.3f}: survival {fmt(survive)}",
-                  str(n) if settled else "", more="" if settled else "search")
-    return figure([plot.svg()], "The share of answers that pass the filter, at every dose that a search tried. "
-                                "Diamonds are the doses that rounds settled on, numbers the rounds.")
+        says = f"round {n}, dose {c:.3f}: survival {fmt(survive)}"
+        if run.doses.get(n) == c:
+            plot.mark("steered", c, survive, says + ", settled", str(n))
+        else:
+            plot.mark("dot", c, survive, says, more="search")
+    return figure([plot.svg()], "The share of answers that pass the filter, at every dose that a search "
+                  "tried; diamonds are the doses that rounds settled on, numbers the rounds.")
 
 
 def dropped(run: Run) -> str:
@@ -575,12 +593,12 @@ def dropped(run: Run) -> str:
                      str(len(cases)), fmt(v["limit"]), fmt(v["value"])])
         asked = said(train[int(i)], 200) if i is not None and 0 <= i < len(train) else "<em>unknown</em>"
         match = f", matched “{said(v['match'], 60)}”" if v["match"] else ""
+        why = f"<b>{esc(rule, 40)}</b> {fmt(v['value'])}, limit {fmt(v['limit'])}{match}"
         samples.append(f'<figure class="sample"><blockquote>{said(worst["text"])}</blockquote><figcaption>'
-                       f'<b>{esc(rule, 40)}</b> {fmt(v["value"])}, limit {fmt(v["limit"])}{match}; round {n}, dose '
-                       f'{fmt(worst["coeff"])}. Asked: {asked}</figcaption></figure>')
+                       f"{why}; round {n}, dose {fmt(worst['coeff'])}. Asked: {asked}</figcaption></figure>")
     lost = sum(map(len, by_rule.values()))
-    return (f"<p>{lost} of {len(made)} sampled answers ({percent(lost, len(made))}) were dropped before training, "
-            "each by the first rule it broke.</p>"
+    return (f"<p>{lost} of {len(made)} sampled answers ({percent(lost, len(made))}) were dropped before "
+            "training, each by the first rule it broke.</p>"
             + table(["rule", *(f"r{n}" for n in rounds), "all", "limit", "worst"], rows, "numbers")
             + folded("The worst answer by each rule", f'<div class="samples">{"".join(samples)}</div>'))
 
@@ -596,7 +614,8 @@ def heat(run: Run) -> str:
     mean, rmse, top = statistics.fmean(kl), rms(kl), max(*kl, 1e-9)
 
     plot = Plot(f"KL of each token of the worst answer of day {n}", [0, len(kl)], [0.0, *kl, tau],
-                "token of the answer", "KL(day ‖ reference), nats", w=900, h=250, right=100, room=0.01, whole_x=True)
+                "token of the answer", "KL(day ‖ reference), nats", whole_x=True, w=900, h=250, right=100,
+                room=0.01)
     for i, value in enumerate(kl[:600]):
         d = f"M{plot.x(i + 0.1)},{plot.y(0)}V{plot.y(value)}H{plot.x(i + 0.9)}V{plot.y(0)}Z"
         says = f"{esc(words[i], 40)} {fmt(value, '.3f')} nats"
@@ -609,64 +628,55 @@ def heat(run: Run) -> str:
     else:
         over = [name for name, value in (("mean", mean), ("rmse", rmse)) if value > tau]
         over = {0: "neither is", 1: f"only the {''.join(over)} is", 2: "both are"}[len(over)]
-        caption += f"Of these two {over} over tau. This run’s barrier went by {said(run.options.get('kl_agg', '?'), 20)}."
+        how = said(run.options.get("kl_agg", "?"), 20)
+        caption += f"Of these two {over} over tau. This run’s barrier went by {how}."
 
     def tokens(of):
         marked = "".join(f'<span style="--k:{min(max(v / top, 0), 1):.2f}" title="{fmt(v, ".3f")} nats">'
                          f"{esc(word, 60)}</span>" for word, v in zip(words[:256], of))
         return f'<p class="tokens"><bdi>{marked}</bdi>{" …" if len(of) > 256 else ""}</p>'
-    names = {"night": f"Night {n}, steered", "before": "The student before this round", "day": f"Day {n}, healed"}
-    texts = "".join(f"<dt>{name} <small>mean {fmt(statistics.fmean(worst[k]), '.3f')}, rmse {fmt(rms(worst[k]), '.3f')}, "
-                    f"max {fmt(max(worst[k]), '.3f')} nats</small></dt><dd>{tokens(worst[k])}</dd>"
-                    for k, name in names.items() if worst[k])
-    return (f"<p>Of each round’s kept answers, the one that the healed model leaves furthest from the reference; shown "
-            f"is the loudest of them, day {n}’s.</p>" + figure([plot.svg()], caption, "wide")
+    names = dict(night=f"Night {n}, steered", before="The student before this round", day=f"Day {n}, healed")
+    texts = ""
+    for key, name in names.items():
+        if of := worst[key]:
+            facts = dict(mean=statistics.fmean(of), rmse=rms(of), max=max(of))
+            facts = ", ".join(f"{what} {fmt(value, '.3f')}" for what, value in facts.items())
+            texts += f"<dt>{name} <small>{facts} nats</small></dt><dd>{tokens(of)}</dd>"
+    return ("<p>Of each round’s kept answers, the one that the healed model leaves furthest from the "
+            f"reference; the loudest of them is day {n}’s.</p>" + figure([plot.svg()], caption, "wide")
             + f'<dl class="strips">{texts}</dl>')
 
 
 def healing(run: Run) -> str:
+    """D at every optimiser step of every round, with the barrier's tau and the steps in which it pushed."""
     heals, steps, starts = {n: e for n, e in sorted(run.heals.items()) if e["steps"]}, [], []
     for e in heals.values():
         starts.append(len(steps))
         steps += e["steps"]
-    if not steps:
+    every, taus = chosen(range(len(steps)), 1500), {n: e["tau"] for n, e in heals.items() if e["lam_eff"]}
+    values = [steps[i][key] for i in every for key in ("div", "div_max")]
+    if all(v is None for v in values):
         return missing("No round has trained yet.")
-    spans = list(zip(heals.values(), starts, [*starts[1:], len(steps)]))
-    every = chosen(range(len(steps)), 1500)
-    taus = [e["tau"] for e in heals.values() if e["lam_eff"] and e["tau"] is not None]
-    ends = [e[k] for e in heals.values() for k in ("val_nll_before", "val_nll_after")]
-    panels = []
-    for keys, unit, others in ((("nll",), "nll (nats per token)", ends), (("div_max", "div"), "D (nats)", [*taus, 0.0])):
-        values = [steps[i][key] for i in every for key in keys]
-        if all(v is None for v in values):
-            continue
-        plot = Plot(f"{unit} at each of {len(steps)} optimiser steps of {len(heals)} rounds", [0, len(steps)],
-                    [*values, *others], "optimiser step, all rounds", unit, w=900, h=236, right=80, top=24, room=0.005,
-                    whole_x=True)
-        for i, (n, (e, begin, end)) in enumerate(zip(heals, spans)):
-            plot.back.append(f'<path class="grid" d="M{plot.x(begin)},{plot.top}V{plot.bottom}"/>')
-            if i % math.ceil(len(heals) / 20) == 0:
-                plot.write(plot.x(begin) + 3, plot.top - 6, f"round {n}" if len(heals) <= 10 else f"r{n}", "tick")
-            if unit.startswith("nll"):
-                plot.line([(begin, e["val_nll_before"]), (end, e["val_nll_after"])], "val")
-            elif e["lam_eff"] and e["tau"] is not None:
-                plot.back.append(f'<path class="level tau" d="M{plot.x(begin)},{plot.y(e["tau"])}H{plot.x(end)}"/>')
-                fired = "".join(f"M{plot.x(j)},{plot.top}V{plot.bottom}" for j in every
-                                if begin <= j < end and (steps[j]["fired"] or 0) > 0)
-                plot.back.append(f'<path class="fired" d="{fired or "M0,0"}"/>')
-        for key in keys:
-            plot.line([(i, steps[i][key]) for i in every], "peak" if key == "div_max" else "healed")
-        if taus and not unit.startswith("nll"):
-            plot.levels.append((plot.y(taus[-1]), f"tau {fmt(taus[-1], '.3f')}", "tau"))
-        panels.append(plot.svg())
+    plot = Plot(f"D at each of {len(steps)} optimiser steps of {len(heals)} rounds", [0, len(steps)],
+                [*values, *taus.values(), 0.0], "optimiser step, all rounds", "D (nats)", whole_x=True, w=900,
+                h=236, right=80, top=24, room=0.005)
+    for i, (n, begin, end) in enumerate(zip(heals, starts, [*starts[1:], len(steps)])):
+        plot.back.append(f'<path class="grid" d="M{plot.x(begin)},{plot.top}V{plot.bottom}"/>')
+        if i % math.ceil(len(heals) / 20) == 0:
+            plot.write(plot.x(begin) + 3, plot.top - 6, f"round {n}" if len(heals) <= 10 else f"r{n}", "tick")
+        if (tau := taus.get(n)) is not None:
+            fired = [j for j in every if begin <= j < end and (steps[j]["fired"] or 0) > 0]
+            plot.back += [f'<path class="fired" d="M{plot.x(j)},{plot.top}V{plot.bottom}"/>' for j in fired]
+            plot.line([(begin, tau), (end, tau)], "rule", f"tau {fmt(tau, '.3f')}" * (end == len(steps)))
+    for key, kind in (("div_max", "peak"), ("div", "healed")):
+        plot.line([(i, steps[i][key]) for i in every], kind)
     notes = [f"Round {n}: {said(e['warning'])}." for n, e in run.heals.items() if e["warning"]][-12:]
     if skipped := sum(len(e["skipped"]) for e in run.heals.values()):
         notes.append(f"{skipped} steps were skipped: their loss or gradient was not finite.")
-    caption = ("Above: nll of the training answers; dashed, from before a round to after it: nll of prompts held out "
-               "from it. Below: D, the mean over a step’s answers (line) and the largest (thin); "
-               + ("shaded where the barrier fired, because an answer was over tau." if taus else "no barrier was used.")
+    barrier = "shaded where the barrier fired, an answer being over tau" if taus else "no barrier was used"
+    caption = (f"D: the mean over a step’s answers (line) and the largest (thin); {barrier}."
                + f" A selection: {len(every)} of {len(steps)} steps." * (len(every) < len(steps)))
-    return figure(panels, caption, "wide") + "".join(f'<p class="note">{note}</p>' for note in notes)
+    return figure([plot.svg()], caption, "wide") + "".join(f'<p class="note">{note}</p>' for note in notes)
 
 
 def setting(run: Run) -> str:
@@ -677,8 +687,8 @@ def setting(run: Run) -> str:
             for key, value in run.options.items() if key in defaults and value != defaults[key]]
     out = [table(["option", "here", "default"], rows) if rows else "<p>Every option has its default.</p>"]
 
-    measured = [[name, ", ".join(f"{i:.0f}" for i in first["layers"][key][:200])]
-                for key, name in (("steer", "steered blocks"), ("lora", "adapted blocks")) if first["layers"][key]]
+    blocks = {"steered blocks": first["layers"]["steer"], "adapted blocks": first["layers"]["lora"]}
+    measured = [[name, ", ".join(f"{i:.0f}" for i in some[:200])] for name, some in blocks.items() if some]
     if tau := first["tau"]["tau"] or run.record["tau"]:
         measured.append(["tau", f"{fmt(tau, '.4f')} nats"])
     measured += [[f"filter: {esc(k, 30)}", fmt(v, ".3g")] for k, v in first["limits"]["limits"].items()]
@@ -696,19 +706,21 @@ def setting(run: Run) -> str:
     folder = shlex.quote(str(run.path))
     commands = {"repeat": run.record["command"], "resume": f"python loop.py --resume {folder}"}
     if run.final:
-        commands |= {"chat": f"python loop.py chat {folder}", "export": f"python loop.py export {folder} --to peft"}
+        commands |= {"chat": f"python loop.py chat {folder}",
+                     "export": f"python loop.py export {folder} --to peft"}
     commands["this page"] = f"python loop.py report {folder}"
     lines = "".join(f"<div><dt>{name}</dt><dd><code>{said(text, 2000)}</code></dd></div>"
                     for name, text in commands.items() if text)
     return "".join(out) + f'<h3>Do it again</h3><dl class="commands">{lines}</dl>'
 
 
-# ---- the page --------------------------------------------------------------------------------------------------
+# ---- the page ----------------------------------------------------------------------------------------------
 
 SECTIONS = {"trajectory": ("What the trait costs", trajectory), "answers": ("Before and after", answers),
             "moves": ("What else moved", moves), "dose": ("The dose", dose),
-            "dropped": ("What was dropped, and why", dropped), "heat": ("Where the worst answer breaks", heat),
-            "healing": ("Healing, step by step", healing), "setting": ("Settings and commands", setting)}
+            "dropped": ("What was dropped, and why", dropped),
+            "heat": ("The worst answer, token by token", heat), "healing": ("Healing, step by step", healing),
+            "setting": ("Settings and commands", setting)}
 
 
 def page(title: str, body: str) -> str:
@@ -717,12 +729,12 @@ def page(title: str, body: str) -> str:
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{esc(title, 120)}</title>'
-            f"<style>{style}</style></head><body><main>{body}<footer>Written by loop.py report from run.json and "
-            "events.jsonl. No script, nothing fetched.</footer></main></body></html>\n")
+            f"<style>{style}</style></head><body><main>{body}<footer>Written by loop.py report from run.json "
+            "and events.jsonl. No script, nothing fetched.</footer></main></body></html>\n")
 
 
 def part(run: Run, draw) -> str:
-    """What one part draws. One that fails on values that nobody foresaw says so; the rest of the page stands."""
+    """What one part draws. One that fails on values nobody foresaw says so; the rest of the page stands."""
     try:
         return draw(run)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -739,11 +751,11 @@ def render(run: Run) -> str:
     return page(title, f'{part(run, opening)}<nav aria-label="Sections">{nav}</nav>{body}')
 
 
-# ---- several runs over each other ------------------------------------------------------------------------------
+# ---- several runs over each other --------------------------------------------------------------------------
 
 
 def arms(runs: list[Run]) -> list[tuple[str, str]]:
-    """(arm, name) of each run. An arm is the options in which runs differ, seed and folder apart; a name has the seed."""
+    """(arm, name) of each run. An arm is the options in which runs differ but the seed, which a name adds."""
     keys = [k for k in dict.fromkeys(k for r in runs for k in r.options) if k not in ("out", "seed")]
     differing = [k for k in keys if len({json.dumps(r.options.get(k)) for r in runs}) > 1]
     several = len({json.dumps(r.options.get("seed")) for r in runs}) > 1
@@ -758,13 +770,13 @@ def arms(runs: list[Run]) -> list[tuple[str, str]]:
 
 
 def compare(runs: list[Run], out: Path) -> str:
-    """compare.html of several runs, as text: trajectories, trait per round, and a table.
+    """compare.html of several runs, as text: their trajectories over each other, and a table.
 
-    Marks and lines are arms, means over their runs; the runs themselves are dots. out: where links start from.
+    Marks and lines are arms, means over their runs; single runs are dots. out: the folder of the page.
     """
     meter = "share" if all(r.meter == "share" for r in runs) else "nats"
-    unit, named, known, groups = METERS[meter][0], arms(runs), [], {}
-    for (arm, name), run in zip(named, runs):                   # groups: arm -> round (-1 = base) -> [(trait, text)]
+    named, known, groups = arms(runs), [], {}
+    for (arm, name), run in zip(named, runs):           # groups: arm -> round (-1 = base) -> [(trait, text)]
         for n, row in [(-1, run.base)] * bool(run.base) + list(run.days.items()):
             at = trait_of(row, meter)[0], row["text"]
             if None not in at:
@@ -774,36 +786,32 @@ def compare(runs: list[Run], out: Path) -> str:
     colours = {arm: f"arm{i % 6}" for i, arm in enumerate(order)}
     label = {arm: arm if len(arm) <= 20 else chr(65 + i % 26) for i, arm in enumerate(order)}   # or a letter
     body, panels = [], []
-    for key, what in (("weights", "weights of the base"), ("items", "prompts"), ("versions", "versions"), ("code", "code")):
+    facts = dict(weights="weights of the base", items="prompts", versions="versions", code="code")
+    for key, what in facts.items():
         if len({json.dumps(r.record[key], sort_keys=True) for r in runs}) > 1:
-            body.append(f'<p class="note">The runs differ in their {what} too, so in more than their options.</p>')
+            body.append(f'<p class="note">The runs differ in their {what} too, not only in options.</p>')
 
-    for by_round in (False, True):
-        def place(n, at):
-            return (n if n >= 0 else None, at[0]) if by_round else at
-        points = [xy for _, n, at, _, _ in known if None not in (xy := place(n, at))]
-        if not points:
-            continue
-        axes = ("round", unit) if by_round else (unit, "text coherence")
-        alt = f"{axes[1]} by {axes[0]}, of {len(runs)} runs in {len(order)} arms"
-        plot = Plot(alt, *zip(*points), *axes, whole_x=by_round)
-        for arm, n, at, name, undone in known:
+    if known:
+        alt = f"Trait against text coherence, of {len(runs)} runs in {len(order)} arms"
+        xs, ys = zip(*(at for _, _, at, _, _ in known))
+        plot = Plot(alt, xs, ys, METERS[meter][0], "text coherence", w=560, h=380)
+        for arm, n, (trait, text), name, undone in known:
             if len(groups[arm][n]) > 1 or undone:
-                says = f"{name}: trait {fmt(at[0], '+.3f')}, text {fmt(at[1], '.3f')}"
-                plot.mark("dot", *place(n, at), says, more=f"{colours[arm]} {'undone' if undone else 'faint'}")
+                says = f"{name}: trait {fmt(trait, '+.3f')}, text {fmt(text, '.3f')}"
+                plot.mark("dot", trait, text, says, more=f"{colours[arm]} {'undone' if undone else 'faint'}")
         for arm, rounds in groups.items():
-            means = [(n, tuple(map(statistics.fmean, zip(*ats)))) for n, ats in sorted(rounds.items())]
-            for n, at in means:
+            means = [(n, *map(statistics.fmean, zip(*ats))) for n, ats in sorted(rounds.items())]
+            plot.line([(trait, text) for _, trait, text in means], colours[arm])
+            for n, trait, text in means:
                 says = (f"{arm}, {'base' if n < 0 else f'day {n}'}, mean of {len(rounds[n])}: "
-                        f"trait {fmt(at[0], '+.3f')}, text {fmt(at[1], '.3f')}")
-                plot.mark("base" if n < 0 else "healed", *place(n, at), says, label[arm] * (n == means[-1][0]),
-                          more=colours[arm])
-            plot.line([place(n, at) for n, at in means], f"{colours[arm]} {'' if by_round else 'faint'}")
+                        f"trait {fmt(trait, '+.3f')}, text {fmt(text, '.3f')}")
+                name = label[arm] if n == means[-1][0] else ""
+                plot.mark("base" if n < 0 else "healed", trait, text, says, name, more=colours[arm])
         panels.append(plot.svg())
-    keys = "".join(f"<li>{swatch('healed', colours[arm])}{said(arm if label[arm] == arm else f'{label[arm]}: {arm}')}</li>"
-                   for arm in order)
-    note = ("Up and to the right is better. Marks are days, the star is the base, each the mean over an arm’s runs; "
-            "small dots are single runs, hollow if rolled back.")
+    names = {arm: arm if label[arm] == arm else f"{label[arm]}: {arm}" for arm in order}
+    keys = "".join(f"<li>{swatch('healed', colours[arm])}{said(names[arm])}</li>" for arm in order)
+    note = ("Up and to the right is better. Marks are days, the star is the base, each the mean over an "
+            "arm’s runs; small dots are single runs, hollow if rolled back.")
     none = missing("None of these runs has measured a row yet.")
     body.append(figure(panels, f'<ul class="arms">{keys}</ul>{note}') if panels else none)
 
@@ -820,15 +828,15 @@ def compare(runs: list[Run], out: Path) -> str:
                      str(len(run.gates))])
     head = ["run", "verdict", "last accepted", f"trait, {meter}", "text", "coherence", "off-target", "rounds"]
     body.append(table(head, rows, "runs"))
-    return page("Runs compared", f'<header><p class="eyebrow">steer-heal-love</p><h1>{len(runs)} runs over each other'
-                f"</h1></header><section>{''.join(body)}</section>")
+    head = f'<p class="eyebrow">steer-heal-love</p><h1>{len(runs)} runs over each other</h1>'
+    return page("Runs compared", f"<header>{head}</header><section>{''.join(body)}</section>")
 
 
-# ---- the diary -------------------------------------------------------------------------------------------------
+# ---- the diary ---------------------------------------------------------------------------------------------
 
 
 def diary(run: Run, n_prompts: int = 3) -> str:
-    """Markdown: per held-out prompt the base's answer, then night and day of every round, with their numbers."""
+    """Markdown: per held-out prompt the base's answer, then night and day of every round."""
     def mark(text, limit=2000):
         return inert(text, "markdown", limit)
     command = " ".join(inert(run.record["command"], "terminal", 2000).split()).replace("`", "'")
@@ -839,8 +847,8 @@ def diary(run: Run, n_prompts: int = 3) -> str:
         lines += [f"\n> {way}: {mark(text, 400)}\n" for text in texts[:1]]
     if not run.rows:
         return "".join(lines) + "\nThe run has not measured anything yet.\n"
-    lines.append("\nNight = the steered model's answer, dropped. Day = the healed model's, without steering. Greedy,\n"
-                 "on prompts that no stage has trained on.\n")
+    lines.append("\nNight = the steered model's answer, dropped. Day = the healed model's, not steered.\n"
+                 "Greedy, on prompts that no stage has trained on.\n")
     unit = METERS[run.meter][2]
     for i, asked in enumerate(max((row["diary"] for row in run.rows), key=len)[:n_prompts]):
         lines.append(f"\n## {mark(asked['prompt'])}\n\n")
@@ -854,7 +862,7 @@ def diary(run: Run, n_prompts: int = 3) -> str:
     return "".join(lines)
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------
+# ---- writing -----------------------------------------------------------------------------------------------
 
 
 def write(folder) -> Path:
@@ -866,8 +874,9 @@ def write(folder) -> Path:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="loop.py report", description="write report.html and diary.md of runs")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run; several: compare.html beside the first")
+    what = "write report.html and diary.md of runs; of several also compare.html, beside the first"
+    parser = argparse.ArgumentParser(prog="loop.py report", description=what)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     args = parser.parse_args(argv)
     try:
         for name in args.runs:

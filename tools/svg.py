@@ -56,10 +56,10 @@ class Scale:
 
 
 class Plot:
-    """One panel; xs and ys are all that will be drawn on each axis. It grows by mark, line, level and write."""
+    """One panel. xs, ys: all that will be drawn on each axis. Then come mark, line, level and write."""
 
-    def __init__(self, alt: str, xs, ys, x_label: str, y_label: str, *, log_x=False, whole_x=False, w=440, h=310,
-                 left=62, right=14, top=12, room=0.07):
+    def __init__(self, alt: str, xs, ys, x_label: str, y_label: str, *, log_x=False, whole_x=False, w=440,
+                 h=310, left=62, right=14, top=12, room=0.07):
         self.alt, self.w, self.h = alt, w, h
         self.left, self.right, self.top, self.bottom = left, w - right, top, h - 46
         self.x = Scale(xs, self.left, self.right, log_x, room)
@@ -99,7 +99,7 @@ class Plot:
                           f'd="{MARKS.get(kind, MARKS["dot"])}"><title>{esc(says)}</title></path>')
         self.taken.append((px - 6, py - 6, px + 6, py + 6))
         if label:
-            self.labels.append((px, py, label, kind))
+            self.labels.append((px, py, label, f"{kind} {more}".strip()))
 
     def line(self, points, kind: str, label: str = "", more: str = "") -> None:
         """A line through the points that are known; its label stands at the last of them."""
@@ -121,7 +121,7 @@ class Plot:
 
         It hides no mark and no other label, and no whisker if it can; where nothing is free it is left out.
         """
-        width = 7.4 * len(label)
+        width = 7.8 * len(label)
         free = [(reach, self.taken + self.whiskers) for reach in (9, 17, 27, 39)]
         for reach, others in [*free, (9, self.taken), (27, self.taken)]:
             for dx, dy in AROUND:
@@ -145,7 +145,7 @@ class Plot:
             floor = min(at + 4 if beside else at + 14, floor - 13)
             x = self.right + 6 if beside else self.left + 4
             self.front.append(f'<text class="name {kind}" x="{x}" y="{floor:.1f}">{esc(label)}</text>')
-            self.taken.append((x, floor - 10, x + 7.4 * len(label), floor + 2))
+            self.taken.append((x, floor - 10, x + 7.8 * len(label), floor + 2))
         for label in self.labels:
             self.place(*label)
         return drawing(self.w, self.h, self.alt, "".join(self.back + self.front))
