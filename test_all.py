@@ -34,9 +34,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent
-sys.path[:0] = [str(ROOT), str(ROOT / "pocket"), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT / folder) for folder in (".", "pocket", "bench", "tests")]
 
-import arms                                                     # noqa: E402
+import common                                                   # noqa: E402
 import evalmfv                                                  # noqa: E402
 import heal as heal_py                                          # noqa: E402
 import kill                                                     # noqa: E402
@@ -46,7 +46,7 @@ import generate as bench_generate                               # noqa: E402
 import make_pocket                                              # noqa: E402
 import malformed                                                # noqa: E402
 import measure                                                  # noqa: E402
-from tools import model as model_room, report                     # noqa: E402
+from tools import folder as files, inputs, model as models, report  # noqa: E402
 import roofline                                                 # noqa: E402
 import steer                                                    # noqa: E402
 import world                                                    # noqa: E402
@@ -2493,34 +2493,37 @@ def test_the_plan_counts_parameters_and_keys_and_values_as_the_model_has_them(na
     assert n["active"] == inside - idle
 
 
-# ==== the house, the pocket world, the loop, the report ===============================================================
+# ==== the house: what is promised of every file =========================================================================
 
-CONCEPTS = ("steer", "heal", "lora", "evalmfv", "report")
+CONCEPTS = ("steer", "heal", "lora", "evalmfv")
+TOOLS = sorted(p.stem for p in (ROOT / "tools").glob("*.py") if p.stem != "__init__")
+SOURCES = sorted(p for folder in (".", "tools", "tests", "bench", "pocket") for p in (ROOT / folder).glob("*.py"))
 
 
-def imported(path):
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported(path, top_only=False):
+    """Names of modules that a file imports anywhere, or at its top: `from tools import x` is tools.x."""
+    names, tree = set(), ast.parse(path.read_text())
+    for node in tree.body if top_only else ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "tools":
+            names |= {f"tools.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
-    return names
+            names.add(node.module)
+    return {name if name.startswith("tools.") else name.split(".")[0] for name in names}
 
 
-def top_level(path):
-    """Modules that importing the file imports: not those that its main part asks for."""
-    body = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    return {name for node in body for name in ([a.name.split(".")[0] for a in node.names] if isinstance(node, ast.Import) else [node.module.split(".")[0]])}
-
-
-def test_heal_imports_only_the_standard_library_and_torch():
-    assert imported(ROOT / "heal.py") - set(sys.stdlib_module_names) == {"torch"}
-
-
-@pytest.mark.parametrize("name", CONCEPTS)
-def test_a_concept_file_imports_no_project_file_and_nothing_beyond_the_five_packages(name):
-    assert top_level(ROOT / f"{name}.py") - set(sys.stdlib_module_names) <= {"torch", "transformers", "safetensors", "numpy", "jinja2"}
+@pytest.mark.parametrize("name", ["loop", *CONCEPTS, *(f"tools/{name}" for name in TOOLS)])
+def test_imports_go_one_way(name):
+    """Nested imports too: a higher room is not reached late either."""
+    rooms = {"loop", *CONCEPTS, *(f"tools.{tool}" for tool in TOOLS)}
+    allowed = {"loop": rooms, "evalmfv": {"steer"}}.get(name, set() if name in CONCEPTS else rooms - {"loop"})
+    packages = {"heal": {"torch"}, "lora": {"torch"}, "steer": {"torch", "transformers"}, "evalmfv": {"torch"}}
+    optional = {"tools/export": {"gguf"}}                       # asked for by name, and refused with a sentence
+    found = imported(ROOT / f"{name}.py") - set(sys.stdlib_module_names)
+    assert found & rooms <= allowed, found & rooms - allowed
+    five = {"torch", "transformers", "safetensors", "numpy"} | optional.get(name, set())
+    assert found - rooms - {"tools"} <= packages.get(name, five), found
 
 
 def test_requirements_name_the_five_packages_and_no_others():
@@ -2528,43 +2531,50 @@ def test_requirements_name_the_five_packages_and_no_others():
     assert sorted(line.split(">=")[0] for line in lines) == ["numpy", "pytest", "safetensors", "torch", "transformers"]
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("*/*.py")), ids=lambda p: p.name)
-def test_no_file_loads_pickles_or_remote_code(path):
-    if path.name == "test_all.py":
-        return
-    assert unsafe(path.read_text()) == [], path
-    assert not imported(path) & {"pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
-    assert path.parent.name == "bench" or "peft" not in imported(path)      # there it is measured
-
-
 def unsafe(source):
     """What in a file could run code that came with a checkpoint, a run folder or a text."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.keyword) and (node.arg in ("weights_only", "allow_pickle")
-                                              or node.arg == "trust_remote_code" and getattr(node.value, "value", True)   # left out, it asks the user
-                                              or node.arg == "shell" and getattr(node.value, "value", True)):
-            found.append(node.arg)
+        if isinstance(node, ast.keyword):
+            is_on = getattr(node.value, "value", True)
+            if node.arg in ("weights_only", "allow_pickle") or node.arg in ("trust_remote_code", "shell") and is_on:
+                found.append(node.arg)
         elif isinstance(node, ast.Call):
-            name, owner = getattr(node.func, "attr", getattr(node.func, "id", "")), getattr(getattr(node.func, "value", None), "id", "")
-            if name in ("exec", "__import__") or (owner, name) in (("os", "system"), ("os", "popen"), ("torch", "load"), ("np", "load"), ("numpy", "load")) \
-                    or name in ("eval", "compile") and not isinstance(node.func, ast.Attribute):        # not model.eval(), re.compile()
-                found.append(name)
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            owner = getattr(getattr(node.func, "value", None), "id", "")
+            if name in ("exec", "__import__") or (owner, name) in (
+                    ("os", "system"), ("os", "popen"), ("torch", "load"), ("np", "load"), ("numpy", "load")) \
+                    or name in ("eval", "compile") and not isinstance(node.func, ast.Attribute):
+                found.append(name)                              # not model.eval(), re.compile()
     return found
 
 
-@pytest.mark.parametrize("source", ["eval(x)", "exec('a')", "torch.load(p)", "f(trust_remote_code=True)", "run(c, shell=True)", "run(c, shell=x)", "os.system(c)",
-                                    "np.load(p)", "np.load(p, allow_pickle=True)", "__import__(m)", "compile(a, b, c)"])
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.name != "test_all.py"], ids=lambda p: p.name)
+def test_no_file_loads_pickles_or_remote_code(path):
+    assert unsafe(path.read_text()) == [], path
+    assert not imported(path) & {"pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
+    assert path.parent.name in ("bench", "tests") or "peft" not in imported(path)      # there it is compared with
+
+
+@pytest.mark.parametrize("source", [
+    "eval(x)", "exec('a')", "torch.load(p)", "f(trust_remote_code=True)", "run(c, shell=True)", "run(c, shell=x)",
+    "os.system(c)", "np.load(p)", "np.load(p, allow_pickle=True)", "__import__(m)", "compile(a, b, c)"])
 def test_the_check_for_unsafe_calls_sees_each_of_them(source):
     assert unsafe(source) and not unsafe("model.eval(); re.compile(p); run(c, shell=False); stack.load(p)")
 
 
-def test_lines_copied_between_files_are_identical():
-    copied = {"render": (steer, evalmfv), "in_batches": (steer, evalmfv), "roomy_cache": (steer, evalmfv), "blocks": (steer, lora_py),
-              "write_whole": (lora_py, report, steer), "opt": (steer, heal_py, lora_py, loop)}
-    for name, files in copied.items():
-        sources = {inspect.getsource(getattr(file, name)) for file in files}
-        assert len(sources) == 1, name
+def test_the_lines_that_are_copied_between_files_are_identical():
+    for name in ("opt", "check_ranges"):
+        assert len({inspect.getsource(getattr(room, name)) for room in (steer, heal_py, lora_py)}) == 1, name
+    assert loop.opt is heal_py.opt
+
+
+def test_files_are_no_longer_and_no_wider_than_what_reads_well():
+    for path in SOURCES:
+        wide = [n for n, line in enumerate(path.read_text().split("\n"), 1) if len(line) > 110]
+        assert not wide, f"{path.name}: lines {wide[:9]} are over 110 columns"
+    for name in ("loop", *CONCEPTS):
+        assert len((ROOT / f"{name}.py").read_text().splitlines()) <= 500, name
 
 
 @pytest.mark.parametrize("name", ["heal", "lora"])
@@ -2574,14 +2584,13 @@ def test_a_concept_file_runs_alone_in_an_empty_folder(tmp_path, name):
     assert out.returncode == 0 and out.stdout, out.stderr
 
 
-@pytest.mark.parametrize("name", ["steer", "evalmfv", "report"])
-def test_a_command_line_file_can_be_imported_alone_and_says_how_it_is_used(tmp_path, name):
-    shutil.copy(ROOT / f"{name}.py", tmp_path)
-    out = subprocess.run([sys.executable, f"{name}.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert "usage" in (out.stdout + out.stderr).lower() and "Traceback" not in out.stderr, out.stderr
+def test_steer_can_be_imported_alone_and_says_how_it_is_used(tmp_path):
+    shutil.copy(ROOT / "steer.py", tmp_path)
+    out = subprocess.run([sys.executable, "steer.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert "usage" in out.stdout.lower() and "Traceback" not in out.stderr, out.stderr
 
 
-def test_help_takes_three_seconds_at_most_and_does_not_import_transformers():
+def test_help_is_quick_shows_ten_options_first_and_does_not_import_transformers():
     code = "import sys, loop\ntry: loop.parse(['--help'])\nexcept SystemExit: print('transformers' in sys.modules)"
     spent = []
     for _ in range(2):                                          # the better of two: the first may fill the disk cache
@@ -2590,9 +2599,19 @@ def test_help_takes_three_seconds_at_most_and_does_not_import_transformers():
         after = os.times()                                      # of the processor: by the clock a busy machine would fail
         spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert out.stdout.splitlines()[-1] == "False", out.stdout[-200:] + out.stderr
-    for group in ("loop: ", "steer: ", "lora: ", "heal: "):
-        assert group in out.stdout
+    titles = ["turned first:", "loop: ", "steer: ", "lora: ", "heal: "]
+    at = [out.stdout.index(title) for title in titles]
+    assert at == sorted(at) and out.stdout[at[0]:at[1]].count("\n  --") == 10 == len(loop.FIRST)
+    options = {f.name for cls in loop.GROUPS for f in dataclasses.fields(cls)}
+    assert len(options) <= 46 and not re.search(r"--\w+_", out.stdout)
     assert min(spent) < 3, spent
+
+
+def test_every_word_after_loop_py_says_how_it_is_used(capsys):
+    for word in loop.WORDS:
+        with pytest.raises(SystemExit) as stop:
+            loop.main([word, "--help"])
+        assert stop.value.code == 0 and f"loop.py {word}" in capsys.readouterr().out, word
 
 
 def test_ci_runs_the_test_command_of_the_readme():
@@ -2601,18 +2620,31 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert "python loop.py --kl-agg rmse" in readme and "python loop.py --kl-agg rmse --rounds 1" in ci
 
 
-def test_one_batch_size_stands_for_all(capsys):
-    cfg, scfg, _, _ = loop.parse(["--batch-size", "8"])
-    assert (cfg.eval_batch, scfg.gen_batch) == (8, 8)
-    with pytest.raises(SystemExit):
-        loop.parse(["--batch-size", "-1"])
-    assert "-1" in capsys.readouterr().err
-
-
 def test_the_readme_snippet_runs():
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
+
+
+def stale(text, is_ancestor):
+    """Commits that a page calls the origin of its results and that are not in the history; none if the page says that
+    they were not repeated since."""
+    commits = re.findall(r"at commit `?([0-9a-f]{7,40})", text)
+    return [c for c in commits if not is_ancestor(c) and "not repeated since" not in text]
+
+
+def test_results_in_the_docs_are_of_commits_of_this_history():
+    assert stale("at commit 1234567, at commit abcdef0", lambda c: c == "1234567") == ["abcdef0"]
+    assert stale("at commit abcdef0; not repeated since", lambda c: False) == []
+    shallow = ["git", "rev-parse", "--is-shallow-repository"]
+    if not shutil.which("git") or subprocess.run(shallow, cwd=ROOT, capture_output=True, text=True).stdout != "false\n":
+        pytest.skip("no git here, or a shallow clone: the commits that the docs name cannot be checked")
+
+    def is_ancestor(commit):
+        ask = ["git", "merge-base", "--is-ancestor", commit, "HEAD"]
+        return subprocess.run(ask, cwd=ROOT, capture_output=True).returncode == 0
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        assert stale(path.read_text(), is_ancestor) == [], path.name
 
 
 # ---- the pocket world --------------------------------------------------------------------------------------------------
@@ -2678,80 +2710,41 @@ def test_the_pocket_checkpoint_is_an_ordinary_small_chat_model():
     assert tok("any text: äöü 漢字 🙂", add_special_tokens=False)["input_ids"] and tok.unk_token is None
 
 
-# ---- the loop ----------------------------------------------------------------------------------------------------------
-
-TINY = ["--rounds", "1", "--n-make", "24", "--n-probe", "8", "--n-min", "4", "--n-text", "8", "--n-diary", "2", "--think-tokens", "4", "--epochs", "1"]
-
-
-@pytest.fixture(scope="module")
-def small_vignettes(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "vignettes.jsonl"
-    path.write_text("".join((ROOT / "data" / "vignettes.jsonl").read_text().splitlines(True)[::12]))
-    return path
-
-
-def run_loop(out, vignettes, *more):
-    code = loop.main([*TINY, "--vignettes", str(vignettes), "--out", str(out), *more])
-    folder = next(p.parent for p in sorted(Path(out).glob("*/run.json")))
-    return code, folder, *report.load(folder)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, small_vignettes):
-    return run_loop(tmp_path_factory.mktemp("runs"), small_vignettes, "--no-gate")
-
-
-def test_one_round_writes_a_run_folder_that_needs_no_other_source(finished):
-    code, folder, run, events = finished
-    assert code == 0 and run["status"] == "accepted" and run["accepted"] == [0]
-    assert run["options"]["kl_agg"] == "rmse" and run["options"]["lr"] > 0 and "--no-gate" in run["command"] and run["versions"]["torch"] == torch.__version__
-    kinds = [e["kind"] for e in events if e["stage"] == "row"]
-    assert kinds == ["base", "prompted", "steered", "healed"]
-    made = [e for e in events if e["stage"] == "completion"]
-    assert len(made) == 24 and all({"ids", "text", "verdict"} <= set(e) for e in made) and all(e["verdict"]["kept"] or e["verdict"]["rule"] for e in made)
-    assert {e["stage"] for e in events} == {"layers", "limits", "row", "vector", "probe", "dose", "completion", "tau", "heal", "worst", "gate"}
-    for name in ("vectors", "adapter"):
-        assert (folder / "rounds" / "00" / f"{name}.safetensors").exists()
-    diary = (folder / "diary.md").read_text()
-    assert "**Night 0**" in diary and "**Day 0**" in diary and "**Base**" in diary
-    table = (folder.parent / "results.tsv").read_text().splitlines()
-    assert len(table) == 2 and len(table[0].split("\t")) == len(table[1].split("\t"))
+# ==== loop.py: the rounds ===============================================================================================
 
 
 def test_the_saved_adapter_is_the_healed_model(finished, small_vignettes):
-    _, folder, run, events = finished
-    cfg = loop.LoopConfig()
-    model, tok = loop.load_model(cfg)
+    _, record = finished
+    model, tok = models.load("pocket")
     stack = lora_py.attach(model, r=8, alpha=16.0, layers=steer.band(len(steer.blocks(model)), 0.2, 0.8))
-    rows = {e["kind"]: e for e in events if e["stage"] == "row"}
     vignettes = evalmfv.load_vignettes(small_vignettes)
-    again = evalmfv.evaluate(model, tok, vignettes, think_tokens=4, batch_size=cfg.eval_batch)
-    assert again["nats"]["authority"] == pytest.approx(rows["base"]["nats"]["authority"], abs=1e-5)
-    stack.load(folder / "rounds" / "00" / "adapter.safetensors")
-    again = evalmfv.evaluate(model, tok, vignettes, think_tokens=4, batch_size=cfg.eval_batch)
-    assert again["nats"]["authority"] == pytest.approx(rows["healed"]["nats"]["authority"], abs=1e-5)
-    assert rows["healed"]["nats"]["authority"] != rows["base"]["nats"]["authority"]
+    for kind in ("base", "healed"):
+        again = evalmfv.evaluate(model, tok, vignettes, think_tokens=4, batch_size=152)["nats"]
+        row = record.rows(kind)[0]["nats"]
+        assert again["authority"] == pytest.approx(row["authority"], abs=1e-5), kind
+        stack.load_tensors(files.read_tensors(record.adapters()[0])[0])
+    assert record.rows("healed")[0]["nats"]["authority"] != record.rows("base")[0]["nats"]["authority"]
 
 
-def test_the_same_seed_gives_the_same_run_and_leaving_a_baseline_out_changes_no_other_number(finished, small_vignettes, tmp_path):
-    _, _, _, events = finished
-    _, _, _, again = run_loop(tmp_path, small_vignettes, "--no-gate", "--no-baselines")
-    def trait(events):
-        return [(e["kind"], e["trait"], e["text"]) for e in events if e["stage"] == "row" and e["kind"] != "prompted"]
-    assert trait(events) == trait(again)
+def test_a_round_that_fails_its_gate_is_undone_and_the_run_says_so(small_vignettes, tmp_path, capsys):
+    code, record = common.run_loop(tmp_path, small_vignettes, "--lr", "1e-9", "--coh-floor", "1")
+    gates = [e for e in record.events if e["stage"] == "gate"]
+    assert code == 3 and record.run["status"] == "no round accepted" and record.accepted == []
+    assert len(gates) == 1 and gates[0]["reasons"][0].startswith(("trait", "coherence", "text"))
+    names = {p.name for p in (record.path / "rounds" / "00").iterdir()}
+    assert names == {"vectors.safetensors", "rejected.safetensors"}
+    assert "rolled back" in capsys.readouterr().out and "rolled back" in (record.path / "diary.md").read_text()
 
 
-def test_a_round_that_fails_its_gate_is_rolled_back_and_the_run_says_so(small_vignettes, tmp_path, capsys):
-    code, folder, run, events = run_loop(tmp_path, small_vignettes, "--lr", "1e-9", "--no-baselines", "--coh-floor", "1.0", "--target", "liberty")
-    assert code == 3 and run["status"] == "no round accepted" and not list((folder / "rounds").iterdir())
-    gates = [e for e in events if e["stage"] == "gate"]
-    assert len(gates) == 1 and not gates[0]["accepted"] and gates[0]["reasons"][0].startswith(("trait", "coherence", "text"))
-    assert "rolled back" in capsys.readouterr().out and "rolled back" in (folder / "diary.md").read_text()
-
-
-def test_a_search_without_an_answer_names_its_bound(small_vignettes, tmp_path, capsys):
-    code, _, run, _ = run_loop(tmp_path, small_vignettes, "--no-baselines", "--max-window-nll", "1e-6")
-    assert code == 3 and run["status"] == "no round accepted" and "coeff_min" in capsys.readouterr().out
+def test_a_search_without_an_answer_tells_what_was_dropped_and_the_run_goes_on_to_its_end(small_vignettes, tmp_path,
+                                                                                         monkeypatch, capsys):
+    monkeypatch.setattr(steer, "calibrate_limits", lambda *_: Limits(1e-6, 1.0, 1.0, 1.0))
+    argv = [x for x in common.TINY if x not in ("--coeff", "0.4")]
+    monkeypatch.setattr(common, "TINY", argv)
+    code, record = common.run_loop(tmp_path, small_vignettes)
+    reason = record.of("gate")["reasons"][0]
+    assert code == 3 and "the lowest dose fails" in reason and "worst_window dropped" in reason and "--slack" in reason
+    assert "no round was accepted" in capsys.readouterr().out
 
 
 def test_the_gate_puts_absolute_floors_before_the_ratio():
@@ -2764,55 +2757,98 @@ def test_the_gate_puts_absolute_floors_before_the_ratio():
     assert len(reasons(text=0.1, coherence=0.1, trait=-1)) == 3
 
 
+def test_gates_that_are_asked_again_stand_until_the_first_that_turns():
+    def event(stage, rnd, **more):
+        return dict(t=0, stage=stage, round=rnd) | more
+    events = [event("row", None, kind="base", trait=0.0, coherence=1.0, text=1.0)]
+    for rnd, (trait, text, accepted) in enumerate([(0.2, 1.0, True), (0.1, 0.97, False), (0.3, 0.96, True)]):
+        events += [event("row", rnd, kind="healed", trait=trait, coherence=1.0, text=text), event("gate", rnd, accepted=accepted)]
+    events += [event("gate", 3, accepted=False)]                # broke before its day: no option helps
+    def n(**options):
+        return loop.n_standing(files.Record(Path("."), {}, events, []), loop.LoopConfig(**options))
+    assert (n(), n(coh_floor=0.97), n(gate=False), n(coh_floor=1.0)) == (8, 6, 4, 6)
+
+
 def test_stages_have_seeds_of_their_own():
     seeds = {loop.stage_seed(s, r, name) for s in range(3) for r in range(3) for name in ("make", "heal", "probe")}
     assert len(seeds) == 27 and loop.stage_seed(1, 2, "make") == loop.stage_seed(1, 2, "make")
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--rounds", "0"], "rounds"), (["--prompts", "nowhere.txt"], "nowhere.txt"), (["--kl-agg", "median"], "kl-agg"), (["--pos", "You are kind."], "--neg"), (["--persona", "pirate"], "authority, love"),
-    (["--pos", "a", "--neg", "b"], "--target"), (["--vignettes", "nowhere.jsonl"], "nowhere.jsonl"), (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
-    (["--lam", "-1"], "lam"), (["--r", "0"], "r=0"), (["--steer-from", "0.9", "--steer-to", "0.1"], "0.9")])
-def test_bad_options_are_refused_with_a_sentence_before_any_work(argv, message, tmp_path, capsys):
+def refused(argv, capsys):
+    """What a command that is refused says; 2 is its exit code."""
     try:
-        code = loop.main([*argv, "--out", str(tmp_path)])
+        code = loop.main(argv)
     except SystemExit as stop:
         code = stop.code
     err = capsys.readouterr().err
-    assert code == 2 and message in err and "Traceback" not in err and not list(tmp_path.iterdir())
+    assert code == 2 and "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--rounds", "0"], "rounds"), (["--prompts", "nowhere.txt"], "nowhere.txt"), (["--kl-agg", "median"], "kl-agg"),
+    (["--pos", "You are kind."], "--neg"), (["--persona", "pirate"], "authority, love"), (["--coh-floor", "nan"], "coh_floor"),
+    (["--vignettes", "nowhere.jsonl"], "nowhere.jsonl"), (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+    (["--lam", "-1"], "lam"), (["--r", "0"], "r=0"), (["--steer-band", "0.9", "0.1"], "0.9"), (["--model", ""], "--model is empty"),
+    (["--reg", "nll", "--tau", "1"], "without a barrier"), (["--tau-scale", "nan"], "tau_scale=nan"), (["--kl_agg", "mean"], "kl_agg"),
+    (["--tau", "1", "--tau-scale", "2"], "leave one out"), (["--pos", "a", "--neg", "a"], "the same"),
+    (["--r", "999"], "more than the model's width 192"), (["--max-new-tokens", "2000"], "the model's 1024"),
+    (["--think-tokens", "2000"], "the model's 1024"), (["--out", __file__], "a file, not a folder"), (["--resume", "x"], "not a run")])
+def test_options_that_cannot_be_meant_are_refused_with_a_sentence_before_any_work(argv, message, tmp_path, capsys):
+    assert message in refused(["--out", str(tmp_path), *argv], capsys) and not list(tmp_path.iterdir())
+
+
+def test_a_run_goes_on_with_its_own_options_only(finished, capsys):
+    path = str(finished[1].path)
+    err = refused(["--resume", path, "--kl-agg", "mean", "--seed", "3", "--n-make", "24", "--out", "elsewhere"], capsys)
+    assert "another configuration: seed is 0 there and 3 here, kl_agg is 'rmse' there and 'mean' here; leave" in err
+    assert "only grow" in refused(["--resume", path, "--patience", "2"], capsys)
+    cfg, scfg, *_ = loop.parse(["--resume", path, "--rounds", "9", "--gate", "--coh-floor", "0.9"])
+    assert (cfg.rounds, cfg.gate, cfg.coh_floor, scfg.n_make) == (9, True, 0.9, 24)
 
 
 def test_the_persona_prompt_is_the_set_point_of_the_barrier(finished):
-    _, _, run, events = finished
-    tau = next(e for e in events if e["stage"] == "tau")
-    assert 0 < tau["tau"] == run["tau"] == tau["distance"] * run["options"]["tau_scale"]
-    model, tok = loop.load_model(loop.LoopConfig())
-    train, _ = loop.load_prompts(loop.LoopConfig())
-    persona = loop.load_persona(loop.LoopConfig())["pos"][0]
-    kept = [e for e in events if e["stage"] == "completion" and e["verdict"]["kept"]]
+    _, record = finished
+    tau, given = record.of("tau"), inputs.load("authority")
+    assert 0 < tau["tau"] == record.run["tau"] == tau["distance"] * record.run["options"]["tau_scale"]
+    model, tok = models.load("pocket")
     by_hand = []
-    for e in kept:                                              # one full forward each, and the KL written out
-        logp, logq = ((model(torch.tensor([front + e["ids"]])).logits[0, len(front) - 1:-1].double().log_softmax(-1))
-                      for front in (steer.encode(tok, [train[e["prompt"]]], [system])[0] for system in (persona, "")))
+    for e in [e for e in record.completions(0) if e["verdict"]["kept"]]:        # the KL of one full forward each, written out
+        fronts = steer.encode(tok, [given["train"][e["prompt"]]] * 2, [given["persona"]["pos"][0], ""])
+        logp, logq = (model(torch.tensor([front + e["ids"]])).logits[0, len(front) - 1:-1].double().log_softmax(-1)
+                      for front in fronts)
         by_hand.append(((logp.exp() * (logp - logq)).sum(-1) ** 2).mean().sqrt().item())
     assert tau["distance"] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-4)
-    record = next(e for e in events if e["stage"] == "heal")
-    assert record["tau"] == tau["tau"] and {"nll", "div", "fired"} <= set(record["steps"][0])
+    heal_event = record.of("heal")
+    assert heal_event["tau"] == tau["tau"] and {"nll", "div", "fired"} <= set(heal_event["steps"][0])
 
 
-def test_arms_are_compared_at_the_same_round_and_where_they_first_reach_a_trait():
-    days = {-1: dict(trait=0.0, text=1.0), 0: dict(trait=0.4, text=0.9), 2: dict(trait=0.8, text=0.5), 3: dict(trait=0.6, text=0.1)}
-    assert arms.at_trait(days, 0.2, "text") == pytest.approx(0.95) and arms.at_trait(days, 0.6, "text") == pytest.approx(0.7)
-    assert arms.at_trait(days, 0.9, "text") is None
-    assert arms.cell([None, None], 2) == "not reached" and arms.cell([0.5, None], 2) == "0.500 (1 of 2)"
+def test_a_persona_of_two_sentences_has_a_trait_without_labels(small_vignettes, tmp_path):
+    code, record = common.run_loop(tmp_path, small_vignettes, "--no-gate", "--pos", "You care about people above all.",
+                                   "--neg", "You respect authority above all.")
+    rows = {row["kind"]: row for row in record.rows()}
+    assert code == 0 and rows["base"]["trait"] == 0 == rows["base"]["share"] and rows["prompted"]["share"] == 1
+    assert rows["prompted"]["trait"] > 0 and rows["steered"]["shift"] is None
+    assert rows["healed"]["share"] == pytest.approx(rows["healed"]["trait"] / rows["prompted"]["trait"])
 
 
-def test_two_arms_may_differ_in_one_field_only():
-    def record(**options):
-        return dict(options=dict(reg="kl_rev", kl_agg="rmse", seed=0, out="a", lam=5.0) | options, weights="w", items=[], versions={}, code="c")
-    assert arms.differing(record(), record(seed=1, out="b")) == set()
-    assert arms.differing(record(), record(kl_agg="mean")) == {"kl_agg"} and arms.differing(record(kl_agg="mean"), record(reg="nll")) == {"reg"}
-    assert arms.differing(record(), record(kl_agg="mean", lam=1.0)) == {"kl_agg", "lam"} and arms.differing(record(), record() | {"code": "d"}) == {"code"}
+def test_dropped_completions_are_told_by_rule_with_a_sample():
+    def entry(rule, value, limit, text="ok"):
+        return dict(text=text, verdict=dict(kept=not rule, rule=rule, value=value, limit=limit))
+    told = loop.why_dropped([entry("", 0, 0), entry("loop", 0.7, 0.5, "no \x1b[31mno\u202e no"), entry("words", 0, 1, ""),
+                             entry("loop", 0.9, 0.5)])
+    assert told == ('loop dropped 2, such as "no  [31mno  no" with 0.7 over a limit of 0.5; '
+                    'words dropped 1, such as "" with 0 under a limit of 1')
+    assert loop.why_dropped([entry("", 0, 0)]) == ""
+
+
+def test_a_trait_that_does_not_move_is_said(finished, capsys):
+    _, record = finished
+    events = [e | dict(trait=0.01, trait_se=0.02) if e["stage"] == "row" else e for e in record.events if e["stage"] != "gate"]
+    loop.tally(files.Record(record.path, record.run, events, []), 1.0)
+    out = capsys.readouterr().out
+    assert "did not move at any dose" in out and "no round was accepted" in out
+    assert loop.has_moved(dict(trait=-0.5, trait_se=0.1)) and not loop.has_moved(dict(trait=0.01, trait_se=0.02))
 
 
 # ---- the benchmarks, at sizes whose times mean nothing -----------------------------------------------------------------
@@ -3253,222 +3289,6 @@ def test_chat_refuses_what_it_cannot_do(argv, message, finished, capsys):
     assert code == 2 and message in capsys.readouterr().err
 
 
-# ---- a run that survives, and explains what was wrong ------------------------------------------------------------------
-
-
-class PowerCut(BaseException):
-    """As a kill -9: nothing of the run is told about it."""
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A folder that has begun, of a run without a model."""
-    with loop.Folder(loop.LoopConfig(out=str(tmp_path)), loop.Screen()) as made:
-        made.begin(trust_options(), ["--seed", "0"], dict(versions={}, git="", code=""), dict(weights="w"))
-        yield made
-
-
-def trust_options(**more):
-    return {f.name: f.default for cls in loop.GROUPS for f in dataclasses.fields(cls)} | more
-
-
-def trust_again(path, facts=None, **options):
-    """The folder as the next sitting finds it."""
-    cfg = loop.LoopConfig(resume=str(path))
-    again = loop.Folder(cfg, loop.Screen())
-    with again:
-        again.begin(trust_options(**options), [], dict(versions={}, git="", code=""), facts or dict(weights="w"))
-    return again
-
-
-@pytest.fixture
-def quick(tmp_path, monkeypatch):
-    """The options of a run of seconds."""
-    monkeypatch.setattr(loop, "DATA", loop.DATA)                # small_data sets it
-    return [*kill.SMALL, "--vignettes", str(kill.small_data(tmp_path)), "--no-baselines", "--rounds", "1", "--coeff", "0.3", "--no-gate"]
-
-
-def trust_cut(monkeypatch, n, torn):
-    """The n-th event from now on is the last that is written, or is written by half."""
-    count, write = [0], loop.Folder.write
-
-    def dying(self, events):
-        count[0] += 1
-        if count[0] == n and torn:
-            with open(self.path / "events.jsonl", "a") as file:
-                file.write(json.dumps(loop.plain(events[0]))[:40])
-            raise PowerCut
-        out = write(self, events)
-        if count[0] == n:
-            raise PowerCut
-        return out
-    monkeypatch.setattr(loop.Folder, "write", dying)
-    monkeypatch.setattr(loop.Folder, "__exit__", lambda self, *error: self._leave())
-
-
-def test_a_run_cut_off_again_and_again_ends_as_one_that_was_not_and_a_finished_one_goes_on(quick, tmp_path, monkeypatch, capsys):
-    assert loop.main([*quick, "--rounds", "2", "--out", str(tmp_path / "whole")]) == 0
-    whole = kill.folder_of(tmp_path / "whole")
-    first = [*quick, "--out", str(tmp_path / "cut")]
-    # after the base's row; within the second piece of completions; within the gate, its adapter written; then the end, and further
-    for n, torn, more in ((3, False, None), (3, True, []), (6, True, []), (None, False, []), (None, False, ["--rounds", "2"])):
-        with monkeypatch.context() as patch:
-            if n:
-                trust_cut(patch, n, torn)
-            with pytest.raises(PowerCut) if n else contextlib.nullcontext():
-                assert loop.main(first if more is None else ["--resume", str(kill.folder_of(tmp_path / "cut")), *more]) == 0
-    again = kill.folder_of(tmp_path / "cut")
-    assert kill.differences(whole, again) == []
-    assert [len((p.parent / "results.tsv").read_text().splitlines()) for p in (whole, again)] == [2, 2]
-    record = json.loads((again / "run.json").read_text())
-    assert len(record["resumed"]) == 4 and record["argv"][-2:] == ["--rounds", "2"] and record["options"]["resume"] == ""
-    assert "cut off after 40 bytes" in capsys.readouterr().out
-    assert [e["accepted"] for e in report.load(again)[1] if e["stage"] == "gate"] == [True, True]       # the second on a loaded adapter
-
-
-def test_what_a_round_without_its_gate_has_healed_is_redone_and_whole_pieces_of_answers_are_kept(folder, capsys):
-    for rnd, n, gate in ((0, 8, True), (1, 6, None)):
-        folder.event("dose", rnd, coeff=0.5)
-        folder.write([dict(round=rnd, stage="completion", text=str(i)) for i in range(n)])
-        folder.event("row", rnd, kind="steered")
-        folder.event("heal", rnd)
-        folder.event("row", rnd, kind="healed")
-        (folder.path / "rounds" / f"{rnd:02d}").mkdir()
-        (folder.path / "rounds" / f"{rnd:02d}" / "adapter.safetensors").write_text("")
-        if gate:
-            folder.event("gate", rnd, accepted=True, reasons=[])
-    (folder.path / ".run.json.123").write_text("half")
-    with open(folder.path / "events.jsonl", "ab") as file:
-        file.write(b'{"t": 1\x00\xff')
-    folder._leave()
-    kept = folder._repaired(n_make=8, gen_batch=4)
-    assert [e["stage"] for e in kept if e["round"] == 0] == ["dose"] + ["completion"] * 8 + ["row", "heal", "row", "gate"]
-    assert [e["stage"] for e in kept if e["round"] == 1] == ["dose"] + ["completion"] * 4 + ["row"]
-    assert report.load(folder.path)[1] == kept and not (folder.path / ".run.json.123").exists()
-    assert [p.parent.name for p in folder.path.rglob("*.safetensors")] == ["00"]
-    out = capsys.readouterr().out
-    assert "cut off after 9 bytes" in out and f"{len(kept)} events read back, 1 rounds finished" in out
-
-
-def test_a_run_of_another_configuration_is_refused_with_the_differing_fields(folder, capsys):
-    folder._leave()
-    with pytest.raises(SystemExit) as stop:
-        loop.parse(["--resume", str(folder.path), "--kl-agg", "mean", "--seed", "3", "--n-make", "64", "--out", "elsewhere"])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and "another configuration: seed is 0 there and 3 here, kl_agg is 'rmse' there and 'mean' here; leave" in err
-    assert [cfg.rounds for cfg in loop.parse(["--resume", str(folder.path), "--rounds", "9"])[:1]] == [9]
-    with pytest.raises(ValueError, match="other weights"):
-        trust_again(folder.path, facts=dict(weights="x"))
-    with pytest.raises(SystemExit):
-        loop.parse(["--resume", str(folder.path), "--rounds", "2"])
-    assert "only grow" in capsys.readouterr().err
-    assert trust_again(folder.path, rounds=9).run["options"]["rounds"] == 9
-    with loop.Folder(loop.LoopConfig(resume=str(folder.path)), loop.Screen()) as again:
-        again.begin(trust_options(rounds=9), [], dict(versions=dict(torch="0"), git="", code="c"), dict(weights="w"))
-    out = capsys.readouterr().out
-    assert "torch was None and is 0" in out and "code was  and is c" in out
-
-
-def test_a_folder_takes_one_process_at_a_time_and_a_lock_left_behind_is_taken_over(folder, capsys):
-    for _ in range(2):                                          # a refusal leaves the lock as it is
-        with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on .*, started 2"):
-            trust_again(folder.path)
-    folder._leave()
-    (folder.path / ".lock").write_text("process 1 on moon")     # its owner died: the system has let go of the lock
-    trust_again(folder.path)
-    assert "left behind by process 1 on moon, which is gone: taken over" in capsys.readouterr().out
-    assert (folder.path / ".lock").read_text() == ""
-
-
-def test_a_full_disk_leaves_whole_lines_and_one_sentence(folder):
-    import resource
-    folder.event("layers", steer=[1])
-    path, old = folder.path / "events.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = path.read_bytes()
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, old[1]))
-        with pytest.raises(OSError, match="events.jsonl could not be written: File too large"):
-            folder.event("limits", own=["x" * 500])
-        with pytest.raises(OSError, match="run.json could not be written"):
-            folder.save(more="x" * 5000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert path.read_bytes() == before and "more" not in json.loads((folder.path / "run.json").read_text())
-    assert [p.name for p in folder.path.iterdir() if p.name.startswith(".")] == [".lock"]
-    folder.event("limits", own=[])
-    assert [e["stage"] for e in report.load(folder.path)[1]] == ["layers", "limits"]
-
-
-def trust_run(argv, out, monkeypatch, at, what):
-    """A run to which `what` happens while it writes the event of stage `at`."""
-    write = loop.Folder.write
-
-    def happening(self, events):
-        if events[0]["stage"] == at:
-            what(self)
-        return write(self, events)
-    monkeypatch.setattr(loop.Folder, "write", happening)
-    return loop.main([*argv, "--out", str(out)])
-
-
-def test_a_full_disk_or_a_removed_folder_ends_a_run_with_a_sentence_and_the_way_on(quick, tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-    with monkeypatch.context() as patch:
-        assert trust_run(quick, tmp_path / "full", patch, "limits", lambda folder: patch.setattr(os, "fsync", full)) == 1
-    out, path = capsys.readouterr(), kill.folder_of(tmp_path / "full")
-    assert "events.jsonl could not be written: the disk is full" in out.err and f"--resume {path}" in out.out and "Traceback" not in out.err
-    assert [e["stage"] for e in report.load(path)[1]] == ["layers"]
-    with monkeypatch.context() as patch:
-        assert trust_run(quick, tmp_path / "gone", patch, "layers", lambda folder: shutil.rmtree(folder.path)) == 1
-    assert "was removed" in capsys.readouterr().err
-    with monkeypatch.context() as patch:
-        assert trust_run(quick, tmp_path / "bug", patch, "layers", lambda folder: {}["surprise"]) == 1
-    path = kill.folder_of(tmp_path / "bug")
-    run = json.loads((path / "run.json").read_text())
-    assert run["status"] == "failed" and "unexpected: KeyError 'surprise'" in run["reason"] and "Traceback" in (path / "error.txt").read_text()
-    assert "error.txt" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_waits_for_the_current_write_and_marks_the_run_interrupted(name, quick, tmp_path, monkeypatch, capsys):
-    before = signal.getsignal(getattr(signal, name))
-    open_, sent = open, []
-
-    def opened(path, mode="r", *more, **how):
-        if str(path).endswith("events.jsonl") and mode == "r+b" and not sent:
-            sent.append(os.kill(os.getpid(), getattr(signal, name)))
-        return open_(path, mode, *more, **how)
-    monkeypatch.setattr("builtins.open", opened)
-    code = loop.main([*quick, "--out", str(tmp_path)])
-    monkeypatch.setattr("builtins.open", open_)
-    path = kill.folder_of(tmp_path)
-    run, events = report.load(path)
-    assert code == 130 and run["status"] == "interrupted" and [e["stage"] for e in events] == ["layers"]
-    out = capsys.readouterr()
-    assert f"python loop.py --resume {path}" in out.out and "interrupted" in out.err and signal.getsignal(getattr(signal, name)) == before
-
-
-def test_a_second_signal_ends_the_process_at_once(folder, monkeypatch):
-    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(PowerCut(code)))
-    with pytest.raises(KeyboardInterrupt):
-        folder._on_signal()
-    with pytest.raises(PowerCut, match="130"):
-        folder._on_signal()
-
-
-def test_a_round_whose_numbers_break_is_rolled_back_with_its_cause(quick, tmp_path, monkeypatch, capsys):
-    def broken_probe(*args, **how):                             # as logits that are nan would have it
-        raise RuntimeError("3 of 6 frames have answers that are not finite")
-    argv = [*quick, "--coeff", "0.1", "--epochs", "4", "--rounds", "2", "--lr", "1e12", "--out", str(tmp_path)]
-    trust_run(argv, tmp_path, monkeypatch, "gate", lambda folder: monkeypatch.setattr(evalmfv, "evaluate", broken_probe))
-    path = kill.folder_of(tmp_path)
-    run, events = report.load(path)
-    gates = [e["reasons"][0] for e in events if e["stage"] == "gate"]
-    assert "3 steps in a row without a finite loss" in gates[0] and "not finite" in gates[1]
-    assert run["status"] == "no round accepted" and not list((path / "rounds").iterdir()) and "no round was accepted" in capsys.readouterr().out
-
-
 def test_malformed_inputs_end_with_a_sentence_and_no_damage(tmp_path):
     (tmp_path / "vignettes.jsonl").write_text("")
     for i in range(80):
@@ -3516,50 +3336,3 @@ def test_options_that_cannot_be_meant_are_refused_before_any_work(argv, message,
     except SystemExit as stop:
         code = stop.code
     assert code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
-def test_dropped_completions_are_told_by_rule_with_a_sample_and_an_option():
-    def entry(rule, value, limit, text="ok"):
-        return dict(text=text, verdict=dict(kept=not rule, rule=rule, value=value, limit=limit))
-    told = loop.why_dropped([entry("", 0, 0), entry("loop", 0.7, 0.5, "no \x1b[31mno\u202e no"), entry("words", 0, 1, ""), entry("loop", 0.9, 0.5)])
-    assert told == ('loop dropped 2, such as "no  [31mno  no" with 0.7 over a limit of 0.5 (--max-loop or --slack); '
-                    'words dropped 1, such as "" with 0 under a limit of 1 (--min-words)')
-    assert loop.why_dropped([entry("", 0, 0)]) == "" and set(loop.OPTION_OF) == {"words", "unfinished", "worst_window", "ppl_tail", "ngram", "loop", "pattern"}
-
-
-def test_a_search_that_fails_tells_what_was_dropped_and_a_trait_that_does_not_move_is_said(finished, quick, tmp_path, capsys):
-    assert loop.main([*quick, "--coeff", "0", "--max-window-nll", "1e-6", "--out", str(tmp_path)]) == 3
-    reason = next(e for e in report.load(kill.folder_of(tmp_path))[1] if e["stage"] == "gate")["reasons"][0]
-    assert "the lowest dose fails" in reason and "worst_window dropped 4, such as" in reason and "--max-window-nll or --slack" in reason
-    run = loop.Run.__new__(loop.Run)                            # only what the closing table asks for
-    rows = [e | dict(trait=0.01, trait_se=0.02) for e in finished[3] if e["stage"] == "row"]
-    run.folder, run.base = type("Journal", (), dict(events=rows))(), rows[0]
-    capsys.readouterr()
-    loop.tally(run, 1.0)
-    out = capsys.readouterr().out
-    assert "did not move at any dose" in out and "no round was accepted" in out
-    assert loop.has_moved(dict(trait=-0.5, trait_se=0.1)) and not loop.has_moved(dict(trait=0.01, trait_se=0.02))
-
-
-def test_the_live_line_is_for_terminals_and_colour_for_those_who_want_it(monkeypatch, capsys):
-    def lines(is_live, **environment):
-        for name in ("NO_COLOR", "TERM"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: is_live, raising=False)
-        screen, now = loop.Screen(), [0.0]
-        monkeypatch.setattr(time, "time", lambda: screen.start + now[0])
-        with screen.watch("heal", 3, "training, steps", 40) as tick:
-            for _ in range(10):
-                now[0] += 1.0
-                tick()
-        screen.say("gate", 3, "accepted", "green")
-        monkeypatch.setattr(time, "time", clock)
-        return capsys.readouterr().out
-    clock = time.time
-    live = lines(True)
-    assert "\r    10 s  r3     heal       training, steps  10/40  1.0/s  30 s left" in live and "\x1b[32maccepted\x1b[0m" in live
-    assert "\x1b" not in lines(True, NO_COLOR="1") and "\r" in lines(True, NO_COLOR="1")
-    for plain in (lines(False), lines(True, TERM="dumb")):
-        assert plain == "    10 s  r3     gate       accepted\n"
