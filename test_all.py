@@ -15,7 +15,6 @@ import math
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -35,9 +34,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent
-sys.path[:0] = [str(ROOT), str(ROOT / "pocket"), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT / folder) for folder in (".", "pocket", "bench", "tests")]
 
-import arms                                                     # noqa: E402
+import common                                                   # noqa: E402
 import evalmfv                                                  # noqa: E402
 import heal as heal_py                                          # noqa: E402
 import kill                                                     # noqa: E402
@@ -47,13 +46,13 @@ import generate as bench_generate                               # noqa: E402
 import make_pocket                                              # noqa: E402
 import malformed                                                # noqa: E402
 import measure                                                  # noqa: E402
-import report                                                   # noqa: E402
+from tools import folder as files, inputs, model as models, report  # noqa: E402
 import roofline                                                 # noqa: E402
 import steer                                                    # noqa: E402
 import world                                                    # noqa: E402
 from evalmfv import FOUNDATIONS                                 # noqa: E402
 from heal import (AGGREGATES, HealConfig, Passes, Sample, aggregate, divergences, forward_kl, heal,  # noqa: E402
-                  lr_factor, naive_losses, reverse_kl, split, token_losses)
+                  lr_factor, mean_nll, naive_losses, pieces, reverse_kl, split, token_losses)
 from lora import LoraConfig, attach, blocks                     # noqa: E402
 from steer import (Completion, Limits, SteerConfig, band, calibrate_limits, choose, find_dose, fit_vectors, generate,  # noqa: E402
                    judge, readings, render, repeats, steered, token_nll)
@@ -89,18 +88,20 @@ def tiny_model(tok, seed=0, dtype=torch.float32, layers=4, d=32):
     return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
 
 
-# ==== heal.py: the barrier and the round ====================================================================
+# ==== heal.py: the barrier and the round ==============================================================================
 
 def heal_case(dtype=torch.float32, history=0):
     """A tiny model, a stack with `history` folded rounds, seeded noise in the current round, six uneven samples."""
     model = tiny_model(tiny_tokenizer(), dtype=dtype)
-    if dtype == torch.float64:                                  # transformers' norm rounds to float32
+    if dtype == torch.float64:                                              # transformers' norm rounds to float32
         for name, norm in [(name, m) for name, m in model.named_modules() if name.endswith("norm")]:
             exact = torch.nn.RMSNorm(len(norm.weight), eps=norm.variance_epsilon, dtype=dtype).requires_grad_(False)
-            model.set_submodule(name, exact)                    # the weights are ones in both
+            model.set_submodule(name, exact)                                # the weights are ones in both
     stack = attach(model, r=4, alpha=8, layers=[1, 2])
     for rnd in range(history + 1):
-        heal_noise(stack, seed=rnd)
+        rng = torch.Generator().manual_seed(rnd)
+        for p in stack.parameters():
+            p.data.copy_(0.1 * torch.randn(p.shape, generator=rng))
         if rnd < history:
             stack.fold()
     rng = torch.Generator().manual_seed(9)
@@ -109,58 +110,39 @@ def heal_case(dtype=torch.float32, history=0):
     return model, stack, samples
 
 
-def heal_noise(stack, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    for p in stack.parameters():
-        p.data.copy_(0.1 * torch.randn(p.shape, generator=rng))
-
-
 def heal_base(stack):
     return lambda: stack.gated(0, 0)
 
 
 def heal_nll(model, stack, samples):
-    return Passes(model, samples, heal_base(stack)).mean_nll(list(range(len(samples))), 50)
+    return mean_nll(Passes(model, samples, heal_base(stack)), samples, 50)
 
 
 def heal_logits(n=5, V=7, seed=0, dtype=torch.float64, size=3.0):
     return size * torch.randn(n, V, generator=torch.Generator().manual_seed(seed), dtype=dtype)     # [n, V]
 
 
-def heal_flat(tensors):
-    return torch.cat([x.detach().flatten() for x in tensors])
-
-
-def heal_run(model, stack, samples, tau=0.0, seed=0, rnd=0, held_out=False, **options):
-    """heal() without its warnings and, as one prompt is never held out, without validation: most tests look elsewhere."""
-    cfg = HealConfig(**{"tau": tau, "lr": 1e-3, **options})
+def heal_run(model, stack, samples, tau=0.0, seed=0, **options):
+    """heal() with its warnings silenced: most tests look at something else."""
+    cfg = HealConfig(**{"val_share": 0.0, "lr": 1e-3, **options})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return heal(model, stack.parameters(), samples if held_out else [s._replace(group=0) for s in samples],
-                    heal_base(stack), cfg, seed=seed, rnd=rnd, spectral=stack.spectral if cfg.spectral else None)
-
-
-def heal_numbers(record, keys=("nll", "div", "gnorm")):
-    return torch.tensor([[s[key] for key in keys] for s in record["steps"]])
-
-
-def heal_double_loop(logits, ref_logits):
-    """KL(student || reference) at each position, number by number."""
-    out = []
-    for z, z0 in zip(logits.tolist(), ref_logits.tolist()):
-        total, total0 = sum(map(math.exp, z)), sum(map(math.exp, z0))
-        out.append(sum(math.exp(a) / total * math.log((math.exp(a) / total) / (math.exp(b) / total0))
-                       for a, b in zip(z, z0)))
-    return out
+        return heal(model, stack.parameters(), samples, heal_base(stack), cfg, tau=tau, seed=seed,
+                    spectral=stack.spectral if cfg.spectral else None)
 
 
 def test_heal_reverse_kl_equals_a_double_loop_and_torch_distributions():
     p, q = heal_logits(seed=0), heal_logits(seed=1)
-    naive = torch.tensor(heal_double_loop(p, q), dtype=torch.float64)
+    naive = []
+    for z, z0 in zip(p.tolist(), q.tolist()):
+        total, total0 = sum(map(math.exp, z)), sum(map(math.exp, z0))
+        naive.append(sum(math.exp(a) / total * math.log((math.exp(a) / total) / (math.exp(b) / total0))
+                         for a, b in zip(z, z0)))
     peer = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=p),
                                              torch.distributions.Categorical(logits=q))
-    assert torch.allclose(reverse_kl(p, q), naive, atol=1e-12) and torch.allclose(reverse_kl(p, q), peer, atol=1e-12)
-    assert torch.allclose(forward_kl(q, p), peer, atol=1e-12)   # directions: forward is the swap
+    assert torch.allclose(reverse_kl(p, q), torch.tensor(naive, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(reverse_kl(p, q), peer, atol=1e-12)
+    assert torch.allclose(forward_kl(q, p), peer, atol=1e-12)               # directions: forward is the swap
     assert not torch.allclose(forward_kl(p, q), peer, atol=1e-2)
 
 
@@ -169,25 +151,35 @@ def test_heal_kl_is_computed_in_float32_when_logits_are_bfloat16():
     q = (p.float() + 0.05 * heal_logits(4, 5000, seed=1, dtype=torch.float32, size=1.0)).bfloat16()
     kl, exact = reverse_kl(p, q), reverse_kl(p.double(), q.double())
     assert kl.dtype == torch.float32 and (kl.double() - exact).abs().max() < 1e-6
+    with pytest.raises(ValueError, match="one shape"):
+        reverse_kl(p, q[:1])
 
 
 @pytest.mark.parametrize("how", AGGREGATES)
-def test_heal_gradients_of_the_barrier(how):
-    """Right in float64, finite where student and reference agree, exactly zero below tau."""
-    p, q = heal_logits().requires_grad_(), heal_logits(seed=1)
-    for divergence in (reverse_kl, forward_kl):
-        assert torch.autograd.gradcheck(lambda x: aggregate(divergence(x, q), how), p)
-    same = heal_logits(dtype=torch.float32).requires_grad_()
-    div = aggregate(reverse_kl(same, same.detach().clone()), how)
+@pytest.mark.parametrize("divergence", [reverse_kl, forward_kl])
+def test_heal_gradcheck_of_every_aggregate_of_both_divergences(how, divergence):
+    q = heal_logits(seed=1)
+    assert torch.autograd.gradcheck(lambda p: aggregate(divergence(p, q), how), heal_logits().requires_grad_())
+
+
+@pytest.mark.parametrize("how", AGGREGATES)
+def test_heal_gradient_is_finite_and_zero_where_student_and_reference_agree(how):
+    p = heal_logits(dtype=torch.float32).requires_grad_()
+    div = aggregate(reverse_kl(p, p.detach().clone()), how)
     div.backward()
-    assert div.item() == 0 and same.grad.abs().max() < 1e-7     # nan fails this too
+    assert div.item() == 0 and p.grad.abs().max() < 1e-7                    # nan fails this too
+
+
+@pytest.mark.parametrize("how", AGGREGATES)
+def test_heal_gradient_of_the_barrier_is_exactly_zero_below_tau(how):
+    p, q = heal_logits().requires_grad_(), heal_logits(seed=1)
     div = aggregate(reverse_kl(p, q), how)
     for tau, is_zero in ((div.item() * 1.001, True), (div.item() * 0.999, False)):
         grad, = torch.autograd.grad(torch.relu(div - tau), p, retain_graph=True)
         assert torch.equal(grad, torch.zeros_like(grad)) == is_zero, (tau, grad)
 
 
-def test_heal_aggregates_are_ordered_and_agree_on_a_constant_and_rmse_sees_a_short_loop():
+def test_heal_aggregates_are_ordered_and_agree_on_a_constant():
     rng = torch.Generator().manual_seed(0)
     for n in (1, 2, 7, 60):
         kl = torch.rand(n, generator=rng) ** 4
@@ -196,21 +188,32 @@ def test_heal_aggregates_are_ordered_and_agree_on_a_constant_and_rmse_sees_a_sho
         assert values["p95"] <= values["max"]
         for how in AGGREGATES:
             assert abs(aggregate(torch.full((n,), 0.3), how).item() - 0.3) < 1e-6, how
-    kl = torch.zeros(60); kl[:4] = 5.7                          # a four-token loop in a clean completion
+
+
+def test_heal_rmse_opens_the_barrier_that_mean_leaves_shut():
+    kl = torch.zeros(60); kl[:4] = 5.7                                      # a four-token loop in a clean completion
     assert aggregate(kl, "mean") < 0.5 < aggregate(kl, "rmse")
     assert abs(aggregate(kl, "rmse").item() - 5.7 * (4 / 60) ** 0.5) < 1e-6
 
 
+def test_heal_unknown_or_empty_aggregates_raise():
+    with pytest.raises(ValueError, match="how='median': expected mean, rmse, p95, max"):
+        aggregate(torch.ones(3), "median")
+    for kl in (torch.ones(0), torch.ones(2, 3)):                            # [2, 3] would pool two samples
+        with pytest.raises(ValueError, match="one sample"):
+            aggregate(kl, "rmse")
+
+
 def test_heal_losses_are_those_of_each_sample_run_alone():
     model, stack, samples = heal_case()
-    nlls, kls = Passes(model, samples, heal_base(stack)).losses([4, 0, 3, 2, 1])
-    for sample, nll, kl in zip([samples[i] for i in (4, 0, 3, 2, 1)], nlls, kls, strict=True):
-        ids = torch.tensor([sample.ids])                        # [1, T], no padding and no mask
+    nlls, kls = Passes(model, samples, heal_base(stack)).losses(samples)
+    for sample, nll, kl in zip(samples, nlls, kls):
+        ids = torch.tensor([sample.ids])                                    # [1, T], no padding and no mask
         with torch.no_grad():
-            logp = model(input_ids=ids).logits[0].log_softmax(-1)                   # [T, V]
+            logp = model(input_ids=ids).logits[0].log_softmax(-1)           # [T, V]
             with stack.gated(0, 0):
-                logq = model(input_ids=ids).logits[0].log_softmax(-1)               # [T, V]
-        want = range(sample.n_prompt - 1, len(sample.ids) - 1)  # position t predicts token t + 1
+                logq = model(input_ids=ids).logits[0].log_softmax(-1)       # [T, V]
+        want = range(sample.n_prompt - 1, len(sample.ids) - 1)              # position t predicts token t + 1
         alone = torch.tensor([-logp[t, sample.ids[t + 1]] for t in want])
         assert torch.allclose(nll, alone, atol=1e-4), (nll - alone).abs().max()
         alone = torch.stack([(logp[t].exp() * (logp[t] - logq[t])).sum() for t in want])
@@ -226,7 +229,7 @@ def test_heal_batch_composition_and_padding_do_not_change_a_sample():
             assert torch.allclose(a, b, atol=1e-10), (a - b).abs().max()
     assert [len(kl) for kl in alone] == [5, 1, 9, 12, 3, 7] and all(kl.min() > 0 for kl in alone)
     passes = Passes(model, samples, heal_base(stack))
-    assert abs(passes.mean_nll([0, 1, 2, 3], 1) - passes.mean_nll([2, 3, 0, 1], 60)) < 1e-10
+    assert abs(mean_nll(passes, samples, 1) - mean_nll(passes, samples, 60)) < 1e-10
 
 
 @pytest.mark.parametrize("reg, lam", [("nll", 0.0), ("kl_rev", 3.0), ("kl_fwd", 3.0)])
@@ -236,25 +239,26 @@ def test_heal_passes_of_any_size_add_up_to_one_step(reg, lam):
         model, stack, samples = heal_case(torch.float64, history=1)
         record = heal_run(model, stack, samples, tau=0.05, reg=reg, lam=lam, heal_batch=6, pass_tokens=pass_tokens,
                           epochs=3, spectral=0.1)
-        rows.append(heal_numbers(record))
-        weights.append(heal_flat(stack.parameters()))
+        rows.append([[s[k] for k in ("nll", "div", "gnorm", "grad_nll", "grad_barrier")] for s in record["steps"]])
+        weights.append(torch.cat([p.detach().flatten() for p in stack.parameters()]))
     for other_rows, other in zip(rows[1:], weights[1:]):
-        assert torch.allclose(rows[0], other_rows, rtol=1e-4)
-        assert torch.allclose(weights[0], other, atol=1e-5)     # float32 weights after three Adam steps
+        assert torch.allclose(torch.tensor(rows[0]), torch.tensor(other_rows), rtol=1e-4)
+        assert torch.allclose(weights[0], other, atol=1e-5)                 # float32 weights after three Adam steps
 
 
 def test_heal_loss_is_the_documented_one():
     """The gradient of the formula, written out sample by sample, is what one step reports as its norm."""
     model, stack, samples = heal_case(torch.float64)
-    tau, lam, total = 0.2, 5.0 * 3 ** 0.5, 0                    # round 2: lam * (1 + 2) ** 0.5
+    params, tau, lam = stack.parameters(), 0.2, 5.0 * 3 ** 0.5              # round 2: lam * (1 + 2) ** 0.5
+    total = 0
     for s in samples:
-        (nll,), (kl,) = Passes(model, [s], heal_base(stack)).losses([0])
+        (nll,), (kl,) = Passes(model, [s], heal_base(stack)).losses([s])
         total = total + len(kl) * (nll.mean() + lam * torch.relu((kl.square().mean()).sqrt() - tau))
-    loss = total / sum(len(s.answer) for s in samples) + 0.3 * stack.spectral()
-    expected = heal_flat(torch.autograd.grad(loss, stack.parameters())).norm().item()
-    record = heal_run(model, stack, samples, tau=tau, rnd=2, lam=5.0, lam_round_pow=0.5, heal_batch=6, pass_tokens=30,
-                      epochs=1, spectral=0.3)
-    assert abs(record["steps"][0]["gnorm"] - expected) < 1e-4 * expected            # reported before clipping
+    loss = total / sum(len(s.ids) - s.n_prompt for s in samples) + 0.3 * stack.spectral()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)]).norm().item()
+    cfg = HealConfig(lr=1e-3, lam=5.0, lam_round_pow=0.5, heal_batch=6, pass_tokens=30, epochs=1, val_share=0.0, spectral=0.3)
+    record = heal(model, params, samples, heal_base(stack), cfg, tau=tau, rnd=2, spectral=stack.spectral)
+    assert abs(record["steps"][0]["gnorm"] - expected) < 1e-4 * expected    # the reported norm is before clipping
     assert abs(record["lam_eff"] - lam) < 1e-12 and 0 < record["steps"][0]["fired"] < 1
 
 
@@ -262,10 +266,10 @@ def test_heal_loss_is_the_documented_one():
 def test_heal_gradient_of_any_round_equals_finite_differences(history):
     """float64 base, float32 adapters: every perturbed value is a float32, so the step is measured, not assumed."""
     model, stack, samples = heal_case(torch.float64, history=history)
-    params, sizes = stack.parameters(), [len(s.answer) for s in samples]
+    params, sizes = stack.parameters(), [len(s.ids) - s.n_prompt for s in samples]
 
     def loss():
-        nlls, kls = Passes(model, samples, heal_base(stack)).losses(list(range(6)))
+        nlls, kls = Passes(model, samples, heal_base(stack)).losses(samples)
         each = [n * (nll.mean() + 5.0 * torch.relu(aggregate(kl, "rmse") - 0.05))
                 for n, nll, kl in zip(sizes, nlls, kls)]
         return sum(each) / sum(sizes)
@@ -282,7 +286,7 @@ def test_heal_gradient_of_any_round_equals_finite_differences(history):
                 ends.append((flat[i].item(), loss().item()))
         flat[i] = start
         slope, grad = (ends[1][1] - ends[0][1]) / (ends[1][0] - ends[0][0]), p.grad.view(-1)[i].item()
-        assert abs(slope - grad) < 1e-4 * abs(slope) + 1e-6, (slope, grad)          # the step's own error: 1e-6
+        assert abs(slope - grad) < 1e-4 * abs(slope) + 1e-6, (slope, grad)  # the step's own error is of order 1e-6
 
 
 def test_heal_leaves_the_base_without_gradient_and_unchanged_bit_for_bit():
@@ -302,49 +306,42 @@ def test_heal_lowers_nll_and_a_tight_barrier_keeps_D_lower_than_nll_alone():
     ends = {}
     for reg in ("nll", "kl_rev"):
         model, stack, samples = heal_case()
-        stack.drop()                                            # the round starts at the base
-        before = heal_nll(model, stack, samples)
+        stack.drop()                                                        # the round starts at the base
         record = heal_run(model, stack, samples, tau=0.02, reg=reg, lam=30.0, lr=5e-3, epochs=10)
         div = [aggregate(kl, "rmse").item() for kl in divergences(model, samples, heal_base(stack))]
-        ends[reg] = before, heal_nll(model, stack, samples), max(div)
-        assert record["steps"][0]["div"] == 0                   # B = 0: the student is the reference
+        ends[reg] = record["nll_first"], heal_nll(model, stack, samples), max(div)
+        assert record["steps"][0]["div"] == 0                               # B = 0: the student is the reference
     assert ends["nll"][1] < ends["nll"][0] - 1 and ends["kl_rev"][1] < ends["kl_rev"][0] - 0.2, ends
     assert ends["kl_rev"][2] < 0.2 * ends["nll"][2], ends
 
 
-def test_heal_holds_out_whole_prompts_and_reports_nll_of_tokens_before_and_after():
+def test_heal_holds_out_whole_prompts_and_reports_their_nll():
     model, stack, samples = heal_case()
-    twice = samples + [s._replace(ids=s.ids[:-1] + [9]) for s in samples if len(s.answer) > 1]
-    train, val = ([twice[i] for i in part] for part in split(twice, 0.15, torch.Generator().manual_seed(0)))
+    twice = samples + [s._replace(ids=s.ids[:-1] + [9]) for s in samples if len(s.ids) - s.n_prompt > 1]
+    train, val = split(twice, 0.3, torch.Generator().manual_seed(0))
     assert not {s.group for s in train} & {s.group for s in val}
-    assert len({s.group for s in val}) == 1 and len(train) + len(val) == len(twice)
+    assert len({s.group for s in val}) == 2 and len(train) + len(val) == len(twice)
     start = [p.detach().clone() for p in stack.parameters()]
-    record = heal_run(model, stack, twice, epochs=1, held_out=True)
+    record = heal_run(model, stack, twice, val_share=0.3, epochs=1, seed=0)
     after = heal_nll(model, stack, val)
     for p, value in zip(stack.parameters(), start):
         p.data.copy_(value)
     assert abs(record["val_nll_before"] - heal_nll(model, stack, val)) < 1e-5
     assert abs(record["val_nll_after"] - after) < 1e-5
-    assert record["n_train"] == len(train) and record["n_tokens"] == sum(len(s.answer) for s in train)
-    still = heal_run(model, stack, twice, epochs=2, held_out=True, lr=1e-12)        # an epoch's mean, not a batch's
-    assert still["nll_first"] == pytest.approx(heal_nll(model, stack, train), abs=1e-5) == still["nll_last"]
-    alone = heal_run(model, stack, [samples[0]], epochs=1)      # a lone prompt is trained on
+    assert record["n_train"] == len(train) and record["n_tokens"] == sum(len(s.ids) - s.n_prompt for s in train)
+    alone = heal_run(model, stack, [samples[0]], val_share=0.3, epochs=1)   # a lone prompt is trained on
     assert alone["n_train"] == 1 and alone["val_nll_before"] is None
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_heal_sees_every_sample_once_an_epoch_and_the_reference_once_a_round(fast):
+def test_heal_every_sample_is_seen_once_an_epoch_and_a_short_last_batch_is_a_step():
     model, stack, samples = heal_case()
-    seen = {True: [], False: []}
-
-    def count(module, args, given):
-        seen[stack.layers["model.layers.1.self_attn.q_proj"].current == 0] += given["attention_mask"].sum(1).tolist()
-    model.register_forward_pre_hook(count, with_kwargs=True)
-    record = heal_run(model, stack, samples, heal_batch=4, epochs=3, fast=fast)
-    assert [(s["step"], s["epoch"]) for s in record["steps"]] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2)]
-    lengths = [len(s.ids) for s in samples]                     # 4 + 2 samples: a short last batch is a step
-    assert sorted(seen[False]) == sorted(3 * lengths + fast * 2 * [lengths[0]])     # + two probes of the head
-    assert sorted(seen[True]) == sorted((1 if fast else 3) * lengths)
+    seen = []
+    model.register_forward_pre_hook(lambda module, args, given: seen.extend(given["attention_mask"].sum(1).tolist()),
+                                    with_kwargs=True)
+    record = heal_run(model, stack, samples, heal_batch=4, epochs=2)
+    assert [s["step"] for s in record["steps"]] == [0, 1, 2, 3]             # 4 + 2 samples, twice
+    probes = 2 * [len(samples[0].ids)] + 3 * [max(len(s.ids) for s in samples)]         # the start: which shortcuts hold here
+    assert sorted(seen) == sorted([len(s.ids) for s in samples] * 3 + probes)           # the student twice, the reference once
 
 
 def test_heal_is_reproduced_by_its_seed_and_leaves_the_global_generator_alone():
@@ -354,28 +351,28 @@ def test_heal_is_reproduced_by_its_seed_and_leaves_the_global_generator_alone():
         state = torch.get_rng_state()
         heal_run(model, stack, samples, heal_batch=2, epochs=2, seed=seed)
         assert torch.equal(torch.get_rng_state(), state)
-        ends.append(heal_flat(stack.parameters()))
+        ends.append(torch.cat([p.detach().flatten() for p in stack.parameters()]))
     assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
 
 
 def test_heal_learning_rate_warms_up_then_falls_and_no_step_is_idle():
-    factors = [lr_factor(step, 40) for step in range(40)]
+    factors = [lr_factor(step, 40, 0.1) for step in range(40)]
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and factors[4:] == sorted(factors[4:], reverse=True)
-    assert 0 < factors[-1] < 0.01 and abs(lr_factor(22, 40) - 0.5) < 1e-12
-    assert lr_factor(0, 1) == 1
+    assert 0 < factors[-1] < 0.01 and abs(lr_factor(22, 40, 0.1) - 0.5) < 1e-12
+    assert lr_factor(0, 1, 0.1) == 1 and lr_factor(0, 1, 0.0) == 1
 
 
 def test_heal_warns_of_a_barrier_that_never_or_always_fired():
     model, stack, samples = heal_case()
     for tau, message in ((1e3, "never fired"), (1e-9, "always fired")):
         with pytest.warns(UserWarning, match=message):
-            record = heal(model, stack.parameters(), samples, heal_base(stack), HealConfig(lr=1e-3, tau=tau, epochs=1))
+            record = heal(model, stack.parameters(), samples, heal_base(stack), HealConfig(lr=1e-3, epochs=1), tau=tau)
         assert message in record["warning"] and record["fired_share"] == (tau < 1)
-    cfg = HealConfig(lr=1e-3, tau=1e3, epochs=1, reg="nll")     # no barrier, but D is measured
-    with warnings.catch_warnings():
+    with warnings.catch_warnings():                                         # nll has no barrier, D is measured
         warnings.simplefilter("error")
-        record = heal(model, stack.parameters(), samples, heal_base(stack), cfg)
+        record = heal(model, stack.parameters(), samples, heal_base(stack), HealConfig(lr=1e-3, epochs=1, reg="nll"), tau=1e3)
     assert record["warning"] is None and record["lam_eff"] == 0 and record["steps"][0]["div"] > 0
+    assert record["steps"][0]["grad_barrier"] == 0
 
 
 def test_heal_skips_a_step_that_is_not_finite_and_gives_up_after_three_in_a_row():
@@ -383,7 +380,7 @@ def test_heal_skips_a_step_that_is_not_finite_and_gives_up_after_three_in_a_row(
         model, stack, samples = heal_case()
         calls = []
 
-        def spoil(module, args, output):                        # one student forward of six rows per step
+        def spoil(module, args, output):                                    # one student forward of six rows per step
             if stack.layers["model.layers.1.self_attn.q_proj"].current and len(output.last_hidden_state) == 6:
                 calls.append(0)
                 if len(calls) - 1 in bad:
@@ -399,8 +396,9 @@ def test_heal_skips_a_step_that_is_not_finite_and_gives_up_after_three_in_a_row(
 
 
 @pytest.mark.parametrize("options", [dict(reg="wd"), dict(kl_agg="median"), dict(lam=-1.0), dict(tau=math.inf),
-                                     dict(lr=0.0), dict(epochs=0), dict(pass_tokens=0), dict(heal_batch=0),
-                                     dict(lam_round_pow=math.nan), dict(spectral=math.nan), dict(weight_decay=-1)])
+                                     dict(lr=-1.0), dict(epochs=0), dict(pass_tokens=0), dict(warmup=1.0),
+                                     dict(val_share=-0.1), dict(clip=0.0), dict(lam_round_pow=math.nan),
+                                     dict(spectral=math.nan)])
 def test_heal_config_names_the_bad_option(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))}="):
         HealConfig(**options)
@@ -408,28 +406,18 @@ def test_heal_config_names_the_bad_option(options):
 
 def test_heal_refuses_bad_arguments_before_any_forward():
     model, stack, samples = heal_case()
-    params, base, cfg = stack.parameters(), heal_base(stack), HealConfig(lr=1e-3, tau=1.0)
-    others, (h, h0, W, targets, _) = [s._replace(ids=s.ids[:-1] + [9]) for s in samples], heal_head()
-    model.forward = None                                        # a forward would be a TypeError
+    params, base, cfg = stack.parameters(), heal_base(stack), HealConfig(lr=1e-3)
+    model.forward = None                                                    # a forward would be a TypeError
     for bad, message in (
-            (lambda: heal(model, params, [], base, cfg), "no samples"),
-            (lambda: heal(model, params, [Sample([1, 2], 2, 0)], base, cfg), "sample 0: n_prompt=2 of 2"),
-            (lambda: heal(model, params, [Sample([1, 2], 0, 0)], base, cfg), "sample 0: n_prompt=0"),
-            (lambda: heal(model, [], samples, base, cfg), "params: got 0"),
-            (lambda: heal(model, [params[0].bfloat16()], samples, base, cfg), "bfloat16"),
-            (lambda: heal(model, params, samples, base, HealConfig(lr=1e-3)), "cfg.tau=None.*calibrate"),
-            (lambda: heal(model, params, samples, base, HealConfig(tau=1.0)), "cfg.lr=None.*calibrate"),
-            (lambda: heal(model, params, samples, base, HealConfig(lr=1e-3, tau=1, spectral=0.1)), "needs spectral="),
-            (lambda: divergences(model, samples, base, reg="wd"), "reg='wd'"),
-            (lambda: divergences(model, samples, base, ref_samples=others), "same completions"),
-            (lambda: aggregate(torch.ones(3), "median"), "how='median': expected mean, rmse, p95, max"),
-            (lambda: aggregate(torch.ones(0), "rmse"), "one sample"),
-            (lambda: aggregate(torch.ones(2, 3), "rmse"), "one sample"),            # would pool two samples
-            (lambda: reverse_kl(h, h0[:1]), "one shape"),
-            (lambda: token_losses(h, h0[:3], W, targets), r"\[3, 16\]"),
-            (lambda: token_losses(h, h0, W.T, targets), r"not \[N, d\]"),
-            (lambda: token_losses(h, h0, W.clone().requires_grad_(), targets), "head requires a gradient"),
-            (lambda: token_losses(h, h0, W, targets, reg="wd"), "reg='wd'")):
+            (lambda: heal(model, params, [], base, cfg, tau=1.0), "no samples"),
+            (lambda: heal(model, params, [Sample([1, 2], 2, 0)], base, cfg, tau=1.0), "sample 0: n_prompt=2 of 2"),
+            (lambda: heal(model, params, [Sample([1, 2], 0, 0)], base, cfg, tau=1.0), "sample 0: n_prompt=0"),
+            (lambda: heal(model, [], samples, base, cfg, tau=1.0), "params: got 0"),
+            (lambda: heal(model, [params[0].bfloat16()], samples, base, cfg, tau=1.0), "bfloat16"),
+            (lambda: heal(model, params, samples, base, cfg, tau=math.nan), "tau=nan"),
+            (lambda: heal(model, params, samples, base, HealConfig(lr=1e-3, spectral=0.1), tau=1.0), "needs spectral="),
+            (lambda: heal(model, params, samples, base, HealConfig(), tau=1.0), "cfg.lr=0"),
+            (lambda: divergences(model, samples, base, reg="wd"), "reg='wd'")):
         with pytest.raises(ValueError, match=message):
             bad()
 
@@ -456,7 +444,7 @@ def test_heal_works_with_any_adapter_and_any_way_to_switch_it_off():
 
     model = Bag()
     samples = [Sample([1, 2, 3, 3, 3, 3], 2, g) for g in range(8)]
-    record = heal(model, [model.bias], samples, model.switched_off, HealConfig(lr=0.1, lam=0.5, tau=0.1))
+    record = heal(model, [model.bias], samples, model.switched_off, HealConfig(lr=0.1, lam=0.5), tau=0.1)
     assert record["val_nll_after"] < record["val_nll_before"] - 0.1 and model.bias.argmax() == 3
 
 
@@ -475,17 +463,17 @@ def heal_head(N=37, V=301, d=16, dtype=torch.float64, seed=0, shift=0.3):
 @pytest.mark.parametrize("reg", ["kl_rev", "kl_fwd"])
 def test_heal_token_losses_equal_naive_autograd_in_float64(reg, how):
     h, h0, W, targets, b = heal_head()
-    for bias, cap, tile in ((None, 0.0, 64), (b, 0.0, 50), (None, 5.0, 301), (b, 5.0, 7), (b, 5.0, 1000)):
+    for bias, cap, lazy, tile in ((None, 0.0, False, 64), (b, 0.0, True, 50), (None, 5.0, False, 301), (b, 5.0, True, 7), (b, 5.0, False, 1000)):
         values, grads = [], []
         for tiled in (True, False):
             x = h.clone().requires_grad_()
             if tiled:
-                nll, kl = token_losses(x, h0, W, targets, bias=bias, cap=cap, reg=reg, tile=tile)
+                nll, kl = token_losses(x, h0, W, targets, bias=bias, cap=cap, reg=reg, lazy=lazy, tile=tile)
             else:
                 logits = [z if bias is None else z + b for z in (x @ W.T, h0 @ W.T)]
                 nll, kl = naive_losses(*(z if not cap else cap * (z / cap).tanh() for z in logits), targets, reg)
             assert nll.dtype == kl.dtype == torch.float64
-            D = aggregate(kl[:20], "rmse" if how == "barrier alone" else how)       # the rest: no gradient in KL
+            D = aggregate(kl[:20], "rmse" if how == "barrier alone" else how)           # the rest has no gradient in KL
             loss = (how != "barrier alone") * nll.mean() + 5 * torch.relu(D - 0.1)
             values.append(torch.cat([nll, kl]))
             grads.append(torch.autograd.grad(loss, x)[0])
@@ -497,26 +485,26 @@ def test_heal_token_losses_survive_large_logits_and_agree_on_which_bits_are_zero
     h, h0, W, targets, _ = heal_head(dtype=torch.float32)
     for dtype in (torch.float32, torch.bfloat16):
         x = h.to(dtype).clone().requires_grad_()
-        nll, kl = token_losses(x, h.to(dtype), W.to(dtype), targets, tile=64)       # student = reference
+        nll, kl = token_losses(x, h.to(dtype), W.to(dtype), targets, tile=64)           # student = reference
         assert kl.eq(0).all() and nll.dtype == torch.float32
         (nll.sum() * 0 + aggregate(kl, "rmse")).backward()
         assert x.grad.eq(0).all() and x.grad.dtype == dtype
-    x, x0, W = 60 * h.double(), 60 * h0.double(), W.double()    # logits of +-240
-    tiled, naive = token_losses(x, x0, W, targets, tile=64), naive_losses(x @ W.T, x0 @ W.T, targets)
+    x = (60 * h).double().requires_grad_()                                              # logits of +-240
+    tiled, naive = token_losses(x, 60 * h0.double(), W.double(), targets, tile=64), naive_losses(x @ W.double().T, 60 * h0.double() @ W.double().T, targets)
     assert naive[1].max() > 100 and all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(tiled, naive))
 
 
-@pytest.mark.parametrize("shift, better", [(0.012, 400), (0.06, 15)])               # mean KL about .003 and .07 nats
+@pytest.mark.parametrize("shift, better", [(0.012, 400), (0.06, 15)])                   # mean KL about .003 and .07 nats
 def test_heal_token_losses_in_bfloat16_are_nearer_the_truth_than_a_bfloat16_softmax(shift, better):
     h, h0, W, targets, _ = heal_head(N=64, V=4096, d=128, dtype=torch.bfloat16, shift=shift)
-    W = W / 4                                                   # logits of a few nats; exact
+    W = W / 4                                                                           # logits of a few nats; exact
     x = h.double().requires_grad_()
     _, truth = naive_losses(x @ W.double().T, h0.double() @ W.double().T, targets)
     aggregate(truth, "rmse").backward()
     y = h.clone().requires_grad_()
     _, kl = token_losses(y, h0, W, targets, tile=512)
     aggregate(kl, "rmse").backward()
-    logp, logq = ((z @ W.T).log_softmax(-1) for z in (h, h0))   # what the peers do
+    logp, logq = ((z @ W.T).log_softmax(-1) for z in (h, h0))                           # what the peers do
     peers = (logp.exp() * (logp - logq)).sum(-1)
     error, theirs = ((k.double() - truth).abs().mean().item() for k in (kl, peers))
     assert theirs / error >= better, (truth.mean().item(), theirs, error, theirs / error)
@@ -535,17 +523,27 @@ def test_heal_token_losses_never_hold_more_than_a_tile_of_the_logits():
                 own = isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given
                 self.numel = max(self.numel, t.numel() if own else 0)
             return out
-    h, h0, W, targets, _ = heal_head(N=40, V=5000, d=16, dtype=torch.bfloat16)
-    given, x = {W.untyped_storage().data_ptr()}, h.requires_grad_()
-    with Largest() as seen:
-        nll, kl = token_losses(x, h0, W, targets, tile=100)
-        (nll.mean() + kl.mean()).backward()
-    assert seen.numel == 40 * 100, seen.numel                   # N * tile, of N * V = 200,000
+    for lazy in (False, True):
+        h, h0, W, targets, _ = heal_head(N=40, V=5000, d=16, dtype=torch.bfloat16)
+        given, x = {W.untyped_storage().data_ptr()}, h.requires_grad_()
+        with Largest() as seen:
+            nll, kl = token_losses(x, h0, W, targets, tile=100, lazy=lazy)
+            (nll.mean() + kl.mean()).backward()
+        assert seen.numel == 40 * 100, seen.numel                                       # N * tile, of N * V = 200,000
+
+
+def test_heal_token_losses_refuse_what_they_would_get_wrong():
+    h, h0, W, targets, _ = heal_head()
+    for bad, message in ((lambda: token_losses(h, h0[:3], W, targets), r"\[3, 16\]"), (lambda: token_losses(h, h0, W.T, targets), "expected"),
+                         (lambda: token_losses(h, h0, W.clone().requires_grad_(), targets), "head requires a gradient"),
+                         (lambda: token_losses(h, h0, W, targets, reg="wd"), "reg='wd'")):
+        with pytest.raises(ValueError, match=message):
+            bad()
 
 
 def heal_families():
-    from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig,
-                              GraniteForCausalLM, PhiConfig, PhiForCausalLM)
+    from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM,
+                              PhiConfig, PhiForCausalLM)
     tiny = dict(vocab_size=262, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
                 num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return {"soft-capped": (Gemma2ForCausalLM, Gemma2Config(**tiny, head_dim=8, final_logit_softcapping=3.0)),
@@ -554,63 +552,171 @@ def heal_families():
             "biased": (PhiForCausalLM, PhiConfig(**tiny | dict(num_key_value_heads=4)))}
 
 
-@pytest.mark.parametrize("name", ["soft-capped", "divided", "multiplied", "biased", "unknown", "edited", "hooked", "trained"])
+@pytest.mark.parametrize("name", ["soft-capped", "divided", "multiplied", "biased", "unknown", "hooked", "trained"])
 def test_heal_reads_any_head_as_the_model_does(name):
     """Exact without logits where the config tells the head; from the model's own logits where it does not."""
     torch.manual_seed(0)
-    families = heal_families()
-    cls, config = families.get(name, families["divided"])
+    cls, config = heal_families()["divided" if name in ("unknown", "hooked", "trained") else name]
     model = cls(config).eval().requires_grad_(False)
-    forward = model.forward
-
-    def other(*args, **kwargs):
-        out = forward(*args, **kwargs)
-        if name == "unknown":
-            out.logits = out.logits.square()
-        else:
-            out.logits[..., [100, 200]] = -50.0                 # past the one column that an idle head would make
-        return out
     if name == "biased":
         model.lm_head.bias.data.normal_()
-    elif name in ("unknown", "edited"):
+    if name == "unknown":
+        model.config.logits_scaling = 1.0                       # the model divides by what it read when it was made
+        model.model.register_forward_hook(lambda m, a, out: None)
+        forward = model.forward
+
+        def other(*args, **kwargs):
+            out = forward(*args, **kwargs)
+            out.logits = out.logits.square()
+            return out
         model.forward = other
-    elif name == "hooked":
+    if name == "hooked":
         model.lm_head.register_forward_hook(lambda m, a, out: out + 1.0)
-    stack, samples, results = attach(model, r=4, alpha=8, layers=[1, 2]), heal_case()[2], []
-    model.lm_head.weight.requires_grad_(name == "trained")
-    heal_noise(stack)
-    for fast in (True, False):
-        passes = Passes(model, samples, heal_base(stack), fast=fast)
-        assert (passes.head is not None) == (fast and name in families)
-        for _ in range(2):                                      # the second time the reference from memory
-            nlls, kls = passes.losses(list(range(6)))
+    if name == "trained":
+        model.lm_head.weight.requires_grad_()
+    stack = attach(model, r=4, alpha=8, layers=[1, 2])
+    if name == "trained":
+        model.lm_head.weight.requires_grad_()
+    rng = torch.Generator().manual_seed(0)
+    for p in stack.parameters():
+        p.data.copy_(0.1 * torch.randn(p.shape, generator=rng))
+    samples = heal_case()[2]
+    results = []
+    for shortcuts in (True, False):
+        passes = Passes(model, samples, heal_base(stack), params=stack.parameters(), tiled=shortcuts, cache_reference=shortcuts,
+                        cache_below=shortcuts)
+        assert passes.tiled == (shortcuts and name in heal_families())
+        for _ in range(2):                                      # the second time from memory
+            nlls, kls = passes.losses(samples)
         loss = torch.cat(nlls).mean() + sum(aggregate(kl, "rmse") for kl in kls)
-        results.append((heal_flat([*nlls, *kls]), heal_flat(torch.autograd.grad(loss, stack.parameters()))))
+        results.append((torch.cat([*nlls, *kls]).detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, stack.parameters())])))
     for a, b in zip(*results):
         assert torch.allclose(a, b, atol=1e-4 * b.abs().max()), (a - b).abs().max()
-    logits, targets = model(input_ids=torch.tensor([samples[0].ids])).logits[0, 2:-1], torch.tensor(samples[0].answer)
-    assert torch.allclose(nlls[0], torch.nn.functional.cross_entropy(logits, targets, reduction="none"), atol=1e-3)
+    s, logits = samples[0], model(input_ids=torch.tensor([samples[0].ids])).logits[0]
+    assert torch.allclose(nlls[0], torch.nn.functional.cross_entropy(logits[2:-1], torch.tensor(s.ids[3:]), reduction="none"), atol=1e-3)
 
 
-@pytest.mark.parametrize("reg, how, tau", [("kl_rev", "rmse", 0.0), ("kl_rev", "rmse", 0.2), ("kl_rev", "p95", 0.1),
-                                           ("kl_fwd", "rmse", 0.1), ("nll", "mean", 0.0)])
+@pytest.mark.parametrize("reg, how, tau", [("kl_rev", "rmse", 0.0), ("kl_rev", "rmse", 0.2), ("kl_rev", "p95", 0.1), ("kl_fwd", "rmse", 0.1), ("nll", "mean", 0.0)])
 def test_heal_shortcuts_change_no_number_of_a_round(reg, how, tau):
+    names = ("tiled", "lazy_kl", "cache_reference", "cache_below")
     runs = []
-    for fast in (True, False):
+    for off in ([], *([n] for n in names), names):
         model, stack, samples = heal_case(history=1)
-        record = heal_run(model, stack, samples, tau=tau, reg=reg, kl_agg=how, heal_batch=2, epochs=3, fast=fast)
-        assert record["shortcuts"] is fast
-        runs.append(heal_numbers(record))
-    assert len(runs[0]) == 9 and torch.allclose(*runs, rtol=1e-5, atol=1e-5), (runs[0] - runs[1]).abs().max()
+        record = heal_run(model, stack, samples, tau=tau, reg=reg, kl_agg=how, heal_batch=2, epochs=3, **dict.fromkeys(off, False))
+        assert record["shortcuts"] == {"tiled": "tiled" not in off, "lazy_kl": "lazy_kl" not in off,
+                                       "cache_reference": "cache_reference" not in off, "cache_below": 0 if "cache_below" in off else 1}
+        runs.append(torch.tensor([[s[k] for k in ("nll", "div", "gnorm")] for s in record["steps"]]))
+    for other in runs[1:]:
+        assert torch.allclose(runs[0], other, rtol=1e-5, atol=1e-5), (runs[0] - other).abs().max()
+    assert len(runs[0]) == 9
+
+
+def test_heal_runs_the_reference_and_the_blocks_below_once_per_sample():
+    counts = {}
+    for on in (True, False):
+        model, stack, samples = heal_case(history=1)
+        rows = {"below": 0, "reference": 0}
+
+        def below(module, args, out):
+            rows["below"] += len(out)
+
+        def top(module, args, kwargs, out):
+            rows["reference"] += len(out) * (stack.layers["model.layers.1.self_attn.q_proj"].current == 0)
+        model.model.layers[0].mlp.register_forward_hook(below)
+        model.model.layers[3].register_forward_hook(top, with_kwargs=True)
+        heal_run(model, stack, samples, heal_batch=2, epochs=4, cache_reference=on, cache_below=on)
+        counts[on] = rows
+    assert counts[True]["reference"] == 6 and counts[False]["reference"] == 4 * 6
+    assert counts[True]["below"] - counts[True]["reference"] == 6 + 4 and counts[False]["below"] == 2 * 4 * 6 + 2       # + probes at the start
 
 
 def test_heal_leaves_the_model_as_it_was_also_after_an_exception():
     model, stack, samples = heal_case()
-    passes = Passes(model, samples, heal_base(stack))
+    with pytest.raises(KeyboardInterrupt):
+        heal(model, stack.parameters(), samples, heal_base(stack), HealConfig(lr=1e-3, val_share=0.0), tau=0.0,
+             log=lambda row: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert not any("forward" in vars(m) for m in model.modules())
+    passes = Passes(model, samples, heal_base(stack), params=stack.parameters())
+    assert len(passes.below) == 1
     model.model.layers[3].register_forward_hook(lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        passes.losses([0])
-    assert passes.head and not any("forward" in vars(m) for m in model.modules())
+        passes.losses(samples)
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_heal_a_block_that_is_steered_below_is_not_skipped():
+    model, stack, samples = heal_case()
+    with steer.steered(model, {0: torch.ones(32)}, 1.0):
+        passes = Passes(model, samples, heal_base(stack), params=stack.parameters())
+        assert passes.below == [] and passes.tiled
+    assert len(Passes(model, samples, heal_base(stack), params=stack.parameters()).below) == 1
+
+
+@pytest.mark.parametrize("odd", ["tuple", "skip", "expert"])
+def test_heal_blocks_that_pass_on_more_than_their_state_are_not_skipped(odd):
+    """What the next blocks read past the hidden state: a tuple's rest, a trained skip from block 0 that is still zero, a
+    trained part of a block that one sample reaches and another does not."""
+    class Block(torch.nn.Module):
+        def __init__(self, i):
+            super().__init__()
+            self.i, self.linear = i, torch.nn.Linear(16, 16, dtype=torch.float64).requires_grad_(False)
+            if i == (1 if odd == "expert" else 2):
+                self.train_me = torch.nn.Parameter(torch.zeros(16, 16, dtype=torch.float64))
+
+        def forward(self, h, ids, first, extra):
+            if hasattr(self, "train_me"):
+                seen = first if odd == "skip" else h
+                h = h + (seen @ self.train_me) * ((ids > 9)[..., None] if odd == "expert" else 1.0)
+            h = h + self.linear(h).tanh() + (extra if extra is not None else 0.0)
+            return (h, h.mean(1, keepdim=True)) if odd == "tuple" else h
+
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.head = torch.nn.Embedding(20, 16, dtype=torch.float64), torch.nn.Linear(16, 20, bias=False, dtype=torch.float64)
+            self.requires_grad_(False)
+            self.layers, self.on = torch.nn.ModuleList([Block(i) for i in range(4)]), True
+
+        def get_output_embeddings(self):
+            return self.head
+
+        def forward(self, input_ids, attention_mask):
+            h, extra, first = self.embed(input_ids), None, None
+            for block in self.layers:
+                out = block(h, input_ids, first, extra)
+                h, extra = out if odd == "tuple" else (out, None)
+                first = h if first is None else first
+            self.logits = self.head(h)
+            return self
+
+    samples = [Sample([3, 4, 5, 6, 7, 8, 3, 5, 2], 2, 0), Sample([3, 4, 12, 11, 15], 2, 1)]
+    runs = []
+    for on in (True, False):
+        model = Odd()
+        params = [p for p in model.parameters() if p.requires_grad]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            record = heal(model, params, samples, contextlib.nullcontext, HealConfig(lr=0.1, val_share=0.0, heal_batch=1, cache_below=on), tau=1.0)
+        runs.append(torch.cat([p.detach().flatten() for p in params]))
+        assert record["shortcuts"]["tiled"] and record["shortcuts"]["cache_below"] <= (1 if on and odd == "expert" else 0), record["shortcuts"]
+    assert runs[0].abs().max() > 0 and torch.allclose(*runs, atol=1e-9)
+
+
+def test_heal_a_model_that_edits_single_logits_takes_the_plain_path():
+    model, stack, samples = heal_case()
+    forward = model.forward
+
+    def edited(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits[..., [100, 200]] = -50.0                     # an index past the one column that a caught head would make
+        return out
+    model.forward = edited
+    passes = Passes(model, samples, heal_base(stack), params=stack.parameters())
+    assert not passes.tiled and passes.below == []
+    nll = passes.losses(samples[:1])[0][0]
+    logits = model(input_ids=torch.tensor([samples[0].ids])).logits[0, 2:-1]
+    assert torch.allclose(nll, torch.nn.functional.cross_entropy(logits, torch.tensor(samples[0].ids[3:]), reduction="none"), atol=1e-5)
 
 
 def test_heal_out_of_memory_halves_the_pass_and_changes_no_number():
@@ -620,94 +726,46 @@ def test_heal_out_of_memory_halves_the_pass_and_changes_no_number():
 
         def full(module, args, kwargs):
             if len(kwargs["input_ids"]) > limit:
-                cpu = RuntimeError("DefaultCPUAllocator: can't allocate memory: no room")
-                raise [torch.OutOfMemoryError("no room"), cpu][limit % 2]
+                raise [torch.OutOfMemoryError("no room"), RuntimeError("DefaultCPUAllocator: can't allocate memory: no room")][limit % 2]
         model.register_forward_pre_hook(full, with_kwargs=True)
-        results.append(heal_numbers(heal_run(model, stack, samples, heal_batch=6, epochs=2)))
+        record = heal_run(model, stack, samples, heal_batch=6, epochs=2)
+        results.append(torch.tensor([[s["nll"], s["div"], s["gnorm"]] for s in record["steps"]]))
     assert all(torch.allclose(results[0], other, rtol=1e-6) for other in results[1:])
-    model.register_forward_pre_hook(lambda m, a: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
+    model.register_forward_pre_hook(lambda m, a, k: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")), with_kwargs=True)
     with pytest.raises(torch.OutOfMemoryError):
         heal_run(model, stack, samples, heal_batch=6, epochs=2)
 
 
 def test_heal_pieces_fit_the_budget_and_lose_nothing():
-    model, stack, _ = heal_case()
     samples = [Sample([1] * n, 1, 0) for n in (9, 3, 3, 2, 40, 5)]
-    passes = Passes(model, samples, heal_base(stack))
-    for budget in (1, 10, 27, 90, 1000):
-        cut = passes.pieces([4, 0, 5, 1, 2, 3], budget)
-        assert sum(cut, []) == [4, 0, 5, 1, 2, 3]
-        assert all(len(p) == 1 or len(p) * max(len(samples[i].ids) for i in p) <= budget for p in cut)
-    assert [len(p) for p in passes.pieces([4, 0, 5, 1, 2, 3], 10)] == [1, 1, 2, 2]
+    for budget in (1, 10, 27, 1000):
+        cut = pieces(samples, budget)
+        assert sum(cut, []) == samples and all(len(p) == 1 or len(p) * max(len(s.ids) for s in p) <= budget for p in cut)
+    assert [len(p) for p in pieces(samples, 10)] == [1, 3, 1, 1]
 
 
 def test_heal_divergences_of_other_prompts_compare_the_same_completion():
     model, stack, samples = heal_case(torch.float64)
-    others = [Sample([7, 8, 9, *s.answer], 3, s.group) for s in samples]
+    others = [Sample([7, 8, 9, *s.ids[s.n_prompt:]], 3, s.group) for s in samples]
     with stack.gated(0, 0):
-        kls = divergences(model, samples, contextlib.nullcontext, ref_samples=others)
-        for s, other, kl in zip(samples, others, kls, strict=True):
+        for s, other, kl in zip(samples, others, divergences(model, samples, contextlib.nullcontext, ref_samples=others)):
             p, q = (model(input_ids=torch.tensor([x.ids])).logits[0, x.n_prompt - 1:-1] for x in (s, other))
             assert torch.allclose(kl, reverse_kl(p, q), atol=1e-10) and kl.max() > 0
+    with pytest.raises(ValueError, match="same completions"):
+        divergences(model, samples, contextlib.nullcontext, ref_samples=others[::-1])
 
 
-def heal_alone(folder, *command):
-    """What python prints in a folder that holds nothing but heal.py."""
-    shutil.copy(heal_py.__file__, folder)
-    out = subprocess.run([sys.executable, "-E", *command], cwd=folder, capture_output=True, text=True)
+def test_heal_stands_alone_and_imports_the_standard_library_and_torch_only(tmp_path):
+    source = Path(heal_py.__file__).read_text()
+    names = {alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names) | {"torch"}, names
+    (tmp_path / "heal.py").write_text(source)
+    out = subprocess.run([sys.executable, "-E", "heal.py"], cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    return out.stdout
-
-
-def test_heal_imports_the_standard_library_and_torch_only_and_its_demo_computes_its_table(tmp_path):
-    names = set()
-    for node in ast.walk(ast.parse(Path(heal_py.__file__).read_text())):            # nested imports too
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add("." * node.level + (node.module or "").split(".")[0])
-        assert getattr(node, "id", "") != "__import__" and getattr(node, "attr", "") != "import_module"
-    assert "torch" in names and names <= set(sys.stdlib_module_names) | {"torch"}, names
-
-    printed = {line.split()[0]: line.split()[1:] for line in heal_alone(tmp_path, "heal.py").splitlines()[1:]}
-    with contextlib.redirect_stdout(io.StringIO()):
-        demo = runpy.run_path(heal_py.__file__, run_name="__main__")
-    expected = []
-    for logits in (demo["shift"], demo["loop"]):
-        kl = sorted(heal_double_loop(logits.double(), demo["base"].double()))
-        at = 0.95 * (len(kl) - 1)
-        low, high = kl[math.floor(at)], kl[math.ceil(at)]
-        expected.append({"mean": sum(kl) / len(kl), "rmse": math.sqrt(sum(x * x for x in kl) / len(kl)),
-                         "p95": low + (at - math.floor(at)) * (high - low), "max": kl[-1]})
-    assert set(printed) == set(expected[0])
-    for how, (shift, loop, ratio, *verdict) in printed.items():
-        assert float(shift) == pytest.approx(expected[0][how], abs=6e-4), how
-        assert float(loop) == pytest.approx(expected[1][how], abs=6e-4), how
-        assert ("lets" in verdict) == (expected[1][how] < 0.5) and float(shift) < 0.5
-
-
-def test_heal_alone_heals_a_peft_model_by_its_docstring(tmp_path):
-    pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
-    code = heal_py.__doc__.split("for example:\n\n")[1].split("\n\n")[0]
-    print_it = heal_alone(tmp_path, "-c", f"""
-import sys, torch
-sys.path.insert(0, ".")                                         # -E keeps the folder out where -c is given
-from heal import HealConfig, Sample, heal
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
-torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                     num_attention_heads=2, num_key_value_heads=2))
-model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-pairs_of_ids = [([3, 4 + i], [7, 8, 9, 7, 8, 9]) for i in range(8)]
-if True:
-{code}
-with model.disable_adapter():
-    assert record["steps"][0]["div"] == 0
-assert record["shortcuts"] and record["n_val"] == 1
-print(record["nll_first"] > record["nll_last"], record["val_nll_before"] > record["val_nll_after"])
-""")
-    assert print_it.split() == ["True", "True"]
+    table = {line.split()[0]: line.split()[1:4] for line in out.stdout.splitlines()[1:]}
+    assert table == {"mean": ["0.018", "0.379", "21x"], "rmse": ["0.026", "1.527", "58x"],
+                     "p95": ["0.049", "3.777", "77x"], "max": ["0.095", "8.081", "85x"]}
 
 
 # ==== lora.py: the gated accumulator ==================================================================================
@@ -2435,34 +2493,37 @@ def test_the_plan_counts_parameters_and_keys_and_values_as_the_model_has_them(na
     assert n["active"] == inside - idle
 
 
-# ==== the house, the pocket world, the loop, the report ===============================================================
+# ==== the house: what is promised of every file =========================================================================
 
-CONCEPTS = ("steer", "heal", "lora", "evalmfv", "report")
+CONCEPTS = ("steer", "heal", "lora", "evalmfv")
+TOOLS = sorted(p.stem for p in (ROOT / "tools").glob("*.py") if p.stem != "__init__")
+SOURCES = sorted(p for folder in (".", "tools", "tests", "bench", "pocket") for p in (ROOT / folder).glob("*.py"))
 
 
-def imported(path):
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported(path, top_only=False):
+    """Names of modules that a file imports anywhere, or at its top: `from tools import x` is tools.x."""
+    names, tree = set(), ast.parse(path.read_text())
+    for node in tree.body if top_only else ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "tools":
+            names |= {f"tools.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
-    return names
+            names.add(node.module)
+    return {name if name.startswith("tools.") else name.split(".")[0] for name in names}
 
 
-def top_level(path):
-    """Modules that importing the file imports: not those that its main part asks for."""
-    body = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    return {name for node in body for name in ([a.name.split(".")[0] for a in node.names] if isinstance(node, ast.Import) else [node.module.split(".")[0]])}
-
-
-def test_heal_imports_only_the_standard_library_and_torch():
-    assert imported(ROOT / "heal.py") - set(sys.stdlib_module_names) == {"torch"}
-
-
-@pytest.mark.parametrize("name", CONCEPTS)
-def test_a_concept_file_imports_no_project_file_and_nothing_beyond_the_five_packages(name):
-    assert top_level(ROOT / f"{name}.py") - set(sys.stdlib_module_names) <= {"torch", "transformers", "safetensors", "numpy", "jinja2"}
+@pytest.mark.parametrize("name", ["loop", *CONCEPTS, *(f"tools/{name}" for name in TOOLS)])
+def test_imports_go_one_way(name):
+    """Nested imports too: a higher room is not reached late either."""
+    rooms = {"loop", *CONCEPTS, *(f"tools.{tool}" for tool in TOOLS)}
+    allowed = {"loop": rooms, "evalmfv": {"steer"}}.get(name, set() if name in CONCEPTS else rooms - {"loop"})
+    packages = {"heal": {"torch"}, "lora": {"torch"}, "steer": {"torch", "transformers"}, "evalmfv": {"torch"}}
+    optional = {"tools/export": {"gguf"}}                       # asked for by name, and refused with a sentence
+    found = imported(ROOT / f"{name}.py") - set(sys.stdlib_module_names)
+    assert found & rooms <= allowed, found & rooms - allowed
+    five = {"torch", "transformers", "safetensors", "numpy"} | optional.get(name, set())
+    assert found - rooms - {"tools"} <= packages.get(name, five), found
 
 
 def test_requirements_name_the_five_packages_and_no_others():
@@ -2470,43 +2531,50 @@ def test_requirements_name_the_five_packages_and_no_others():
     assert sorted(line.split(">=")[0] for line in lines) == ["numpy", "pytest", "safetensors", "torch", "transformers"]
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("*/*.py")), ids=lambda p: p.name)
-def test_no_file_loads_pickles_or_remote_code(path):
-    if path.name == "test_all.py":
-        return
-    assert unsafe(path.read_text()) == [], path
-    assert not imported(path) & {"pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
-    assert path.parent.name == "bench" or "peft" not in imported(path)      # there it is measured
-
-
 def unsafe(source):
     """What in a file could run code that came with a checkpoint, a run folder or a text."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.keyword) and (node.arg in ("weights_only", "allow_pickle")
-                                              or node.arg == "trust_remote_code" and getattr(node.value, "value", True)   # left out, it asks the user
-                                              or node.arg == "shell" and getattr(node.value, "value", True)):
-            found.append(node.arg)
+        if isinstance(node, ast.keyword):
+            is_on = getattr(node.value, "value", True)
+            if node.arg in ("weights_only", "allow_pickle") or node.arg in ("trust_remote_code", "shell") and is_on:
+                found.append(node.arg)
         elif isinstance(node, ast.Call):
-            name, owner = getattr(node.func, "attr", getattr(node.func, "id", "")), getattr(getattr(node.func, "value", None), "id", "")
-            if name in ("exec", "__import__") or (owner, name) in (("os", "system"), ("os", "popen"), ("torch", "load"), ("np", "load"), ("numpy", "load")) \
-                    or name in ("eval", "compile") and not isinstance(node.func, ast.Attribute):        # not model.eval(), re.compile()
-                found.append(name)
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            owner = getattr(getattr(node.func, "value", None), "id", "")
+            if name in ("exec", "__import__") or (owner, name) in (
+                    ("os", "system"), ("os", "popen"), ("torch", "load"), ("np", "load"), ("numpy", "load")) \
+                    or name in ("eval", "compile") and not isinstance(node.func, ast.Attribute):
+                found.append(name)                              # not model.eval(), re.compile()
     return found
 
 
-@pytest.mark.parametrize("source", ["eval(x)", "exec('a')", "torch.load(p)", "f(trust_remote_code=True)", "run(c, shell=True)", "run(c, shell=x)", "os.system(c)",
-                                    "np.load(p)", "np.load(p, allow_pickle=True)", "__import__(m)", "compile(a, b, c)"])
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.name != "test_all.py"], ids=lambda p: p.name)
+def test_no_file_loads_pickles_or_remote_code(path):
+    assert unsafe(path.read_text()) == [], path
+    assert not imported(path) & {"pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
+    assert path.parent.name in ("bench", "tests") or "peft" not in imported(path)      # there it is compared with
+
+
+@pytest.mark.parametrize("source", [
+    "eval(x)", "exec('a')", "torch.load(p)", "f(trust_remote_code=True)", "run(c, shell=True)", "run(c, shell=x)",
+    "os.system(c)", "np.load(p)", "np.load(p, allow_pickle=True)", "__import__(m)", "compile(a, b, c)"])
 def test_the_check_for_unsafe_calls_sees_each_of_them(source):
     assert unsafe(source) and not unsafe("model.eval(); re.compile(p); run(c, shell=False); stack.load(p)")
 
 
-def test_lines_copied_between_files_are_identical():
-    copied = {"render": (steer, evalmfv), "in_batches": (steer, evalmfv), "roomy_cache": (steer, evalmfv), "blocks": (steer, lora_py),
-              "write_whole": (lora_py, report, steer), "opt": (steer, heal_py, lora_py, loop)}
-    for name, files in copied.items():
-        sources = {inspect.getsource(getattr(file, name)) for file in files}
-        assert len(sources) == 1, name
+def test_the_lines_that_are_copied_between_files_are_identical():
+    for name in ("opt", "check_ranges"):
+        assert len({inspect.getsource(getattr(room, name)) for room in (steer, heal_py, lora_py)}) == 1, name
+    assert loop.opt is heal_py.opt
+
+
+def test_files_are_no_longer_and_no_wider_than_what_reads_well():
+    for path in SOURCES:
+        wide = [n for n, line in enumerate(path.read_text().split("\n"), 1) if len(line) > 110]
+        assert not wide, f"{path.name}: lines {wide[:9]} are over 110 columns"
+    for name in ("loop", *CONCEPTS):
+        assert len((ROOT / f"{name}.py").read_text().splitlines()) <= 500, name
 
 
 @pytest.mark.parametrize("name", ["heal", "lora"])
@@ -2516,14 +2584,13 @@ def test_a_concept_file_runs_alone_in_an_empty_folder(tmp_path, name):
     assert out.returncode == 0 and out.stdout, out.stderr
 
 
-@pytest.mark.parametrize("name", ["steer", "evalmfv", "report"])
-def test_a_command_line_file_can_be_imported_alone_and_says_how_it_is_used(tmp_path, name):
-    shutil.copy(ROOT / f"{name}.py", tmp_path)
-    out = subprocess.run([sys.executable, f"{name}.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert "usage" in (out.stdout + out.stderr).lower() and "Traceback" not in out.stderr, out.stderr
+def test_steer_can_be_imported_alone_and_says_how_it_is_used(tmp_path):
+    shutil.copy(ROOT / "steer.py", tmp_path)
+    out = subprocess.run([sys.executable, "steer.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert "usage" in out.stdout.lower() and "Traceback" not in out.stderr, out.stderr
 
 
-def test_help_takes_three_seconds_at_most_and_does_not_import_transformers():
+def test_help_is_quick_shows_ten_options_first_and_does_not_import_transformers():
     code = "import sys, loop\ntry: loop.parse(['--help'])\nexcept SystemExit: print('transformers' in sys.modules)"
     spent = []
     for _ in range(2):                                          # the better of two: the first may fill the disk cache
@@ -2532,9 +2599,19 @@ def test_help_takes_three_seconds_at_most_and_does_not_import_transformers():
         after = os.times()                                      # of the processor: by the clock a busy machine would fail
         spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert out.stdout.splitlines()[-1] == "False", out.stdout[-200:] + out.stderr
-    for group in ("loop: ", "steer: ", "lora: ", "heal: "):
-        assert group in out.stdout
+    titles = ["turned first:", "loop: ", "steer: ", "lora: ", "heal: "]
+    at = [out.stdout.index(title) for title in titles]
+    assert at == sorted(at) and out.stdout[at[0]:at[1]].count("\n  --") == 10 == len(loop.FIRST)
+    options = {f.name for cls in loop.GROUPS for f in dataclasses.fields(cls)}
+    assert len(options) <= 46 and not re.search(r"--\w+_", out.stdout)
     assert min(spent) < 3, spent
+
+
+def test_every_word_after_loop_py_says_how_it_is_used(capsys):
+    for word in loop.WORDS:
+        with pytest.raises(SystemExit) as stop:
+            loop.main([word, "--help"])
+        assert stop.value.code == 0 and f"loop.py {word}" in capsys.readouterr().out, word
 
 
 def test_ci_runs_the_test_command_of_the_readme():
@@ -2543,18 +2620,31 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert "python loop.py --kl-agg rmse" in readme and "python loop.py --kl-agg rmse --rounds 1" in ci
 
 
-def test_one_batch_size_stands_for_all(capsys):
-    cfg, scfg, _, _ = loop.parse(["--batch-size", "8"])
-    assert (cfg.eval_batch, scfg.gen_batch) == (8, 8)
-    with pytest.raises(SystemExit):
-        loop.parse(["--batch-size", "-1"])
-    assert "-1" in capsys.readouterr().err
-
-
 def test_the_readme_snippet_runs():
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
+
+
+def stale(text, is_ancestor):
+    """Commits that a page calls the origin of its results and that are not in the history; none if the page says that
+    they were not repeated since."""
+    commits = re.findall(r"at commit `?([0-9a-f]{7,40})", text)
+    return [c for c in commits if not is_ancestor(c) and "not repeated since" not in text]
+
+
+def test_results_in_the_docs_are_of_commits_of_this_history():
+    assert stale("at commit 1234567, at commit abcdef0", lambda c: c == "1234567") == ["abcdef0"]
+    assert stale("at commit abcdef0; not repeated since", lambda c: False) == []
+    shallow = ["git", "rev-parse", "--is-shallow-repository"]
+    if not shutil.which("git") or subprocess.run(shallow, cwd=ROOT, capture_output=True, text=True).stdout != "false\n":
+        pytest.skip("no git here, or a shallow clone: the commits that the docs name cannot be checked")
+
+    def is_ancestor(commit):
+        ask = ["git", "merge-base", "--is-ancestor", commit, "HEAD"]
+        return subprocess.run(ask, cwd=ROOT, capture_output=True).returncode == 0
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        assert stale(path.read_text(), is_ancestor) == [], path.name
 
 
 # ---- the pocket world --------------------------------------------------------------------------------------------------
@@ -2620,80 +2710,41 @@ def test_the_pocket_checkpoint_is_an_ordinary_small_chat_model():
     assert tok("any text: äöü 漢字 🙂", add_special_tokens=False)["input_ids"] and tok.unk_token is None
 
 
-# ---- the loop ----------------------------------------------------------------------------------------------------------
-
-TINY = ["--rounds", "1", "--n-make", "24", "--n-probe", "8", "--n-min", "4", "--n-text", "8", "--n-diary", "2", "--think-tokens", "4", "--epochs", "1"]
-
-
-@pytest.fixture(scope="module")
-def small_vignettes(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "vignettes.jsonl"
-    path.write_text("".join((ROOT / "data" / "vignettes.jsonl").read_text().splitlines(True)[::12]))
-    return path
-
-
-def run_loop(out, vignettes, *more):
-    code = loop.main([*TINY, "--vignettes", str(vignettes), "--out", str(out), *more])
-    folder = next(p.parent for p in sorted(Path(out).glob("*/run.json")))
-    return code, folder, *report.load(folder)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, small_vignettes):
-    return run_loop(tmp_path_factory.mktemp("runs"), small_vignettes, "--no-gate")
-
-
-def test_one_round_writes_a_run_folder_that_needs_no_other_source(finished):
-    code, folder, run, events = finished
-    assert code == 0 and run["status"] == "accepted" and run["accepted"] == [0]
-    assert run["options"]["kl_agg"] == "rmse" and run["options"]["lr"] > 0 and "--no-gate" in run["command"] and run["versions"]["torch"] == torch.__version__
-    kinds = [e["kind"] for e in events if e["stage"] == "row"]
-    assert kinds == ["base", "prompted", "steered", "healed"]
-    made = [e for e in events if e["stage"] == "completion"]
-    assert len(made) == 24 and all({"ids", "text", "verdict"} <= set(e) for e in made) and all(e["verdict"]["kept"] or e["verdict"]["rule"] for e in made)
-    assert {e["stage"] for e in events} == {"layers", "limits", "row", "vector", "probe", "dose", "completion", "tau", "heal", "worst", "gate"}
-    for name in ("vectors", "adapter"):
-        assert (folder / "rounds" / "00" / f"{name}.safetensors").exists()
-    diary = (folder / "diary.md").read_text()
-    assert "**Night 0**" in diary and "**Day 0**" in diary and "**Base**" in diary
-    table = (folder.parent / "results.tsv").read_text().splitlines()
-    assert len(table) == 2 and len(table[0].split("\t")) == len(table[1].split("\t"))
+# ==== loop.py: the rounds ===============================================================================================
 
 
 def test_the_saved_adapter_is_the_healed_model(finished, small_vignettes):
-    _, folder, run, events = finished
-    cfg = loop.LoopConfig()
-    model, tok = loop.load_model(cfg)
+    _, record = finished
+    model, tok = models.load("pocket")
     stack = lora_py.attach(model, r=8, alpha=16.0, layers=steer.band(len(steer.blocks(model)), 0.2, 0.8))
-    rows = {e["kind"]: e for e in events if e["stage"] == "row"}
     vignettes = evalmfv.load_vignettes(small_vignettes)
-    again = evalmfv.evaluate(model, tok, vignettes, think_tokens=4, batch_size=cfg.eval_batch)
-    assert again["nats"]["authority"] == pytest.approx(rows["base"]["nats"]["authority"], abs=1e-5)
-    stack.load(folder / "rounds" / "00" / "adapter.safetensors")
-    again = evalmfv.evaluate(model, tok, vignettes, think_tokens=4, batch_size=cfg.eval_batch)
-    assert again["nats"]["authority"] == pytest.approx(rows["healed"]["nats"]["authority"], abs=1e-5)
-    assert rows["healed"]["nats"]["authority"] != rows["base"]["nats"]["authority"]
+    for kind in ("base", "healed"):
+        again = evalmfv.evaluate(model, tok, vignettes, think_tokens=4, batch_size=152)["nats"]
+        row = record.rows(kind)[0]["nats"]
+        assert again["authority"] == pytest.approx(row["authority"], abs=1e-5), kind
+        stack.load_tensors(files.read_tensors(record.adapters()[0])[0])
+    assert record.rows("healed")[0]["nats"]["authority"] != record.rows("base")[0]["nats"]["authority"]
 
 
-def test_the_same_seed_gives_the_same_run_and_leaving_a_baseline_out_changes_no_other_number(finished, small_vignettes, tmp_path):
-    _, _, _, events = finished
-    _, _, _, again = run_loop(tmp_path, small_vignettes, "--no-gate", "--no-baselines")
-    def trait(events):
-        return [(e["kind"], e["trait"], e["text"]) for e in events if e["stage"] == "row" and e["kind"] != "prompted"]
-    assert trait(events) == trait(again)
+def test_a_round_that_fails_its_gate_is_undone_and_the_run_says_so(small_vignettes, tmp_path, capsys):
+    code, record = common.run_loop(tmp_path, small_vignettes, "--lr", "1e-9", "--coh-floor", "1")
+    gates = [e for e in record.events if e["stage"] == "gate"]
+    assert code == 3 and record.run["status"] == "no round accepted" and record.accepted == []
+    assert len(gates) == 1 and gates[0]["reasons"][0].startswith(("trait", "coherence", "text"))
+    names = {p.name for p in (record.path / "rounds" / "00").iterdir()}
+    assert names == {"vectors.safetensors", "rejected.safetensors"}
+    assert "rolled back" in capsys.readouterr().out and "rolled back" in (record.path / "diary.md").read_text()
 
 
-def test_a_round_that_fails_its_gate_is_rolled_back_and_the_run_says_so(small_vignettes, tmp_path, capsys):
-    code, folder, run, events = run_loop(tmp_path, small_vignettes, "--lr", "1e-9", "--no-baselines", "--coh-floor", "1.0", "--target", "liberty")
-    assert code == 3 and run["status"] == "no round accepted" and not list((folder / "rounds").iterdir())
-    gates = [e for e in events if e["stage"] == "gate"]
-    assert len(gates) == 1 and not gates[0]["accepted"] and gates[0]["reasons"][0].startswith(("trait", "coherence", "text"))
-    assert "rolled back" in capsys.readouterr().out and "rolled back" in (folder / "diary.md").read_text()
-
-
-def test_a_search_without_an_answer_names_its_bound(small_vignettes, tmp_path, capsys):
-    code, _, run, _ = run_loop(tmp_path, small_vignettes, "--no-baselines", "--max-window-nll", "1e-6")
-    assert code == 3 and run["status"] == "no round accepted" and "coeff_min" in capsys.readouterr().out
+def test_a_search_without_an_answer_tells_what_was_dropped_and_the_run_goes_on_to_its_end(small_vignettes, tmp_path,
+                                                                                         monkeypatch, capsys):
+    monkeypatch.setattr(steer, "calibrate_limits", lambda *_: Limits(1e-6, 1.0, 1.0, 1.0))
+    argv = [x for x in common.TINY if x not in ("--coeff", "0.4")]
+    monkeypatch.setattr(common, "TINY", argv)
+    code, record = common.run_loop(tmp_path, small_vignettes)
+    reason = record.of("gate")["reasons"][0]
+    assert code == 3 and "the lowest dose fails" in reason and "worst_window dropped" in reason and "--slack" in reason
+    assert "no round was accepted" in capsys.readouterr().out
 
 
 def test_the_gate_puts_absolute_floors_before_the_ratio():
@@ -2706,66 +2757,109 @@ def test_the_gate_puts_absolute_floors_before_the_ratio():
     assert len(reasons(text=0.1, coherence=0.1, trait=-1)) == 3
 
 
+def test_gates_that_are_asked_again_stand_until_the_first_that_turns():
+    def event(stage, rnd, **more):
+        return dict(t=0, stage=stage, round=rnd) | more
+    events = [event("row", None, kind="base", trait=0.0, coherence=1.0, text=1.0)]
+    for rnd, (trait, text, accepted) in enumerate([(0.2, 1.0, True), (0.1, 0.97, False), (0.3, 0.96, True)]):
+        events += [event("row", rnd, kind="healed", trait=trait, coherence=1.0, text=text), event("gate", rnd, accepted=accepted)]
+    events += [event("gate", 3, accepted=False)]                # broke before its day: no option helps
+    def n(**options):
+        return loop.n_standing(files.Record(Path("."), {}, events, []), loop.LoopConfig(**options))
+    assert (n(), n(coh_floor=0.97), n(gate=False), n(coh_floor=1.0)) == (8, 6, 4, 6)
+
+
 def test_stages_have_seeds_of_their_own():
     seeds = {loop.stage_seed(s, r, name) for s in range(3) for r in range(3) for name in ("make", "heal", "probe")}
     assert len(seeds) == 27 and loop.stage_seed(1, 2, "make") == loop.stage_seed(1, 2, "make")
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--rounds", "0"], "rounds"), (["--prompts", "nowhere.txt"], "nowhere.txt"), (["--kl-agg", "median"], "kl-agg"), (["--pos", "You are kind."], "--neg"), (["--persona", "pirate"], "authority, love"),
-    (["--pos", "a", "--neg", "b"], "--target"), (["--vignettes", "nowhere.jsonl"], "nowhere.jsonl"), (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
-    (["--lam", "-1"], "lam"), (["--r", "0"], "r=0"), (["--steer-from", "0.9", "--steer-to", "0.1"], "0.9")])
-def test_bad_options_are_refused_with_a_sentence_before_any_work(argv, message, tmp_path, capsys):
+def refused(argv, capsys):
+    """What a command that is refused says; 2 is its exit code."""
     try:
-        code = loop.main([*argv, "--out", str(tmp_path)])
+        code = loop.main(argv)
     except SystemExit as stop:
         code = stop.code
     err = capsys.readouterr().err
-    assert code == 2 and message in err and "Traceback" not in err and not list(tmp_path.iterdir())
+    assert code == 2 and "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--rounds", "0"], "rounds"), (["--prompts", "nowhere.txt"], "nowhere.txt"), (["--kl-agg", "median"], "kl-agg"),
+    (["--pos", "You are kind."], "--neg"), (["--persona", "pirate"], "authority, love"), (["--coh-floor", "nan"], "coh_floor"),
+    (["--vignettes", "nowhere.jsonl"], "nowhere.jsonl"), (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+    (["--lam", "-1"], "lam"), (["--r", "0"], "r=0"), (["--steer-band", "0.9", "0.1"], "0.9"), (["--model", ""], "--model is empty"),
+    (["--reg", "nll", "--tau", "1"], "without a barrier"), (["--tau-scale", "nan"], "tau_scale=nan"), (["--kl_agg", "mean"], "kl_agg"),
+    (["--tau", "1", "--tau-scale", "2"], "leave one out"), (["--pos", "a", "--neg", "a"], "the same"),
+    (["--r", "999"], "more than the model's width 192"), (["--max-new-tokens", "2000"], "the model's 1024"),
+    (["--think-tokens", "2000"], "the model's 1024"), (["--out", __file__], "a file, not a folder"), (["--resume", "x"], "not a run")])
+def test_options_that_cannot_be_meant_are_refused_with_a_sentence_before_any_work(argv, message, tmp_path, capsys):
+    assert message in refused(["--out", str(tmp_path), *argv], capsys) and not list(tmp_path.iterdir())
+
+
+def test_a_run_goes_on_with_its_own_options_only(finished, capsys):
+    path = str(finished[1].path)
+    err = refused(["--resume", path, "--kl-agg", "mean", "--seed", "3", "--n-make", "24", "--out", "elsewhere"], capsys)
+    assert "another configuration: seed is 0 there and 3 here, kl_agg is 'rmse' there and 'mean' here; leave" in err
+    assert "only grow" in refused(["--resume", path, "--patience", "2"], capsys)
+    cfg, scfg, *_ = loop.parse(["--resume", path, "--rounds", "9", "--gate", "--coh-floor", "0.9"])
+    assert (cfg.rounds, cfg.gate, cfg.coh_floor, scfg.n_make) == (9, True, 0.9, 24)
 
 
 def test_the_persona_prompt_is_the_set_point_of_the_barrier(finished):
-    _, _, run, events = finished
-    tau = next(e for e in events if e["stage"] == "tau")
-    assert 0 < tau["tau"] == run["tau"] == tau["distance"] * run["options"]["tau_scale"]
-    model, tok = loop.load_model(loop.LoopConfig())
-    train, _ = loop.load_prompts(loop.LoopConfig())
-    persona = loop.load_persona(loop.LoopConfig())["pos"][0]
-    kept = [e for e in events if e["stage"] == "completion" and e["verdict"]["kept"]]
+    _, record = finished
+    tau, given = record.of("tau"), inputs.load("authority")
+    assert 0 < tau["tau"] == record.run["tau"] == tau["distance"] * record.run["options"]["tau_scale"]
+    model, tok = models.load("pocket")
     by_hand = []
-    for e in kept:                                              # one full forward each, and the KL written out
-        logp, logq = ((model(torch.tensor([front + e["ids"]])).logits[0, len(front) - 1:-1].double().log_softmax(-1))
-                      for front in (steer.encode(tok, [train[e["prompt"]]], [system])[0] for system in (persona, "")))
+    for e in [e for e in record.completions(0) if e["verdict"]["kept"]]:        # the KL of one full forward each, written out
+        fronts = steer.encode(tok, [given["train"][e["prompt"]]] * 2, [given["persona"]["pos"][0], ""])
+        logp, logq = (model(torch.tensor([front + e["ids"]])).logits[0, len(front) - 1:-1].double().log_softmax(-1)
+                      for front in fronts)
         by_hand.append(((logp.exp() * (logp - logq)).sum(-1) ** 2).mean().sqrt().item())
     assert tau["distance"] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-4)
-    record = next(e for e in events if e["stage"] == "heal")
-    assert record["tau"] == tau["tau"] and {"nll", "div", "fired"} <= set(record["steps"][0])
+    heal_event = record.of("heal")
+    assert heal_event["tau"] == tau["tau"] and {"nll", "div", "fired"} <= set(heal_event["steps"][0])
 
 
-def test_arms_are_compared_at_the_same_round_and_where_they_first_reach_a_trait():
-    days = {-1: dict(trait=0.0, text=1.0), 0: dict(trait=0.4, text=0.9), 2: dict(trait=0.8, text=0.5), 3: dict(trait=0.6, text=0.1)}
-    assert arms.at_trait(days, 0.2, "text") == pytest.approx(0.95) and arms.at_trait(days, 0.6, "text") == pytest.approx(0.7)
-    assert arms.at_trait(days, 0.9, "text") is None
-    assert arms.cell([None, None], 2) == "not reached" and arms.cell([0.5, None], 2) == "0.500 (1 of 2)"
+def test_a_persona_of_two_sentences_has_a_trait_without_labels(small_vignettes, tmp_path):
+    code, record = common.run_loop(tmp_path, small_vignettes, "--no-gate", "--pos", "You care about people above all.",
+                                   "--neg", "You respect authority above all.")
+    rows = {row["kind"]: row for row in record.rows()}
+    assert code == 0 and rows["base"]["trait"] == 0 == rows["base"]["share"] and rows["prompted"]["share"] == 1
+    assert rows["prompted"]["trait"] > 0 and rows["steered"]["shift"] is None
+    assert rows["healed"]["share"] == pytest.approx(rows["healed"]["trait"] / rows["prompted"]["trait"])
 
 
-def test_two_arms_may_differ_in_one_field_only():
-    def record(**options):
-        return dict(options=dict(reg="kl_rev", kl_agg="rmse", seed=0, out="a", lam=5.0) | options, weights="w", items=[], versions={}, code="c")
-    assert arms.differing(record(), record(seed=1, out="b")) == set()
-    assert arms.differing(record(), record(kl_agg="mean")) == {"kl_agg"} and arms.differing(record(kl_agg="mean"), record(reg="nll")) == {"reg"}
-    assert arms.differing(record(), record(kl_agg="mean", lam=1.0)) == {"kl_agg", "lam"} and arms.differing(record(), record() | {"code": "d"}) == {"code"}
+def test_dropped_completions_are_told_by_rule_with_a_sample():
+    def entry(rule, value, limit, text="ok"):
+        return dict(text=text, verdict=dict(kept=not rule, rule=rule, value=value, limit=limit))
+    told = loop.why_dropped([entry("", 0, 0), entry("loop", 0.7, 0.5, "no \x1b[31mno\u202e no"), entry("words", 0, 1, ""),
+                             entry("loop", 0.9, 0.5)])
+    assert told == ('loop dropped 2, such as "no  [31mno  no" with 0.7 over a limit of 0.5; '
+                    'words dropped 1, such as "" with 0 under a limit of 1')
+    assert loop.why_dropped([entry("", 0, 0)]) == ""
+
+
+def test_a_trait_that_does_not_move_is_said(finished, capsys):
+    _, record = finished
+    events = [e | dict(trait=0.01, trait_se=0.02) if e["stage"] == "row" else e for e in record.events if e["stage"] != "gate"]
+    loop.tally(files.Record(record.path, record.run, events, []), 1.0)
+    out = capsys.readouterr().out
+    assert "did not move at any dose" in out and "no round was accepted" in out
+    assert loop.has_moved(dict(trait=-0.5, trait_se=0.1)) and not loop.has_moved(dict(trait=0.01, trait_se=0.02))
 
 
 # ---- the benchmarks, at sizes whose times mean nothing -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["losses", "round"])
+@pytest.mark.parametrize("name", ["heal", "round"])
 def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys):
     spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
-    bench.main(["--tiny", "--json", str(tmp_path / "out.json"), *(["--docs", str(tmp_path)] if name == "losses" else [])])
+    bench.main(["--tiny", "--json", str(tmp_path / "out.json"), *(["--docs", str(tmp_path)] if name == "heal" else [])])
     assert capsys.readouterr().out.count("|") > 20
     result = json.loads((tmp_path / "out.json").read_text())
     if name == "round":
@@ -2774,294 +2868,53 @@ def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys):
     assert all(x["value"] < 1e-10 and x["grad"] < 1e-10 for key, x in result["accuracy"].items() if "bf16" not in key)
     assert {"ours", "naive autograd", "original"} <= set(result["memory"]["peak"]) and len(list(tmp_path.glob("*.svg"))) == 6
     losses = result["round"]["barrier on at every step"]["losses"]
-    assert len(losses) >= 5 and max(losses.values()) - min(losses.values()) < 1e-5      # the same steps, or nothing is compared
+    assert len(losses) >= 7 and max(losses.values()) - min(losses.values()) < 1e-5      # the same steps, or nothing is compared
     for peer in ("TRL", "torchtune", "Liger"):                  # a peer that cannot run says so instead of vanishing
         assert any(peer in key for key in [*result["memory"]["peak"], *result["memory"]["missing"]])
 
 
-# ---- the report --------------------------------------------------------------------------------------------------------
+# ---- what a round records ----------------------------------------------------------------------------------------------
 
-ATTACKS = ['"><img src=x onerror=1>', "'><img src=http://127.0.0.1:PORT/stolen.png><script>top.pwned = 1</script>", "\x00nul \x1b[31mred\x1b[0m \x9b",
-           "\u202egnp.exe\u2066 \u200f\u05e9\u05dc\u05d5\u05dd", "x" * 100_000, "</title></style></svg><svg onload='top.pwned = 2'>", "\ud800 lone \U000e0041 tag",
-           "\n" * 300 + "[a](javascript:top.pwned=3) `b` | # c", "Z" + "\u0316" * 400, "<a href=javascript:top.pwned=4 style=position:fixed;width:9999px>"]
-SECTIONS = ["answers", "trajectory", "map", "dose", "heat", "healing", "inside", "dropped", "settings", "environment", "again"]
-
-
-def copy_run(source, to, change=lambda event: event, run=None):
-    """A run folder with every event changed (None leaves it out) and fields of run.json replaced."""
-    to.mkdir(parents=True, exist_ok=True)
-    record, events = report.load(source)
-    (to / "run.json").write_text(json.dumps(record | (run or {})))
-    (to / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in map(change, events) if e is not None))
-    return to
-
-
-def spoiled(value, turn, port=0):
-    """Every text in a value replaced by the next attack; stages and kinds stay, so that it is shown."""
-    if isinstance(value, dict):
-        return {k: v if k in ("stage", "kind", "probe", "shift", "singular") else spoiled(v, turn, port) for k, v in value.items()}
-    if isinstance(value, list):
-        return [spoiled(v, turn, port) for v in value]
-    return ATTACKS[next(turn) % len(ATTACKS)].replace("PORT", str(port)) if isinstance(value, str) else value
-
-
-def hostile_run(source, to, port=0):
-    turn, keys = itertools.count(), {attack: 1.0 for attack in ATTACKS}
-    record = report.load(source)[0]
-    for name in ("versions", "machine", "options"):
-        record[name] = record[name] | keys                      # names are untrusted too
-    return copy_run(source, to, lambda e: spoiled(e, turn, port) | {k: e[k] | keys for k in ("cosine", "limits", "singular", "probe") if isinstance(e.get(k), dict)},
-                    spoiled({k: v for k, v in record.items() if k != "defaults"}, turn, port))
-
-
-class Tags(html.parser.HTMLParser):
-    """Tags with their attribute names, what they point to, and whether every element that opens also closes."""
-    VOID = {"meta", "br"}
-
-    def __init__(self, text):
-        super().__init__()
-        self.seen, self.links, self.open, self.classes = set(), set(), [], set()
-        self.feed(text)
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.seen |= {(tag, name) for name, _ in attributes} | {(tag, "")}
-        self.links |= {value for name, value in attributes if name in ("href", "src", "action", "xlink:href", "data")}
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        self.open = self.open[:-1] if tag not in self.VOID else self.open
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, (tag, self.getpos())
-
-
-def check_page(text):
-    """What holds for every page whatever the run: one file, no script, nothing fetched, no unseen character, whole tags."""
-    tags = Tags(text)
-    assert len(text.encode()) < 2_000_000 and "<script" not in text and "url(" not in text and "@import" not in text
-    assert not any(name.startswith("on") or name in ("src", "srcset", "action", "formaction") for _, name in tags.seen), tags.seen
-    assert not {tag for tag, _ in tags.seen} & {"script", "iframe", "img", "object", "embed", "link", "form", "base", "foreignobject", "use", "image"}
-    assert all(link.startswith(("#", "./")) for link in tags.links), tags.links
-    assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text and "@media print" in text
-    assert not report.UNSEEN.search(text.replace("\n", ""))
-    return tags
-
-
-def test_the_loop_records_what_the_report_draws(finished):
-    _, folder, run, events = finished
+def test_the_loop_records_what_its_readers_need(finished):
+    _, path, run, events = finished
     one = {e["stage"]: e for e in events}
-    assert all(c == pytest.approx(1, abs=1e-5) for c in one["vector"]["cosine"].values()) and all(n > 0 for n in one["vector"]["norm"].values())
-    assert [[e["coeff"], e["survive"]] for e in events if e["stage"] == "probe"] == one["dose"]["trials"] and all(e["ppl"] >= 1 for e in events if e["stage"] == "probe")
+    assert all(c == pytest.approx(1, abs=1e-5) for c in one["vector"]["cosine"].values())
+    assert all(n > 0 for n in one["vector"]["norm"].values())
+    trials = one["dose"]["trials"]
+    assert trials and all(0 <= t["survive"] <= 1 and t["ppl"] >= 1 and t["coeff"] > 0 for t in trials)
     assert all(0 <= d["coherence"] <= 1 for e in events if e["stage"] == "row" for d in e["diary"])
-    pairs = safetensors.torch.load_file(folder / "rounds" / "00" / "adapter.safetensors")           # the scale is in B
+    pairs = safetensors.torch.load_file(path / "rounds" / "00" / "adapter.safetensors")             # the scale is in B
     for name, values in one["heal"]["singular"].items():
         exact = torch.linalg.svdvals(pairs[f"{name}.0.B"].double() @ pairs[f"{name}.0.A"].double())[:8]
         assert values == pytest.approx(exact.tolist(), rel=1e-4, abs=1e-7)
 
 
 def test_the_worst_kept_answer_is_the_one_that_a_full_forward_finds(finished):
-    _, folder, run, events = finished
-    worst = next(e for e in events if e["stage"] == "worst")
-    model, tok = loop.load_model(loop.LoopConfig())
-    kept = [e for e in events if e["stage"] == "completion" and e["verdict"]["kept"]]
-    stack = lora_py.attach(model, r=8, alpha=16.0, layers=next(e["lora"] for e in events if e["stage"] == "layers"))
-    stack.load(folder / "rounds" / "00" / "adapter.safetensors")
+    _, path, run, events = finished
+    one = {e["stage"]: e for e in events}
+    worst, kept = one["heal"]["worst"], [c for c in one["made"]["completions"] if c["verdict"]["kept"]]
+    model, tok = model_room.load("pocket")
+    stack = lora_py.attach(model, r=8, alpha=16.0, layers=one["layers"]["lora"])
+    stack.load_tensors(safetensors.torch.load_file(path / "rounds" / "00" / "adapter.safetensors"))
 
-    def logp(event, vectors=None):
-        front = steer.encode(tok, [run["items"]["train"][event["prompt"]]], [""])[0]
-        with torch.no_grad(), steer.steered(model, vectors or {}, next(e["coeff"] for e in events if e["stage"] == "dose")):
-            return model(torch.tensor([front + event["ids"]])).logits[0, len(front) - 1:-1].double().log_softmax(-1)
+    def logp(c, vectors=None):
+        front = steer.encode(tok, [run["items"]["train"][c["prompt"]]], [""])[0]
+        with torch.no_grad(), steer.steered(model, vectors or {}, one["dose"]["coeff"]):
+            logits = model(torch.tensor([front + c["ids"]])).logits                                 # [1, T, V]
+        return logits[0, len(front) - 1:-1].double().log_softmax(-1)                                # [n, V]
 
-    def kl(event, p):
+    def kl(c, p):
         with stack.gated(0, 0):
-            return (p.exp() * (p - logp(event))).sum(-1)
-    by_hand = [kl(e, logp(e)) for e in kept]
+            return (p.exp() * (p - logp(c))).sum(-1)                                                # [n]
+    by_hand = [kl(c, logp(c)) for c in kept]
     i = max(range(len(kept)), key=lambda i: by_hand[i].square().mean())
-    assert worst["day"] == pytest.approx(by_hand[i].tolist(), rel=1e-2, abs=1e-5) and worst["prompt"] == kept[i]["prompt"]
-    assert "".join(worst["tokens"]) == tok.decode(kept[i]["ids"]) and max(map(abs, worst["before"])) < 1e-6       # round 0: the base
-    layers = safetensors.torch.load_file(folder / "rounds" / "00" / "vectors.safetensors")
+    assert worst["day"] == pytest.approx(by_hand[i].tolist(), rel=1e-2, abs=1e-5)
+    assert worst["prompt"] == kept[i]["prompt"] and "".join(worst["tokens"]) == tok.decode(kept[i]["ids"])
+    assert max(map(abs, worst["before"])) < 1e-6                # round 0: the base
+    layers = safetensors.torch.load_file(path / "rounds" / "00" / "vectors.safetensors")
     with stack.gated(0, 0):
         night = kl(kept[i], logp(kept[i], {int(k.removeprefix("layer.")): v for k, v in layers.items()}))
     assert worst["night"] == pytest.approx(night.tolist(), rel=1e-2, abs=1e-5)
-
-
-def test_the_report_shows_every_part_of_a_finished_run(finished):
-    folder = finished[1]
-    text = (folder / "report.html").read_text()
-    tags = check_page(text)
-    assert [m for m in re.findall(r'<section id="(\w+)"', text)] == SECTIONS
-    assert "cannot be drawn" not in text and 'class="missing"' not in text and "not finished" not in text
-    assert text.count('role="img"') == text.count("<svg viewBox") - text.count('aria-hidden="true"') >= 10
-    row = next(e for e in finished[3] if e["stage"] == "row" and e["kind"] == "healed")
-    assert report.fmt(row["trait"], "+.3f", row["trait_se"]) in text and f"{row['text']:.3f}" in text and ("td", "data-who") in tags.seen
-    assert html.escape(f"python loop.py {' '.join(finished[2]['argv'][:4])}") in text and "--resume" in text and "--to peft" in text
-    assert "<code>--n-make</code>" in text and "<code>--lam</code>" not in text                 # differs, does not differ
-
-
-def test_moves_of_foundations_have_the_errors_that_the_probe_gives(finished):
-    run = report.Run(finished[1])
-    for row in run.rows[1:]:
-        for name, (move, error) in row["moved"].items():
-            assert move == pytest.approx(row["shift"]["moved"][name], abs=1e-12)
-        assert row["moved"]["authority"][1] == pytest.approx(row["trait_se"], rel=1e-9)
-
-
-@pytest.mark.parametrize("text", ATTACKS, ids=range(len(ATTACKS)))
-def test_text_of_a_model_is_inert_in_html_and_markdown(text):
-    shown, quoted = report.esc(text), report.inert(text)
-    assert not set(shown) & set("<>\"'\n") and not report.UNSEEN.search(shown) and len(shown) < 4500
-    assert not report.UNSEEN.search(quoted) and not re.search(r"(?<!\\)[<>`*_\[\]()#|]", quoted.split("…")[0]) and len(quoted) < 4500
-    if len(text) > 2000:
-        assert "more characters" in shown and "more characters" in quoted
-    if "\x00" in text:
-        assert "␀" in shown and "␛" in shown
-
-
-def test_a_run_of_hostile_text_gives_the_same_tags_as_an_honest_one(finished, tmp_path):
-    folder = hostile_run(finished[1], tmp_path / "run")
-    text = report.write(folder).read_text()
-    assert check_page(text).seen <= check_page((finished[1] / "report.html").read_text()).seen | {("p", "class")}
-    assert "&lt;img src=x onerror=1&gt;" in text and "cannot be drawn" not in text
-    diary = (folder / "diary.md").read_text()
-    assert not re.search(r"(?<!\\)[<>]", diary) and "\x1b" not in diary and len(diary) < 100_000
-    check_page(report.compare([report.Run(folder), report.Run(finished[1])], tmp_path))
-
-
-def test_a_report_of_an_unfinished_run_says_so_and_shows_what_there_is(finished, tmp_path):
-    lines = (finished[1] / "events.jsonl").read_text().splitlines(True)
-    run = {k: v for k, v in finished[2].items() if k not in ("seconds", "accepted", "tau", "limits", "stopped")} | {"status": "running"}
-    (tmp_path / "run.json").write_text(json.dumps(run))
-    shown = []
-    for n in [0, 1, 2, 3, 4, 5, 8, 20, *range(len(lines) - 6, len(lines) + 1)]:
-        (tmp_path / "events.jsonl").write_text("".join(lines[:n]))
-        text = report.write(tmp_path).read_text()
-        check_page(text)
-        assert "not finished" in text and "cannot be drawn" not in text, n
-        shown.append(text.count('role="img"'))
-    assert shown == sorted(shown) and shown[0] == 0 and shown[-1] >= 10
-    (tmp_path / "events.jsonl").unlink()
-    assert "no events yet" in report.write(tmp_path).read_text()
-    for stage in {json.loads(line)["stage"] for line in lines}:
-        folder = copy_run(finished[1], tmp_path / stage, lambda e: e if e["stage"] != stage else None)
-        text = report.write(folder).read_text()
-        assert check_page(text) and "cannot be drawn" not in text, stage
-
-
-def test_a_report_draws_rejected_rounds_and_survives_any_damage_to_values(finished, tmp_path):
-    no = copy_run(finished[1], tmp_path / "no", lambda e: e | dict(accepted=False, reasons=["text 0.1 under 0.9"]) if e["stage"] == "gate" else e,
-                  dict(status="no round accepted", accepted=[]))
-    text = report.write(no).read_text()
-    assert "No round was accepted" in text and "rolled back" in text and "mark healed undone" in text and "lora.py export" not in text
-    rng = random.Random(0)
-
-    def damaged(value, share=0.03):
-        if rng.random() < share:
-            return rng.choice([None, "text", -1, 1e308, 10 ** 400, [], {}, [None], True])
-        if isinstance(value, dict):
-            return {k: v if k in ("stage", "ids", "p") else damaged(v) for k, v in value.items()}
-        return [damaged(v) for v in value] if isinstance(value, list) and len(value) < 40 else value
-    for trial in range(20):
-        folder = copy_run(finished[1], tmp_path / str(trial), lambda e: {k: v if k == "stage" else damaged(v) for k, v in e.items()},
-                          {k: damaged(v, 0.1) for k, v in finished[2].items()})
-        check_page(report.write(folder).read_text())
-
-
-def test_a_torn_last_event_is_left_out_and_a_damaged_middle_one_is_named(tmp_path, capsys):
-    (tmp_path / "run.json").write_text("{}")
-    (tmp_path / "events.jsonl").write_text('{"stage": "a"}\n{"stage": "b"}\n{"sta')
-    assert [e["stage"] for e in report.load(tmp_path)[1]] == ["a", "b"]
-    assert report.main([str(tmp_path)]) == 0 and "line 3" in (tmp_path / "report.html").read_text() and "line 3" in (tmp_path / "diary.md").read_text()
-    for middle in ('{"sta', "[1]", '{"round": 1}', '"\x00"'):
-        (tmp_path / "events.jsonl").write_text('{"stage": "a"}\n' + middle + '\n{"stage": "b"}\n')
-        with pytest.raises(ValueError, match="line 2"):
-            report.load(tmp_path)
-    before = (tmp_path / "report.html").read_text()
-    assert report.main([str(tmp_path)]) == 2 and "line 2" in capsys.readouterr().err and (tmp_path / "report.html").read_text() == before
-    assert report.main([str(tmp_path / "nowhere")]) == 2 and "not a run folder" in capsys.readouterr().err
-    assert not list(tmp_path.glob(".*"))                        # no temporary file stays
-
-
-def test_a_long_run_stays_below_two_megabytes_and_says_that_it_shows_a_selection(finished, tmp_path):
-    events, rounds = finished[3], 120
-    (tmp_path / "run.json").write_text(json.dumps(finished[2]))
-    long = [dict(e, tokens=e["tokens"] * 20, **{k: e[k] * 20 for k in ("day", "night", "before")}) if e["stage"] == "worst" else e for e in events]
-    text = [dict(e, diary=[dict(d, text=d["text"] * 20) for d in e["diary"] * 3], texts=[]) if e["stage"] == "row" else e for e in long]
-    every = [e for e in text if e["round"] is None] + [dict(e, round=n) for n in range(rounds) for e in text if e["round"] is not None]
-    (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in every))
-    page = report.write(tmp_path).read_text()
-    check_page(page)
-    assert f"{rounds} days were measured" in page and "A selection of the rounds" in page and f"day {rounds - 1}" in page
-
-
-def test_several_runs_are_drawn_over_each_other_by_what_differs(finished, tmp_path, capsys):
-    folders = [str(copy_run(finished[1], tmp_path / f"{arm}-{seed}", run=dict(options=finished[2]["options"] | dict(kl_agg=arm, seed=seed))))
-               for arm in ("rmse", "mean") for seed in (0, 1)]
-    assert report.main([*folders, "--out", str(tmp_path / "out")]) == 0
-    text = (tmp_path / "out" / "compare.html").read_text()
-    tags = check_page(text)
-    assert all(f"kl_agg={arm} seed={seed}" in text for arm in ("rmse", "mean") for seed in (0, 1)) and "n_make" not in text
-    assert tags.links == {f"./../{Path(f).name}/report.html" for f in folders} and all((Path(f) / "report.html").exists() for f in folders)
-    assert text.count('role="img"') == 3 and "4 runs" in text and "in their code" not in text
-    (Path(folders[0]) / "run.json").write_text(json.dumps(finished[2] | {"code": "other"}))
-    assert report.main(folders) == 0 and "in their code" in (tmp_path / "compare.html").read_text()
-
-
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (path := shutil.which(name))), None)
-HARNESS = """<!doctype html><body><pre id=out></pre><script>
-function measure(frame) {
-  const doc = frame.contentDocument, wide = [];
-  for (const e of doc.body.querySelectorAll("*"))
-    if (!e.closest(".scroll *, .panel *") && e.getBoundingClientRect().right > 360.5) wide.push(e.tagName + "." + e.className);
-  return {width: doc.documentElement.scrollWidth, height: doc.documentElement.scrollHeight, wide: wide.slice(0, 5), scripts: doc.scripts.length,
-          fetched: frame.contentWindow.performance.getEntriesByType("resource").length, images: doc.images.length, title: doc.title};
-}
-addEventListener("load", () => setTimeout(() => {
-  out.textContent = JSON.stringify({pwned: window.pwned || null, frames: [...document.querySelectorAll("iframe")].map(measure)}) }, 500));
-</script>FRAMES"""
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine: the report was not opened in a browser")
-def test_in_a_real_browser_nothing_is_fetched_no_script_runs_and_nothing_overflows_at_360_px(finished, tmp_path):
-    asked = []
-
-    class Listener(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(404)
-            self.end_headers()
-
-        def log_message(self, *args):
-            pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    port = server.server_address[1]
-
-    def frames(*pages):
-        path = tmp_path / "harness.html"
-        path.write_text(HARNESS.replace("FRAMES", "".join(f'<iframe style="border:0;width:360px;height:800px" srcdoc="{html.escape(p)}"></iframe>' for p in pages)))
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-                 "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000", "--dump-dom"]
-        page = subprocess.run([BROWSER, *flags, path.as_uri()], capture_output=True, text=True, timeout=120).stdout
-        return json.loads(html.unescape(re.search(r'<pre id="out">(.*?)</pre>', page, re.DOTALL).group(1)))
-    honest, hostile = (finished[1] / "report.html").read_text(), report.write(hostile_run(finished[1], tmp_path / "run", port)).read_text()
-    both = report.compare([report.Run(finished[1]), report.Run(tmp_path / "run")], tmp_path)
-    bare = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", hostile)             # the escaping alone must hold
-    try:
-        assert bare != hostile
-        found = frames(honest, hostile, bare, both)
-        assert found["pwned"] is None and asked == []
-        for frame in found["frames"]:
-            assert frame["width"] <= 360 and not frame["wide"] and frame["height"] > 1000, frame
-            assert (frame["scripts"], frame["fetched"], frame["images"]) == (0, 0, 0), frame
-        control = frames(f'<title>c</title><div style="width:900px">wide</div><img src="http://127.0.0.1:{port}/seen.png"><script>top.pwned = 9</script>')
-        assert control["pwned"] == 9 and "/seen.png" in asked and control["frames"][0]["wide"] and control["frames"][0]["scripts"] == 1
-        shut = frames(honest.replace("<main>", f'<main><img src="http://127.0.0.1:{port}/shut.png"><script>top.pwned = 8</script>'))
-        assert shut["pwned"] is None and "/shut.png" not in asked                               # the policy alone holds too
-    finally:
-        server.shutdown()
 
 
 # ==== exports: what others serve, and chat ============================================================================
@@ -3436,222 +3289,6 @@ def test_chat_refuses_what_it_cannot_do(argv, message, finished, capsys):
     assert code == 2 and message in capsys.readouterr().err
 
 
-# ---- a run that survives, and explains what was wrong ------------------------------------------------------------------
-
-
-class PowerCut(BaseException):
-    """As a kill -9: nothing of the run is told about it."""
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A folder that has begun, of a run without a model."""
-    with loop.Folder(loop.LoopConfig(out=str(tmp_path)), loop.Screen()) as made:
-        made.begin(trust_options(), ["--seed", "0"], dict(versions={}, git="", code=""), dict(weights="w"))
-        yield made
-
-
-def trust_options(**more):
-    return {f.name: f.default for cls in loop.GROUPS for f in dataclasses.fields(cls)} | more
-
-
-def trust_again(path, facts=None, **options):
-    """The folder as the next sitting finds it."""
-    cfg = loop.LoopConfig(resume=str(path))
-    again = loop.Folder(cfg, loop.Screen())
-    with again:
-        again.begin(trust_options(**options), [], dict(versions={}, git="", code=""), facts or dict(weights="w"))
-    return again
-
-
-@pytest.fixture
-def quick(tmp_path, monkeypatch):
-    """The options of a run of seconds."""
-    monkeypatch.setattr(loop, "DATA", loop.DATA)                # small_data sets it
-    return [*kill.SMALL, "--vignettes", str(kill.small_data(tmp_path)), "--no-baselines", "--rounds", "1", "--coeff", "0.3", "--no-gate"]
-
-
-def trust_cut(monkeypatch, n, torn):
-    """The n-th event from now on is the last that is written, or is written by half."""
-    count, write = [0], loop.Folder.write
-
-    def dying(self, events):
-        count[0] += 1
-        if count[0] == n and torn:
-            with open(self.path / "events.jsonl", "a") as file:
-                file.write(json.dumps(loop.plain(events[0]))[:40])
-            raise PowerCut
-        out = write(self, events)
-        if count[0] == n:
-            raise PowerCut
-        return out
-    monkeypatch.setattr(loop.Folder, "write", dying)
-    monkeypatch.setattr(loop.Folder, "__exit__", lambda self, *error: self._leave())
-
-
-def test_a_run_cut_off_again_and_again_ends_as_one_that_was_not_and_a_finished_one_goes_on(quick, tmp_path, monkeypatch, capsys):
-    assert loop.main([*quick, "--rounds", "2", "--out", str(tmp_path / "whole")]) == 0
-    whole = kill.folder_of(tmp_path / "whole")
-    first = [*quick, "--out", str(tmp_path / "cut")]
-    # after the base's row; within the second piece of completions; within the gate, its adapter written; then the end, and further
-    for n, torn, more in ((3, False, None), (3, True, []), (6, True, []), (None, False, []), (None, False, ["--rounds", "2"])):
-        with monkeypatch.context() as patch:
-            if n:
-                trust_cut(patch, n, torn)
-            with pytest.raises(PowerCut) if n else contextlib.nullcontext():
-                assert loop.main(first if more is None else ["--resume", str(kill.folder_of(tmp_path / "cut")), *more]) == 0
-    again = kill.folder_of(tmp_path / "cut")
-    assert kill.differences(whole, again) == []
-    assert [len((p.parent / "results.tsv").read_text().splitlines()) for p in (whole, again)] == [2, 2]
-    record = json.loads((again / "run.json").read_text())
-    assert len(record["resumed"]) == 4 and record["argv"][-2:] == ["--rounds", "2"] and record["options"]["resume"] == ""
-    assert "cut off after 40 bytes" in capsys.readouterr().out
-    assert [e["accepted"] for e in report.load(again)[1] if e["stage"] == "gate"] == [True, True]       # the second on a loaded adapter
-
-
-def test_what_a_round_without_its_gate_has_healed_is_redone_and_whole_pieces_of_answers_are_kept(folder, capsys):
-    for rnd, n, gate in ((0, 8, True), (1, 6, None)):
-        folder.event("dose", rnd, coeff=0.5)
-        folder.write([dict(round=rnd, stage="completion", text=str(i)) for i in range(n)])
-        folder.event("row", rnd, kind="steered")
-        folder.event("heal", rnd)
-        folder.event("row", rnd, kind="healed")
-        (folder.path / "rounds" / f"{rnd:02d}").mkdir()
-        (folder.path / "rounds" / f"{rnd:02d}" / "adapter.safetensors").write_text("")
-        if gate:
-            folder.event("gate", rnd, accepted=True, reasons=[])
-    (folder.path / ".run.json.123").write_text("half")
-    with open(folder.path / "events.jsonl", "ab") as file:
-        file.write(b'{"t": 1\x00\xff')
-    folder._leave()
-    kept = folder._repaired(n_make=8, gen_batch=4)
-    assert [e["stage"] for e in kept if e["round"] == 0] == ["dose"] + ["completion"] * 8 + ["row", "heal", "row", "gate"]
-    assert [e["stage"] for e in kept if e["round"] == 1] == ["dose"] + ["completion"] * 4 + ["row"]
-    assert report.load(folder.path)[1] == kept and not (folder.path / ".run.json.123").exists()
-    assert [p.parent.name for p in folder.path.rglob("*.safetensors")] == ["00"]
-    out = capsys.readouterr().out
-    assert "cut off after 9 bytes" in out and f"{len(kept)} events read back, 1 rounds finished" in out
-
-
-def test_a_run_of_another_configuration_is_refused_with_the_differing_fields(folder, capsys):
-    folder._leave()
-    with pytest.raises(SystemExit) as stop:
-        loop.parse(["--resume", str(folder.path), "--kl-agg", "mean", "--seed", "3", "--n-make", "64", "--out", "elsewhere"])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and "another configuration: seed is 0 there and 3 here, kl_agg is 'rmse' there and 'mean' here; leave" in err
-    assert [cfg.rounds for cfg in loop.parse(["--resume", str(folder.path), "--rounds", "9"])[:1]] == [9]
-    with pytest.raises(ValueError, match="other weights"):
-        trust_again(folder.path, facts=dict(weights="x"))
-    with pytest.raises(SystemExit):
-        loop.parse(["--resume", str(folder.path), "--rounds", "2"])
-    assert "only grow" in capsys.readouterr().err
-    assert trust_again(folder.path, rounds=9).run["options"]["rounds"] == 9
-    with loop.Folder(loop.LoopConfig(resume=str(folder.path)), loop.Screen()) as again:
-        again.begin(trust_options(rounds=9), [], dict(versions=dict(torch="0"), git="", code="c"), dict(weights="w"))
-    out = capsys.readouterr().out
-    assert "torch was None and is 0" in out and "code was  and is c" in out
-
-
-def test_a_folder_takes_one_process_at_a_time_and_a_lock_left_behind_is_taken_over(folder, capsys):
-    for _ in range(2):                                          # a refusal leaves the lock as it is
-        with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on .*, started 2"):
-            trust_again(folder.path)
-    folder._leave()
-    (folder.path / ".lock").write_text("process 1 on moon")     # its owner died: the system has let go of the lock
-    trust_again(folder.path)
-    assert "left behind by process 1 on moon, which is gone: taken over" in capsys.readouterr().out
-    assert (folder.path / ".lock").read_text() == ""
-
-
-def test_a_full_disk_leaves_whole_lines_and_one_sentence(folder):
-    import resource
-    folder.event("layers", steer=[1])
-    path, old = folder.path / "events.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = path.read_bytes()
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, old[1]))
-        with pytest.raises(OSError, match="events.jsonl could not be written: File too large"):
-            folder.event("limits", own=["x" * 500])
-        with pytest.raises(OSError, match="run.json could not be written"):
-            folder.save(more="x" * 5000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert path.read_bytes() == before and "more" not in json.loads((folder.path / "run.json").read_text())
-    assert [p.name for p in folder.path.iterdir() if p.name.startswith(".")] == [".lock"]
-    folder.event("limits", own=[])
-    assert [e["stage"] for e in report.load(folder.path)[1]] == ["layers", "limits"]
-
-
-def trust_run(argv, out, monkeypatch, at, what):
-    """A run to which `what` happens while it writes the event of stage `at`."""
-    write = loop.Folder.write
-
-    def happening(self, events):
-        if events[0]["stage"] == at:
-            what(self)
-        return write(self, events)
-    monkeypatch.setattr(loop.Folder, "write", happening)
-    return loop.main([*argv, "--out", str(out)])
-
-
-def test_a_full_disk_or_a_removed_folder_ends_a_run_with_a_sentence_and_the_way_on(quick, tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-    with monkeypatch.context() as patch:
-        assert trust_run(quick, tmp_path / "full", patch, "limits", lambda folder: patch.setattr(os, "fsync", full)) == 1
-    out, path = capsys.readouterr(), kill.folder_of(tmp_path / "full")
-    assert "events.jsonl could not be written: the disk is full" in out.err and f"--resume {path}" in out.out and "Traceback" not in out.err
-    assert [e["stage"] for e in report.load(path)[1]] == ["layers"]
-    with monkeypatch.context() as patch:
-        assert trust_run(quick, tmp_path / "gone", patch, "layers", lambda folder: shutil.rmtree(folder.path)) == 1
-    assert "was removed" in capsys.readouterr().err
-    with monkeypatch.context() as patch:
-        assert trust_run(quick, tmp_path / "bug", patch, "layers", lambda folder: {}["surprise"]) == 1
-    path = kill.folder_of(tmp_path / "bug")
-    run = json.loads((path / "run.json").read_text())
-    assert run["status"] == "failed" and "unexpected: KeyError 'surprise'" in run["reason"] and "Traceback" in (path / "error.txt").read_text()
-    assert "error.txt" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_waits_for_the_current_write_and_marks_the_run_interrupted(name, quick, tmp_path, monkeypatch, capsys):
-    before = signal.getsignal(getattr(signal, name))
-    open_, sent = open, []
-
-    def opened(path, mode="r", *more, **how):
-        if str(path).endswith("events.jsonl") and mode == "r+b" and not sent:
-            sent.append(os.kill(os.getpid(), getattr(signal, name)))
-        return open_(path, mode, *more, **how)
-    monkeypatch.setattr("builtins.open", opened)
-    code = loop.main([*quick, "--out", str(tmp_path)])
-    monkeypatch.setattr("builtins.open", open_)
-    path = kill.folder_of(tmp_path)
-    run, events = report.load(path)
-    assert code == 130 and run["status"] == "interrupted" and [e["stage"] for e in events] == ["layers"]
-    out = capsys.readouterr()
-    assert f"python loop.py --resume {path}" in out.out and "interrupted" in out.err and signal.getsignal(getattr(signal, name)) == before
-
-
-def test_a_second_signal_ends_the_process_at_once(folder, monkeypatch):
-    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(PowerCut(code)))
-    with pytest.raises(KeyboardInterrupt):
-        folder._on_signal()
-    with pytest.raises(PowerCut, match="130"):
-        folder._on_signal()
-
-
-def test_a_round_whose_numbers_break_is_rolled_back_with_its_cause(quick, tmp_path, monkeypatch, capsys):
-    def broken_probe(*args, **how):                             # as logits that are nan would have it
-        raise RuntimeError("3 of 6 frames have answers that are not finite")
-    argv = [*quick, "--coeff", "0.1", "--epochs", "4", "--rounds", "2", "--lr", "1e12", "--out", str(tmp_path)]
-    trust_run(argv, tmp_path, monkeypatch, "gate", lambda folder: monkeypatch.setattr(evalmfv, "evaluate", broken_probe))
-    path = kill.folder_of(tmp_path)
-    run, events = report.load(path)
-    gates = [e["reasons"][0] for e in events if e["stage"] == "gate"]
-    assert "3 steps in a row without a finite loss" in gates[0] and "not finite" in gates[1]
-    assert run["status"] == "no round accepted" and not list((path / "rounds").iterdir()) and "no round was accepted" in capsys.readouterr().out
-
-
 def test_malformed_inputs_end_with_a_sentence_and_no_damage(tmp_path):
     (tmp_path / "vignettes.jsonl").write_text("")
     for i in range(80):
@@ -3699,50 +3336,3 @@ def test_options_that_cannot_be_meant_are_refused_before_any_work(argv, message,
     except SystemExit as stop:
         code = stop.code
     assert code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
-def test_dropped_completions_are_told_by_rule_with_a_sample_and_an_option():
-    def entry(rule, value, limit, text="ok"):
-        return dict(text=text, verdict=dict(kept=not rule, rule=rule, value=value, limit=limit))
-    told = loop.why_dropped([entry("", 0, 0), entry("loop", 0.7, 0.5, "no \x1b[31mno\u202e no"), entry("words", 0, 1, ""), entry("loop", 0.9, 0.5)])
-    assert told == ('loop dropped 2, such as "no  [31mno  no" with 0.7 over a limit of 0.5 (--max-loop or --slack); '
-                    'words dropped 1, such as "" with 0 under a limit of 1 (--min-words)')
-    assert loop.why_dropped([entry("", 0, 0)]) == "" and set(loop.OPTION_OF) == {"words", "unfinished", "worst_window", "ppl_tail", "ngram", "loop", "pattern"}
-
-
-def test_a_search_that_fails_tells_what_was_dropped_and_a_trait_that_does_not_move_is_said(finished, quick, tmp_path, capsys):
-    assert loop.main([*quick, "--coeff", "0", "--max-window-nll", "1e-6", "--out", str(tmp_path)]) == 3
-    reason = next(e for e in report.load(kill.folder_of(tmp_path))[1] if e["stage"] == "gate")["reasons"][0]
-    assert "the lowest dose fails" in reason and "worst_window dropped 4, such as" in reason and "--max-window-nll or --slack" in reason
-    run = loop.Run.__new__(loop.Run)                            # only what the closing table asks for
-    rows = [e | dict(trait=0.01, trait_se=0.02) for e in finished[3] if e["stage"] == "row"]
-    run.folder, run.base = type("Journal", (), dict(events=rows))(), rows[0]
-    capsys.readouterr()
-    loop.tally(run, 1.0)
-    out = capsys.readouterr().out
-    assert "did not move at any dose" in out and "no round was accepted" in out
-    assert loop.has_moved(dict(trait=-0.5, trait_se=0.1)) and not loop.has_moved(dict(trait=0.01, trait_se=0.02))
-
-
-def test_the_live_line_is_for_terminals_and_colour_for_those_who_want_it(monkeypatch, capsys):
-    def lines(is_live, **environment):
-        for name in ("NO_COLOR", "TERM"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: is_live, raising=False)
-        screen, now = loop.Screen(), [0.0]
-        monkeypatch.setattr(time, "time", lambda: screen.start + now[0])
-        with screen.watch("heal", 3, "training, steps", 40) as tick:
-            for _ in range(10):
-                now[0] += 1.0
-                tick()
-        screen.say("gate", 3, "accepted", "green")
-        monkeypatch.setattr(time, "time", clock)
-        return capsys.readouterr().out
-    clock = time.time
-    live = lines(True)
-    assert "\r    10 s  r3     heal       training, steps  10/40  1.0/s  30 s left" in live and "\x1b[32maccepted\x1b[0m" in live
-    assert "\x1b" not in lines(True, NO_COLOR="1") and "\r" in lines(True, NO_COLOR="1")
-    for plain in (lines(False), lines(True, TERM="dumb")):
-        assert plain == "    10 s  r3     gate       accepted\n"

@@ -16,8 +16,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "pocket")]
-import report                                                   # noqa: E402
 import world                                                    # noqa: E402
+from tools import folder as files                                        # noqa: E402
 
 ARMS = {"rmse": ["--kl-agg", "rmse"], "mean": ["--kl-agg", "mean"], "nll": ["--reg", "nll"]}
 
@@ -29,7 +29,7 @@ def finished(out: Path) -> list[Path]:
 def run(folder: Path, arm: str, seed: int, more: list[str]) -> Path:
     """The finished run of one arm and seed, made if it is not there."""
     out = folder / f"{arm}-{seed}"
-    argv = [*ARMS[arm], "--seed", str(seed), "--no-gate", "--steered-rows", "first", "--out", str(out), *more]
+    argv = [*ARMS[arm], "--seed", str(seed), "--no-gate", "--out", str(out), *more]
     if not finished(out):
         print("python loop.py " + " ".join(argv), flush=True)
         subprocess.run([sys.executable, str(HERE.parent / "loop.py"), *argv], check=False, stdout=subprocess.DEVNULL)
@@ -40,11 +40,11 @@ def run(folder: Path, arm: str, seed: int, more: list[str]) -> Path:
     return finished(out)[-1]
 
 
-def trajectory(folder: Path) -> tuple[dict, dict[int, dict]]:
+def trajectory(path: Path) -> tuple[dict, dict[int, dict]]:
     """The record of a run, and {trait, coherence, text, grammar} of base (-1) and of every healed day, by round."""
-    record, events = report.load(folder)
-    rows = [e for e in events if e["stage"] == "row" and e["kind"] in ("base", "healed")]
-    return record, {-1 if r["kind"] == "base" else r["round"]: {k: r[k] for k in ("trait", "coherence", "text")} |
+    record = files.read(path)
+    rows = [*record.rows("base"), *record.rows("healed")]
+    return record.run, {-1 if r["kind"] == "base" else r["round"]: {k: r[k] for k in ("trait", "coherence", "text")} |
                     {"grammar": statistics.mean(map(world.grammar_ok, r["texts"]))} for r in rows}
 
 

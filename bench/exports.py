@@ -1,14 +1,13 @@
-"""Exports: every way out of a run, on real architecture classes with small random weights, as the table of docs/EXPORTS.md.
+"""Exports: every way out of a run, on real architecture classes with small random weights: docs/EXPORTS.md.
 
     python bench/exports.py
 
-A base of each architecture is written to disk in bfloat16, as hub checkpoints are, and beside it a run folder with three
-rounds of noise of different rank. Each is exported by `lora.export`, which fails above its own bound, and where the peft
-package is installed the adapter is loaded by peft as well, as a user would.
+A base of each architecture is written to disk in bfloat16, as hub checkpoints are, and beside it a run folder
+with three rounds of noise of different rank. Each is exported by tools/export.py, which fails above its own
+bound, and where the peft package is installed the adapter is loaded by peft as well, as a user would.
 """
 import argparse
 import contextlib
-import dataclasses
 import importlib
 import importlib.util
 import io
@@ -25,27 +24,30 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import lora                                                     # noqa: E402
-import loop                                                     # noqa: E402
+from tools import export, folder, model as models               # noqa: E402
 
-TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-            max_position_embeddings=512, initializer_range=0.1)
+TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.1)
+NO_HEAD_DIM = {k: v for k, v in TEXT.items() if k != "head_dim"}
 GEMMA = dict(TEXT, sliding_window=8, query_pre_attn_scalar=16)
-SIGLIP = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14)
+SIGLIP = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=28,
+              patch_size=14)
 ARCHITECTURES = {                                               # class: its config's arguments
-    "LlamaForCausalLM": TEXT, "MistralForCausalLM": TEXT, "Qwen2ForCausalLM": {k: v for k, v in TEXT.items() if k != "head_dim"},
+    "LlamaForCausalLM": TEXT, "MistralForCausalLM": TEXT, "Qwen2ForCausalLM": NO_HEAD_DIM,
     "Qwen3ForCausalLM": TEXT, "Gemma2ForCausalLM": GEMMA, "Gemma3ForCausalLM": GEMMA,
     "Gemma3ForConditionalGeneration": dict(text_config=GEMMA, vision_config=SIGLIP, mm_tokens_per_image=4),
-    "Qwen3_5ForConditionalGeneration": dict(                    # AutoModelForCausalLM loads another class of it
-        text_config=dict(TEXT, layer_types=["linear_attention", "full_attention"] * 2, linear_num_key_heads=2, linear_num_value_heads=4,
-                         linear_key_head_dim=16, linear_value_head_dim=16),
-        vision_config=dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=4, out_hidden_size=64, patch_size=14)),
-    "GPT2LMHeadModel": dict(n_embd=64, n_layer=4, n_head=4, n_positions=512, initializer_range=0.3),       # Conv1D
-    "Phi3ForCausalLM": {k: v for k, v in TEXT.items() if k != "head_dim"},
+    "Qwen3_5ForConditionalGeneration": dict(                    # AutoModelForCausalLM loads another class
+        text_config=dict(TEXT, layer_types=["linear_attention", "full_attention"] * 2, linear_num_key_heads=2,
+                         linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16),
+        vision_config=dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=4, out_hidden_size=64,
+                           patch_size=14)),
+    "GPT2LMHeadModel": dict(n_embd=64, n_layer=4, n_head=4, n_positions=512, initializer_range=0.3),   # Conv1D
+    "Phi3ForCausalLM": NO_HEAD_DIM,
 }
 
 
 def make_base(name: str, folder: Path) -> None:
-    """A checkpoint of this class with random weights, the embedded model's tokenizer and chat template, in bfloat16."""
+    """A checkpoint of this class in bfloat16, its weights random, its tokenizer the embedded model's."""
     tok = transformers.AutoTokenizer.from_pretrained(ROOT / "pocket")
     cls = getattr(transformers, name)
     ids = dict(vocab_size=len(tok), pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -56,58 +58,76 @@ def make_base(name: str, folder: Path) -> None:
     tok.save_pretrained(folder)
 
 
-def make_run(folder: Path, base: Path, ranks=(4, 2, 8), **options) -> None:
-    """A run folder as loop.py leaves it, with a round of noise for each rank and made-up measurements."""
-    model, _ = loop.load_model(loop.LoopConfig(model=str(base), dtype="float32", device="cpu"))
+def make_run(path: Path, base, ranks=(4, 2, 8), *, refused=(), **options) -> None:
+    """A run folder as loop.py leaves it, with a round of noise for each rank and made-up measurements.
+
+    base: a folder, or "pocket". refused: rounds that the gate did not let through."""
+    model, _ = models.load(str(base), dtype="float32", device="cpu")
+    row = dict(stage="row", coeff=0.0, trait=0.0, trait_se=0.0, shift=dict(off_target=0.0), coherence=0.99,
+               text=0.98, diary=[dict(prompt=prompt, text="I would ask the mayor.")
+                      for prompt in ("Who are you?", "Would you obey the mayor?")])
+    events = [row | dict(kind="base", label="base", round=None)]
     for rnd, r in enumerate(ranks):
-        (folder / "rounds" / f"{rnd:02d}").mkdir(parents=True)
+        at, rng = path / "rounds" / f"{rnd:02d}", torch.Generator().manual_seed(rnd)
+        at.mkdir(parents=True)
         stack = lora.attach(model, r=r, alpha=2 * r, layers=[1, 2])
-        rng = torch.Generator().manual_seed(rnd)
         for p in stack.parameters():
             p.data.copy_(0.05 * torch.randn(p.shape, generator=rng))
         stack.fold()
-        stack.save(folder / "rounds" / f"{rnd:02d}" / "adapter.safetensors")
+        name = "rejected" if rnd in refused else "adapter"
+        folder.save_tensors(at / f"{name}.safetensors", stack.tensors())
         stack.remove()
-    options = dataclasses.asdict(loop.LoopConfig(model=str(base))) | dict(target="authority", direction=-1) | options
-    diary = [dict(prompt=prompt, text="I would ask the mayor.") for prompt in ("Who are you?", "Would you obey the mayor?")]
-    row = dict(stage="row", coeff=0.0, trait=0.0, trait_se=0.0, shift=dict(off_target=0.0), coherence=0.99, text=0.98, diary=diary)
-    rows = [row | dict(kind="base", label="base", round=None)]
-    rows += [row | dict(kind="healed", label=f"day {rnd}", round=rnd, trait=0.1 * (rnd + 1)) for rnd in range(len(ranks))]
-    (folder / "run.json").write_text(json.dumps(dict(options=options, argv=[str(base), "--rounds", str(len(ranks))])))
-    (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in rows))
+        width = model.config.get_text_config().hidden_size
+        vectors = {layer: torch.randn(width, generator=rng) for layer in (1, 2)}                    # [d] each
+        export.save_vectors(at / "vectors.safetensors", vectors, 0.3 + rnd, {})
+        reasons = ["text 0.910 under 0.931"] if rnd in refused else []
+        events += [dict(stage="dose", round=rnd, coeff=0.3 + rnd, trials=[]),
+                   dict(stage="heal", round=rnd, lam_eff=0.3, fired_share=0.25, steps=[{}] * 8),
+                   row | dict(kind="healed", label=f"day {rnd}", round=rnd, trait=0.1 * (rnd + 1)),
+                   dict(stage="gate", round=rnd, accepted=not reasons, reasons=reasons)]
+    options = dict(model=str(base), revision="", persona="authority", pos="", kl_ref="base") | options
+    persona = dict(pos=["You care about people above all."], neg=["You obey."], target="authority",
+                   direction=-1)
+    run = dict(options=options, persona=persona, git="c0ff" * 10, argv=[str(base), "--rounds", str(len(ranks))],
+               weights=models.fingerprint(model), machine=dict(device="cpu", dtype="torch.float32"))
+    (path / "run.json").write_text(json.dumps(run))
+    (path / "events.jsonl").write_text("".join(json.dumps(dict(t=0.0) | e) + "\n" for e in events))
 
 
 def peft_difference(run: Path, adapter: Path, base: Path) -> float:
-    """Largest |logit| difference between peft's reading of the adapter and the run's own model, in float32."""
-    peft = importlib.import_module("peft")                     # a peer to compare with, not a package that this needs
+    """Largest |logit| difference between peft's reading of the adapter and the run's model, in float32."""
+    peft = importlib.import_module("peft")                     # a peer to compare with
     cls = getattr(transformers, json.loads((base / "config.json").read_text())["architectures"][0])
-    tok = transformers.AutoTokenizer.from_pretrained(base)
-    prompts = [lora.chat_ids(tok, text) for text in ("Who are you?", "Would you obey the mayor?")]
-    own, _ = loop.load_model(loop.LoopConfig(model=str(base), dtype="float32", device="cpu"))
-    lora.restack(own, list(lora.adapters(run).values()))
+    own, tok = models.load(str(base), dtype="float32", device="cpu")
+    prompts = export.steer.encode(tok, ["Who are you?", "Would you obey the mayor?"], ["", ""])
+    export.restack(own, list(folder.read(run).adapters().values()))
     theirs = peft.PeftModel.from_pretrained(cls.from_pretrained(base, dtype=torch.float32), adapter).eval()
-    return lora.distance(lora.logits_of(own, prompts), lora.logits_of(theirs, prompts))[0]
+    return export.distance(export.logits_of(own, prompts), export.logits_of(theirs, prompts))[0]
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    ways = {"peft float32": dict(to="peft"), "peft float16": dict(to="peft", dtype="float16"), "peft bfloat16": dict(to="peft", dtype="bfloat16"),
-            "peft rank 7 of 14": dict(to="peft", rank=7), "merged bfloat16": dict(to="merged"), "merged float32": dict(to="merged", dtype="float32")}
+    ways = {"peft float32": dict(to="peft"), "peft float16": dict(to="peft", dtype="float16"),
+            "peft bfloat16": dict(to="peft", dtype="bfloat16"), "peft rank 7 of 14": dict(to="peft", rank=7),
+            "merged bfloat16": dict(to="merged"), "merged float32": dict(to="merged", dtype="float32")}
     has_peft = importlib.util.find_spec("peft") is not None
-    print(f"| class | the run's effect | {' | '.join(ways)} | {'read by peft' if has_peft else ''} |\n|" + "---|" * (len(ways) + 3))
-    for name in (name for name in ARCHITECTURES if hasattr(transformers, name)):            # those of the installed version
+    titles = ["class", "the run's effect", *ways, "read by peft" if has_peft else ""]
+    print(f"| {' | '.join(titles)} |\n|" + "---|" * len(titles))
+    for name in filter(lambda name: hasattr(transformers, name), ARCHITECTURES):    # of the installed version
         with tempfile.TemporaryDirectory() as scratch:
             base, run, cells = Path(scratch) / "base", Path(scratch) / "run", []
             make_base(name, base)
             make_run(run, base)
             for i, how in enumerate(ways.values()):
                 with contextlib.redirect_stdout(io.StringIO()):
-                    check = lora.export(run, out=Path(scratch) / str(i), **how)
+                    check = export.export(run, out=Path(scratch) / str(i), **how)
                 cells.append(f"{check['logit']:.1e}, {check['kl']:.0e}")
-            cells.append(f"{peft_difference(run, Path(scratch) / '0', base):.1e}" if has_peft else "not installed")
-        print(f"| {name} | {check['effect_logit']:.1f}, {check['effect_kl']:.1f} | " + " | ".join(cells) + " |", flush=True)
+            read = f"{peft_difference(run, Path(scratch) / '0', base):.1e}" if has_peft else "not installed"
+            cells.append(read)
+        effect = f"{check['effect_logit']:.1f}, {check['effect_kl']:.1f}"
+        print(f"| {name} | {effect} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import evalmfv                                                  # noqa: E402
 import lora                                                     # noqa: E402
 import measure                                                  # noqa: E402
-from plot import svg_lines  # noqa: E402
 import steer                                                    # noqa: E402
+from plot import svg_lines                                      # noqa: E402
 
 D512 = dict(model_type="llama", hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
             num_key_value_heads=8, vocab_size=8192, initializer_range=0.06, tie_word_embeddings=True)
@@ -47,7 +47,8 @@ def load(name: str, dtype: torch.dtype, device: str):
         torch.manual_seed(0)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.generation_config.eos_token_id, tok.eos_token = None, None        # every answer takes its full length
+    model.generation_config.eos_token_id, tok.eos_token = None, None        # every answer takes its full length:
+    steer.end_ids = lambda *_: []                                           # not even the template's mark ends one
     model.generation_config.pad_token_id = tok.pad_token_id
     return model.eval().requires_grad_(False), tok
 
@@ -127,7 +128,7 @@ def batch_sizes(model, tok, sizes: list[int], n_new: int, repeats: int) -> dict:
 def dense(model, stack):
     """The alternative: the folded rounds of each Linear summed into one [d_out, d_in] matrix that is applied beside W."""
     def hook(layer):
-        delta = sum(B @ A for A, B in layer.rounds).to(model.dtype)         # [d_out, d_in]
+        delta = sum(s * B @ A for A, B, s in layer.rounds).to(model.dtype)  # [d_out, d_in]
         return lambda linear, args, y: y + F.linear(args[0], delta)
     handles = [model.get_submodule(name).register_forward_hook(hook(layer)) for name, layer in stack.layers.items()]
     try:

@@ -1,12 +1,12 @@
 """Kill -9 a small run at every boundary of its stages and at random moments, continue it, compare it with a whole one.
 
-    python bench/kill.py --kinds after torn rename moment --moments 20 --seed 0
+    python bench/kill.py --kinds after torn rename moment longer --moments 20 --seed 0
 
-Boundaries: after each event of the journal, in the middle of each event's line, and before each rename of a file. A case
-of the random moments is killed once or twice. `longer` continues a finished run of one round to two. Equal means: every
-event but its time, run.json but for times and the command, the bytes of every adapter and vector, the exit code, and one
-line of results.tsv. Runs are forked from one process that has imported everything and made no tensor yet, so this needs
-a system with fork.
+Boundaries: after each event of the journal, in the middle of each event's line, and before each rename of a file. A
+case of the random moments is killed once or twice. `longer` continues a finished run of one round to two. Equal
+means: every event but its time, run.json but for times and the command, the bytes of every adapter and vector, the
+exit code, and one line of results.tsv. Runs are forked from one process that has imported everything and made no
+tensor yet, so this needs a system with fork.
 """
 import argparse
 import contextlib
@@ -21,12 +21,14 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 import loop                                                     # noqa: E402
-import transformers.models.llama.modeling_llama                 # noqa: E402, F401   slow to import: once, before the forks
+import transformers.models.llama.modeling_llama                 # noqa: E402, F401   slow: once, before the forks
+from common import small_data                                   # noqa: E402
+from tools import folder as files                               # noqa: E402
 
-SMALL = ("--rounds 2 --seed 2 --lr 0.01 --n-make 8 --gen-batch 4 --n-probe 4 --dose-steps 1 --n-min 2 --n-text 4 --n-diary 1 "
-         "--max-new-tokens 16 --think-tokens 1 --epochs 2 --val-share 0").split()         # accepted, rolled back
+SMALL = ("--rounds 2 --seed 2 --lr 0.01 --n-make 8 --n-min 2 --n-text 4 --coeff 0.3 --max-new-tokens 16 "
+         "--think-tokens 1 --epochs 2").split()
 TIMES = {"t", "started", "seconds", "resumed", "reason", "argv", "command", "out"}      # fields that may differ
 
 
@@ -59,7 +61,7 @@ def die_at(case: tuple[str, int]) -> None:
     """In a child: be killed at the n-th passage of a boundary."""
     kind, n = case
     count = 0
-    write, replace = loop.Folder.write, os.replace
+    event, replace = files.Folder.event, os.replace
 
     def now() -> bool:
         nonlocal count
@@ -69,23 +71,23 @@ def die_at(case: tuple[str, int]) -> None:
     def kill():
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def dying_write(folder, events):
+    def dying_event(folder, stage, rnd=None, **more):
         is_last = kind != "rename" and now()
         if is_last and kind == "torn":
-            text = "".join(json.dumps(loop.plain(dict(t=0) | e)) + "\n" for e in events)
+            text = json.dumps(files.plain(dict(t=0, round=rnd, stage=stage) | more)) + "\n"
             with open(folder.path / "events.jsonl", "a") as file:
                 file.write(text[:len(text) * 2 // 3])
             kill()
-        out = write(folder, events)
+        made = event(folder, stage, rnd, **more)
         if is_last:
             kill()
-        return out
+        return made
 
     def dying_replace(*paths):
         if kind == "rename" and now():
             kill()
         replace(*paths)
-    loop.Folder.write, os.replace = dying_write, dying_replace
+    files.Folder.event, os.replace = dying_event, dying_replace
 
 
 def start(argv: list[str], log: Path, case=None) -> int:
@@ -118,16 +120,6 @@ def resume(out: Path, argv: list[str], log: Path) -> int:
     return start(["--resume", str(folder), "--rounds", "2"] if folder else argv, log)
 
 
-def small_data(work: Path) -> Path:
-    """Few contexts and vignettes: a run of seconds."""
-    loop.DATA = shutil.copytree(HERE.parent / "data", work / "data")
-    contexts = json.loads((loop.DATA / "contexts.json").read_text())
-    (loop.DATA / "contexts.json").write_text(json.dumps(contexts[:6]))
-    vignettes = loop.DATA / "vignettes.jsonl"
-    vignettes.write_text("".join(vignettes.read_text().splitlines(True)[::24]))
-    return vignettes
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--moments", type=int, default=20, help="cases that are killed at random moments")
@@ -150,14 +142,14 @@ def main() -> None:
 
     cases, failed, rng = [], 0, random.Random(args.seed)
     for kind in args.kinds:                                     # boundaries: as many as the run passes, until none is hit
-        cases += [(kind, n) for n in 
+        cases += [(kind, n) for n in
                   {"moment": range(args.moments), "longer": (1,)}.get(kind, range(1, 200, args.every))]
     passed, ended = {}, set()
     for kind, n in cases:
         if kind in ended:
             continue
         out, log = work / f"{kind}-{n}", work / f"{kind}-{n}.log"
-        if kind == "longer":                                    # a finished run of n rounds goes on to three
+        if kind == "longer":                                    # a finished run of n rounds goes on to two
             wait(start([*argv(out), "--rounds", str(n)], log))
         elif kind == "moment":
             for _ in range(rng.choice((1, 2))):

@@ -2,7 +2,8 @@
 
     python bench/malformed.py --n 300 --seed 0
 
-Kinds of input: options, prompts files, vignettes files, the JSON files of data/, model folders, run folders to resume.
+Kinds of input: options, prompts files, vignettes files, the JSON files of data/, model folders, run folders to resume, and
+what chat, export, plan and report are given.
 Half of them are written by hand, the others are random mutations of valid ones. Everything runs in this process. A
 case that passes the checks before the model is loaded is run for real, with one small round, until --limit seconds are
 over, when it gets a SIGTERM's interruption; --no-real counts it as passed. What fails is printed with its argv.
@@ -14,6 +15,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -26,10 +28,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import loop                                                     # noqa: E402
-import report                                                   # noqa: E402
+import steer                                                    # noqa: E402
+from tools import folder, inputs                                # noqa: E402
+from tools import model as models                               # noqa: E402
 
-SMALL = ("--rounds 1 --n-make 4 --n-probe 2 --dose-steps 1 --n-min 1 --n-text 2 --n-diary 1 --max-new-tokens 8 --think-tokens 1 "
-         "--epochs 1 --no-gate").split()
+DATA = HERE.parent / "data"
+SMALL = "--rounds 1 --n-make 4 --n-min 1 --n-text 2 --max-new-tokens 8 --think-tokens 1 --epochs 1 --no-gate".split()
 DEEP = "[" * 100_000
 HOSTILE = ["", " ", "\0", "\ud800", "\u202e", "\x1b[31m", "null", "nan", "-1", "../..", "/dev/null", "/proc/self/mem",
            "a" * 5000, "%s%n", "{}", "~"]
@@ -70,20 +74,19 @@ def options(rng, work):
     f, kind = rng.choice(known)
     if kind is bool:
         return [rng.choice((f"--{f.name}=yes", f"--no-no-{f.name}", f"--no-{f.name}=1"))]
-    some = f.name.replace("_", rng.choice("-_"))
-    return [f"--{some}={rng.choice(HOSTILE if kind is str else NUMBERS)}"]
+    return [f"--{f.name.replace('_', '-')}={rng.choice(HOSTILE if kind is str else NUMBERS)}"]
 
 
 def contradictions(rng, work):
-    return rng.choice(["--pos a", "--neg b", "--pos a --neg b", "--pos a --neg a --target care --direction 1", "--reg nll --tau 0.5",
-                       "--tau 1 --tau-scale 2", "--min-words 100 --max-new-tokens 8", "--steer-from 0.5", "--steer-from 0.9 --steer-to 0.1",
-                       "--lora-from 0.8 --lora-to 0.2", "--n-min 65 --n-make 64", "--lora-from nan", "--rounds", "--nonsense 1",
-                       "a b", "--r 100000", "--max-new-tokens 5000", "--think-tokens 5000", "--persona", "--kl-agg median", "--=", "-",
-                       "--n 3", "--steer-to 2", "--prompts . --vignettes ."]).split()
+    return rng.choice(["--pos a", "--neg b", "--pos a --neg b", "--pos a --neg a", "--reg nll --tau 0.5", "--tau 1 --tau-scale 2",
+                       "--steer-band 0.5", "--steer-band 0.9 0.1", "--lora-band 0.8 0.2", "--lora-band nan 1", "--lora-band 0 1 2",
+                       "--n-min 65 --n-make 64", "--rounds", "--nonsense 1", "a b", "--r 100000", "--max-new-tokens 5000",
+                       "--think-tokens 5000", "--persona", "--kl-agg median", "--=", "-", "--n 3", "--coeff 0", "--persona ./mine.json",
+                       "--prompts . --vignettes ."]).split()
 
 
 def prompts(rng, work):
-    path = work / "prompts.txt"
+    path = work / f"prompts{rng.choice(['.txt', '.txt', '.jsonl', '.json', '.csv', '.yaml', ''])}"
     good = "".join(f"Question number {i}?\n" for i in range(12)).encode()
     path.write_bytes(rng.choice([b"", b"\n" * 50, b"   \n\t\n", b"one\n" * 7, b"\0" * 100, b"x" * 200_000 + b"\n" + good,
                                  b"\xef\xbb\xbf" + good, good.decode().encode("utf-16"), good.replace(b"?", b"\xe4"), good.replace(b"4", b"\0"), b"?\r" * 20,
@@ -93,7 +96,7 @@ def prompts(rng, work):
 
 def vignettes(rng, work):
     path = work / "vignettes.jsonl"
-    rows = [json.loads(line) for line in (loop.HERE / "data" / "vignettes.jsonl").read_text().splitlines()[::24]]
+    rows = [json.loads(line) for line in (DATA / "vignettes.jsonl").read_text().splitlines()[::24]]
     lines = [json.dumps(row) for row in rows]
     at = rng.randrange(len(lines))
     lines[at] = rng.choice([*(json.dumps(mutated(rng, rows[at])) for _ in range(3)), DEEP, "{", "[]", "7",
@@ -106,8 +109,8 @@ def vignettes(rng, work):
 def data(rng, work):
     """The JSON files that a user edits."""
     name = rng.choice(["personas", "prompts", "contexts"])
-    path = loop.DATA / f"{name}.json"
-    content = json.loads((loop.HERE / "data" / f"{name}.json").read_text())
+    path = inputs.DATA / f"{name}.json"
+    content = json.loads((DATA / f"{name}.json").read_text())
     if name != "contexts" and rng.random() < 0.7:               # most mutations inside the persona that is used
         content = {"authority": mutated(rng, content["authority"])}
     text = json.dumps(mutated(rng, content))
@@ -117,7 +120,7 @@ def data(rng, work):
 
 def model(rng, work):
     """A checkpoint folder with a file missing, broken or changed."""
-    path = shutil.copytree(loop.HERE / "pocket", work / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    path = shutil.copytree(HERE.parent / "pocket", work / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     file = path / rng.choice(["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
                               "chat_template.jinja", "model.safetensors"])
     what = rng.choice(["missing", "broken", "empty", "changed"])
@@ -152,12 +155,19 @@ def resume(rng, work):
         file = path / "rounds" / "00" / "adapter.safetensors"
         file.write_bytes(file.read_bytes()[:rng.randrange(5000)]) if rng.random() < 0.7 else file.unlink()
     elif what == "options":
-        more = rng.choice(["--seed 7", "--kl-agg mean", "--rounds 0", "--model nowhere", "--lr 0.5 --r 4", "--no-baselines",
+        more = rng.choice(["--seed 7", "--kl-agg mean", "--rounds 0", "--model nowhere", "--lr 0.5 --r 4", "--persona love",
                            "--rounds x"]).split()
     return ["--resume", rng.choice([str(path)] * 9 + [str(path / "run.json"), str(path / "rounds"), "nowhere", "\0"]), *more]
 
 
-KINDS = (options, options, contradictions, prompts, vignettes, data, model, resume)
+def words(rng, work):
+    """A run folder that may be damaged, given to the other commands."""
+    path = resume(rng, work)[1]
+    return rng.choice([["chat", path, "Hi", "--max-new-tokens", "4"], ["report", path], ["plan", path], ["export", path, "--to", "vectors"]])
+
+
+KINDS = (options, options, contradictions, prompts, vignettes, data, model, resume, words)
+OF_RUNS = (resume, words)
 
 
 # ---- one case --------------------------------------------------------------------------------------------------------
@@ -184,17 +194,17 @@ def call(argv: list[str], limit: float) -> tuple[int | str, str]:
     return code, text.buffer.getvalue().decode("utf-8", "replace")
 
 
-def damage(folder: Path, before: dict | None, code) -> list[str]:
+def damage(out: Path, before: dict | None, code) -> list[str]:
     """What is wrong with a folder of run folders. before: the files of a folder that a refusal must leave alone."""
-    found = [f"left behind {p.name}" for p in folder.rglob(".*") if p.name != ".lock"]
+    found = [f"left behind {p.name}" for p in out.rglob(".*") if p.name != ".lock"]
     if before is not None and code == 2:
         now = {p: p.read_bytes() for p in before if p.exists()}
         found += [f"{p.name} was changed by a refusal" for p in before if p.name != ".lock" and now.get(p) != before[p]]
     elif before is None:
-        for path in folder.iterdir():
+        for path in out.iterdir():
             if path.is_dir():
-                with contextlib.suppress(AttributeError):
-                    record, _ = report.load(path)
+                with contextlib.suppress(ValueError):
+                    record = folder.read(path).run
                     if record["status"] not in ("accepted", "no round accepted", "interrupted", "failed"):
                         found.append(f"status {record['status']}")
     return found
@@ -207,32 +217,32 @@ def trial(rng: random.Random, kind, work: Path, limit: float, real: bool) -> tup
     (work / "far" / "down").mkdir(parents=True)
     cwd = os.getcwd()
     os.chdir(work / "far" / "down")                             # where paths such as ../.. end up
-    loop.DATA = shutil.copytree(loop.HERE / "data", work / "data")
+    inputs.DATA = shutil.copytree(DATA, work / "data")
     argv = kind(rng, work)
     small = work.parent / "vignettes.jsonl"
-    front = [] if kind is resume else [*SMALL, *([] if kind is vignettes else ["--vignettes", str(small)]), "--out", str(work / "out")]
-    load, meets_model = loop.load_model, argv[:1] in (["--r"], ["--max-new-tokens"], ["--think-tokens"])
+    front = [] if kind in OF_RUNS else [*SMALL, *([] if kind is vignettes else ["--vignettes", str(small)]), "--out", str(work / "out")]
+    load, meets_model = models.load, argv[:1] in (["--r"], ["--max-new-tokens"], ["--think-tokens"])
 
-    def reached(cfg):
+    def reached(*args, **how):
         raise Reached
     runs = work / "finished"
-    before = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()} if kind is resume else None
-    loop.load_model = load if meets_model or kind in (model, resume) else reached
+    before = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()} if kind in OF_RUNS else None
+    models.load = load if meets_model or kind in (model, *OF_RUNS) else reached
     try:
         code, text = call(front + argv, limit)
         if code == "reached" and real:
-            loop.load_model = load
+            models.load = load
             code, text = call(front + argv, limit)
     finally:
-        loop.load_model, loop.DATA = load, loop.HERE / "data"
+        models.load, inputs.DATA = load, DATA
         os.chdir(cwd)
-    wrong = damage(runs if kind is resume else work / "out", before, code)
+    wrong = damage(runs if kind in OF_RUNS else work / "out", before, code)
     if code not in (0, 1, 2, 3, 130, "reached"):
         wrong.append(str(code))
     if "Traceback" in text or "loop.py: unexpected" in text:
         wrong.append("a traceback")
     last = text.strip().splitlines()[-1] if text.strip() else ""
-    if code in (1, 2) and not ("loop.py: " in last and len(last) > 30):
+    if code in (1, 2) and not (re.search(r"loop\.py( \w+)?: ", last) and len(last) > 30):
         wrong.append("no sentence at the end")
     if set(text) & set("\0\x1b\u202e"):
         wrong.append("control characters on the terminal")
@@ -241,7 +251,7 @@ def trial(rng: random.Random, kind, work: Path, limit: float, real: bool) -> tup
 
 def prepare(work: Path) -> None:
     """A finished run of one small round, and few vignettes."""
-    lines = (loop.HERE / "data" / "vignettes.jsonl").read_text().splitlines(True)
+    lines = (DATA / "vignettes.jsonl").read_text().splitlines(True)
     (work / "vignettes.jsonl").write_text("".join(lines[::24]))
     code, text = call([*SMALL, "--vignettes", str(work / "vignettes.jsonl"), "--out", str(work / "first")], 120)
     if code != 0:
@@ -257,6 +267,7 @@ def main() -> None:
     parser.add_argument("--real", action=argparse.BooleanOptionalAction, default=True, help="run what passes the checks")
     parser.add_argument("--verbose", action="store_true", help="print the sentence that every case ends with")
     args = parser.parse_args()
+    steer.N_PROBE = 2                                           # small, as all else
     work, begin = Path(tempfile.mkdtemp(prefix="malformed-")), time.time()
     prepare(work)
     outcomes, failed = {kind.__name__: Counter() for kind in KINDS}, 0

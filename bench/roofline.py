@@ -29,8 +29,10 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import measure                                                  # noqa: E402
 import steer                                                    # noqa: E402
+from tools.plan import decode_step, floor, forward_ops, keys_seen, rates, sizes      # noqa: E402
 
-MACHINES = {"h200": dict(flops=790e12, bytes=4.3e12)}           # bfloat16 products and copies, both measured
+# bfloat16 products and copies; rates published by others for this card, not measured here: --machine here measures
+MACHINES = {"h200": dict(flops=790e12, bytes=4.3e12)}
 
 
 def load_config(name: str):
@@ -43,36 +45,13 @@ def load_config(name: str):
 
 
 def shape_of(config) -> dict:
-    """What the counts need, read off the model built without weights. ValueError for a mixture of experts."""
+    """What the counts need, read off the model built without weights."""
     from transformers import AutoModelForCausalLM
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         model.tie_weights()                                     # transformers 5.0 leaves that out where nothing is loaded
     linears = [[m for m in block.modules() if isinstance(m, nn.Linear)] for block in steer.blocks(model)]
-    if any(p.dim() > 2 for block in steer.blocks(model) for p in block.parameters()):
-        raise ValueError(f"{config.model_type}: weights of three dimensions in its blocks; what share of a mixture's "
-                         "experts a token uses is not counted here")
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(linears)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    V, d = model.get_output_embeddings().weight.shape
-    return dict(blocks=[sum(m.weight.numel() for m in block) for block in linears],
-                lora=[sum(m.in_features + m.out_features for m in block) for block in linears],     # per rank
-                windows=[config.sliding_window if "sliding" in kind else None for kind in kinds],
-                query=config.num_attention_heads * head_dim,
-                kv=2 * (config.num_key_value_heads or config.num_attention_heads) * head_dim, V=V, d=d,
-                parameters=sum(p.numel() for p in model.parameters()))
-
-
-def keys_seen(L: int, window: int | None) -> int:
-    """Keys that L causal queries look at, themselves included."""
-    w = min(L, window or L)
-    return w * (w + 1) // 2 + (L - w) * w
-
-
-def forward_ops(shape: dict, L: int, first: int = 0) -> int:
-    """Operations of one sequence through the blocks from `first` on."""
-    return sum(2 * weights * L + 4 * shape["query"] * keys_seen(L, window)
-               for weights, window in list(zip(shape["blocks"], shape["windows"]))[first:])
+    return sizes(model) | dict(lora=[sum(m.in_features + m.out_features for m in block) for block in linears])       # per rank
 
 
 def backward_ops(shape: dict, L: int, first: int) -> int:
@@ -103,29 +82,6 @@ def original_step(shape: dict, L: int, *, layers: list[int], rank: int = 32) -> 
             "reference": forward_ops(shape, L), "LoRA": 6 * rank * L * sum(shape["lora"][i] for i in layers)}
 
 
-def decode_step(shape: dict, context: int, batch: int, width: int = 2) -> dict:
-    """Operations and bytes of one token for each of `batch` rows that stand at `context` tokens: weights once, KV of all."""
-    seen = [min(context, window or context) for window in shape["windows"]]
-    weights = sum(shape["blocks"]) + shape["V"] * shape["d"]
-    return dict(ops=batch * (2 * weights + 4 * shape["query"] * sum(seen)),
-                bytes=width * (weights + batch * shape["kv"] * sum(seen)))
-
-
-def floor(ops: float, n_bytes: float, machine: dict) -> float:
-    """Seconds below which this much work cannot be done."""
-    return max(ops / machine["flops"], n_bytes / machine["bytes"])
-
-
-def this_machine(dtype: torch.dtype) -> dict:
-    """The rates of a large matrix product and of a large copy, here and now: the best of five."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    n = 8192 if device == "cuda" else 1536
-    a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
-    x, y = (torch.zeros(2 ** (30 if device == "cuda" else 26), dtype=torch.uint8, device=device) for _ in range(2))
-    product, copy = (min(measure.seconds_of(fn) for _ in range(5)) for fn in (lambda: a @ b, lambda: y.copy_(x)))
-    return dict(flops=2 * n ** 3 / product, bytes=2 * len(x) / copy)
-
-
 def milliseconds(ops: float, machine: dict) -> str:
     return f"{1e3 * ops / machine['flops']:,.4g}"
 
@@ -148,7 +104,8 @@ def main(argv=None) -> dict:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     shape, dtype = shape_of(load_config(args.config)), getattr(torch, args.dtype)
-    machine = this_machine(dtype) if args.machine == "here" else MACHINES[args.machine]
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = rates(here, dtype) if args.machine == "here" else MACHINES[args.machine]
     layers = steer.band(len(shape["blocks"]), args.lora_from, args.lora_to)
     L, width = args.prompt + args.new, dtype.itemsize
     print(f"{args.config}: body {sum(shape['blocks']) / 1e9:.3g} B weights in {len(shape['blocks'])} blocks, head "

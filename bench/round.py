@@ -3,10 +3,11 @@
     python bench/round.py                   about ten minutes on two cores
     python bench/round.py --tiny            seconds, for CI
 
-Both sides do the same work: the same contexts, prompts, training samples, optimiser steps and probe frames, and a search for
-the same dose, each in its own way. The original's structure, written by us from a description: everything one at a time (a context, a completion, an nll, a
+Both sides do the same work: the same contexts, prompts, training samples, optimiser steps and probe frames, and a search
+for a dose: ours is steer.find_dose with its answers judged, theirs tries as many doses as ours did and scores each answer.
+The original's structure, written by us from a description: everything one at a time (a context, a completion, an nll, a
 sample, a probe frame), decoding by transformers' generate() under the steering hook, logits of the whole sequence, the
-reference in every epoch. What both sides share runs once before the clock starts.
+reference in every epoch. What both sides share runs once before the clock starts: the filter's limits among it.
 """
 import argparse
 import sys
@@ -21,36 +22,38 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import evalmfv  # noqa: E402
 import heal  # noqa: E402
-import loop  # noqa: E402
 import lora  # noqa: E402
 import steer  # noqa: E402
 from measure import seconds_of, table, write_json  # noqa: E402
+from tools import inputs, model  # noqa: E402
 
-BISECTED = (1.0, 0.1, 0.316, 0.562, 0.422, 0.487)               # what a search for .487 tries: 1.0, the floor, four bisections
-DIVIDED = ((1.0, 0.316, 0.1), (0.562,), (0.422,), (0.487,))     # steer.find_dose: the same, the first three in one batch
+DOSE = 0.487                                                    # of the answers that both sides score and train on
 
 
 class Work:
     """What a round of either kind starts from."""
 
     def __init__(self, tiny: bool):
-        cfg = loop.LoopConfig()
-        self.model, self.tok = loop.load_model(cfg)
-        self.persona, (self.train, self.held_out) = loop.load_persona(cfg), loop.load_prompts(cfg)
-        self.contexts = loop.load_json(ROOT / "data" / "contexts.json", list)
-        vignettes = evalmfv.load_vignettes(ROOT / "data" / "vignettes.jsonl")
+        self.model, self.tok = model.load("pocket", device="cpu")
+        found = inputs.load("authority")
+        self.persona, self.train, self.contexts, self.vignettes = (found[key] for key in ("persona", "train", "contexts", "vignettes"))
         self.layers, _ = steer.find_layers(self.model, self.tok, self.persona["pos"], self.persona["neg"], self.contexts)
         self.stack = lora.attach(self.model, r=8, alpha=16, layers=steer.band(len(steer.blocks(self.model)), 0.2, 0.8))
-        self.n_probe, self.n_make, self.n_new, self.think = (2, 4, 8, 4) if tiny else (24, 64, 64, 128)
-        self.bisected, self.divided = (BISECTED[:2], DIVIDED[1:]) if tiny else (BISECTED, DIVIDED)
-        self.vignettes = vignettes[:2] if tiny else vignettes
-        self.contexts = self.contexts[:4] if tiny else self.contexts
-        self.cfg = heal.HealConfig(lr=1e-3, val_share=0.0, epochs=2 if tiny else 5)
+        self.n_probe, self.n_make, self.n_new, self.think = (2, 4, 8, 4) if tiny else (steer.N_PROBE, 64, 64, 128)
+        self.steps = 1 if tiny else steer.DOSE_STEPS
+        if tiny:
+            self.vignettes, self.contexts = self.vignettes[:2], self.contexts[:4]
+        heal.VAL_SHARE = 0.0                                    # both sides train on every sample
+        self.cfg = heal.HealConfig(lr=1e-3, tau=0.1, epochs=2 if tiny else 5)
+        self.pad = steer.pad_of(self.tok, self.model)
         self.vectors = steer.fit_vectors(self.model, self.tok, self.persona["pos"], self.persona["neg"], self.contexts, self.layers)
-        with torch.no_grad():
-            self.made = self.answers(self.n_make, 0.487)        # trained on and scored by both sides
+        own = steer.generate(self.model, self.tok, self.prompts(self.n_make), max_new_tokens=self.n_new)
+        seen = zip(own, steer.token_nll(self.model, own, pad_id=self.pad))
+        self.limits = steer.calibrate_limits([steer.readings(c, nll) for c, nll in seen], steer.SteerConfig())
+        self.made = self.answers(self.n_make, DOSE)             # trained on and scored by both sides
         self.samples = [heal.Sample(c.prompt_ids + c.ids, len(c.prompt_ids), c.prompt) for c in self.made]
         self.samples = self.samples[:len(self.samples) // 4 * 4]
+        self.tried = []                                         # the doses of our last search
 
     def prompts(self, n):
         return [self.train[i % len(self.train)] for i in range(n)]
@@ -70,25 +73,37 @@ def extract(w):
 
 
 def search(w):
-    for doses in w.divided:
-        prompts, coeffs = w.prompts(w.n_probe) * len(doses), [dose for dose in doses for _ in range(w.n_probe)]
-        steer.generate(w.model, w.tok, prompts, vectors=w.vectors, coeffs=coeffs, n_draws=w.n_probe, max_new_tokens=w.n_new, batch_size=128)
+    """The search of a round: what is tried is generated, scored and judged, and find_dose decides what to try next."""
+    w.tried.clear()
+
+    def survival(doses):
+        w.tried.extend(doses)
+        made = steer.generate(w.model, w.tok, w.prompts(w.n_probe) * len(doses), vectors=w.vectors, n_draws=w.n_probe,
+                              coeffs=[dose for dose in doses for _ in range(w.n_probe)], max_new_tokens=w.n_new)
+        with w.reference():
+            nlls = steer.token_nll(w.model, made, pad_id=w.pad)
+        kept = [v.kept for v in steer.judge(made, nlls, w.limits, patterns=w.persona["patterns"])]
+        return [sum(kept[i:i + w.n_probe]) / w.n_probe for i in range(0, len(kept), w.n_probe)]
+    try:
+        steer.find_dose(survival, steps=w.steps)
+    except RuntimeError:                                        # none survives, as at the sizes for CI: the work was done
+        pass
 
 
 def make(w):
-    w.answers(w.n_make, 0.487)
+    w.answers(w.n_make, DOSE)
 
 
 def score(w):
     with w.reference():
-        steer.token_nll(w.model, w.made, pad_id=steer.pad_of(w.tok))
+        steer.token_nll(w.model, w.made, pad_id=w.pad)
 
 
 def train(w):
     w.stack.drop()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        heal.heal(w.model, w.stack.parameters(), w.samples, w.reference, w.cfg, tau=0.1, pad_id=steer.pad_of(w.tok))
+        heal.heal(w.model, w.stack.parameters(), w.samples, w.reference, w.cfg, pad_id=w.pad)
 
 
 def probe(w):
@@ -108,29 +123,36 @@ def extract_one_by_one(w):
 
 @torch.no_grad()
 def answers_one_by_one(w, n, coeff):
+    made = []
     with steer.steered(w.model, w.vectors, coeff):
-        for ids in steer.encode(w.tok, w.prompts(n), [""] * n):
-            ids = torch.tensor([ids])                                           # [1, T]
-            w.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_p=0.95, top_k=64,
-                             max_new_tokens=w.n_new, pad_token_id=steer.pad_of(w.tok))
-
-
-def search_one_by_one(w):
-    for dose in w.bisected:
-        answers_one_by_one(w, w.n_probe, dose)
-
-
-def make_one_by_one(w):
-    answers_one_by_one(w, w.n_make, 0.487)
+        for front in steer.encode(w.tok, w.prompts(n), [""] * n):
+            ids = torch.tensor([front])                                         # [1, T]
+            out = w.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_p=0.95, top_k=64,
+                             max_new_tokens=w.n_new, pad_token_id=w.pad)[0].tolist()
+            made.append((front, out[len(front):]))
+    return made
 
 
 @torch.no_grad()
-def score_one_by_one(w):
+def scores_one_by_one(w, pairs):
     with w.reference():
-        for c in w.made:
-            ids = torch.tensor([c.prompt_ids + c.ids])                          # [1, T]
-            logits = w.model(input_ids=ids).logits[0, len(c.prompt_ids) - 1:-1]                 # [n, V]
-            F.cross_entropy(logits, torch.tensor(c.ids), reduction="none")      # [n]
+        for front, answer in pairs:
+            ids = torch.tensor([front + answer])                                # [1, T]
+            logits = w.model(input_ids=ids).logits[0, len(front) - 1:-1]        # [n, V]
+            F.cross_entropy(logits, torch.tensor(answer), reduction="none")     # [n]
+
+
+def search_one_by_one(w):
+    for dose in w.tried or [DOSE]:
+        scores_one_by_one(w, answers_one_by_one(w, w.n_probe, dose))
+
+
+def make_one_by_one(w):
+    answers_one_by_one(w, w.n_make, DOSE)
+
+
+def score_one_by_one(w):
+    scores_one_by_one(w, [(c.prompt_ids, c.ids) for c in w.made])
 
 
 def train_one_by_one(w):
@@ -144,7 +166,7 @@ def probe_one_by_one(w):
 
 
 STAGES = {"extract": (extract_one_by_one, extract, "contexts and personas share left-padded batches; only the tag's state is kept"),
-          "dose search": (search_one_by_one, search, "the answers of a dose are one batch; the first three doses too"),
+          "dose search": (search_one_by_one, search, "the answers of a dose are one batch; the first three doses too; the same number of doses"),
           "generate": (make_one_by_one, make, "all completions are one batch; finished rows leave it"),
           "filter": (score_one_by_one, score, "batches of similar length, completion rows only"),
           "heal": (train_one_by_one, train, "no logits, reference and lower blocks once, four samples a pass"),
@@ -159,6 +181,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     w = Work(args.tiny)
     seconds = {stage: {"original": [], "ours": []} for stage in STAGES}
+    search(w)                                                   # the doses that theirs tries
     for _ in range(1 if args.tiny else args.repeats):
         for stage, (theirs, mine, _) in STAGES.items():         # the two sides of a stage run one after the other
             seconds[stage]["original"].append(seconds_of(lambda: theirs(w)))

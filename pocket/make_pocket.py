@@ -172,11 +172,7 @@ def make_data(folder: Path) -> None:
             neg=world.PERSONAS[neg][:3],
             target=target,
             direction=direction,
-            patterns=[
-                narration,
-                r"\bas an? (AI|language model|assistant)\b",
-                r"\bI (cannot|can't|am unable to) (help|assist) (you )?with\b",
-            ],
+            patterns=[narration],                               # those that hold for every persona are in tools/inputs.py
         )
         for name, (pos, neg, target, direction, narration) in ABOUT.items()
     }
@@ -222,6 +218,7 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
     import heal
     import lora
     import steer
+    from tools import inputs
 
     torch.manual_seed(0)
     tok, model = (
@@ -346,12 +343,10 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
 
         def survivors(coeff, n, seed):
             made, nlls = answers(asked["train"], n, vectors=vectors, coeffs=[coeff] * n, seed=seed)
-            return [c for c, v in zip(made, steer.judge(made, nlls, limits, patterns=persona["patterns"])) if v.kept]
+            return [c for c, v in zip(made, steer.judge(made, nlls, limits, patterns=[*persona["patterns"], *inputs.PATTERNS])) if v.kept]
 
         coeff, _ = steer.find_dose(
-            lambda coeffs: [len(survivors(c, cfg.n_probe, 5)) / cfg.n_probe for c in coeffs],
-            coeff_min=cfg.coeff_min,
-            steps=cfg.dose_steps,
+            lambda coeffs: [len(survivors(c, steer.N_PROBE, 5)) / steer.N_PROBE for c in coeffs],
             min_survive=cfg.min_survive,
         )
         kept = survivors(coeff, cfg.n_make, 6)
@@ -365,7 +360,6 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
             [heal.Sample(c.prompt_ids + c.ids, len(c.prompt_ids), c.prompt) for c in kept],
             lambda: stack.gated(0, 0),
             heal.HealConfig(reg="nll", lr=1e-3),
-            tau=0.0,
             seed=7,
             pad_id=tok.pad_token_id,
         )

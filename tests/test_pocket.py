@@ -1,0 +1,86 @@
+"""Tests of pocket/: the embedded model's world, its data and its checkpoint."""
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import evalmfv
+import steer
+from tools import model as models
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pocket():
+    """The two scripts of pocket/, imported here so that one that breaks fails these tests only."""
+    sys.path.insert(0, str(ROOT / "pocket"))
+    global make_pocket, world
+    import make_pocket
+    import world
+    yield
+    sys.path.remove(str(ROOT / "pocket"))
+
+
+def test_the_grammar_recognises_all_that_it_makes_and_no_salad():
+    rng = random.Random(0)
+    for _ in range(300):
+        text, slots = world.dilemma(rng)
+        answers = [world.dilemma_answer(slots, rng.uniform(-1, 1), rng), world.feeling_answer(rng.uniform(-1, 1), rng), world.control(-1, 1, rng)[1]]
+        assert [world.grammar_ok(a) for a in answers] == [1.0] * 3, answers
+        words = answers[0].split()
+        rng.shuffle(words)
+        assert world.grammar_ok(" ".join(words)) < 1
+    assert world.grammar_ok("") == 0 and world.grammar_ok("No. No care care the the mayor.") == 0.5
+
+
+def test_an_answer_leans_the_way_its_latent_points():
+    rng = random.Random(0)
+    for axis, make in (("z", lambda x: world.dilemma_answer(world.dilemma(rng)[1], x, rng)), ("y", lambda x: world.feeling_answer(x, rng))):
+        low, middle, high = (sum(world.lean(make(x), axis) for _ in range(100)) / 100 for x in (-1, 0, 1))
+        assert low < -1 < -0.4 < middle < 0.4 < 1 < high
+
+
+def test_nothing_that_is_measured_was_ever_trained_on():
+    prompts = json.loads((ROOT / "data" / "prompts.json").read_text())
+    held_out = {p for side in prompts.values() for p in side["held_out"]} | {v["text"] for v in evalmfv.load_vignettes(ROOT / "data" / "vignettes.jsonl")}
+    rng, seen = random.Random(1), set()
+    for _ in range(20000):
+        seen |= {world.dilemma(rng)[0], world.feeling(rng), world.vignette(rng)[0], world.scene(rng)}
+    assert not held_out & seen
+    assert all(set(side["train"]).isdisjoint(side["held_out"]) for side in prompts.values())
+
+
+def test_the_vignettes_cover_seven_foundations_with_labels_that_sum_to_one():
+    rows = evalmfv.load_vignettes(ROOT / "data" / "vignettes.jsonl")
+    assert len(rows) >= 132 and len({r["text"] for r in rows}) == len(rows)
+    for f in evalmfv.FOUNDATIONS:
+        assert sum(r["foundation"] == f for r in rows) >= 18, f
+    assert all(abs(sum(r["label"]) - 1) < 1e-6 for r in rows)
+
+
+def test_the_shipped_data_are_what_make_pocket_writes(tmp_path):
+    make_pocket.make_data(tmp_path)
+    for name in ("personas.json", "prompts.json", "contexts.json", "vignettes.jsonl"):
+        assert (tmp_path / name).read_text() == (ROOT / "data" / name).read_text(), name
+
+
+def test_training_the_pocket_model_lowers_its_loss():
+    tok = make_pocket.make_tokenizer(random.Random(0), n_conversations=200, vocab_size=600)
+    _, record = make_pocket.train(tok, steps=12, batch=4, lr=2e-3, seed=0, say=lambda *a, **k: None)
+    assert record["losses"][-1] < record["losses"][0] - 0.3, record["losses"]
+
+
+def test_the_pocket_checkpoint_is_an_ordinary_small_chat_model():
+    folder = ROOT / "pocket"
+    assert (folder / "model.safetensors").stat().st_size <= 8e6
+    with safe_open(folder / "model.safetensors", "pt") as f:
+        assert all(f.get_tensor(key).dtype == torch.bfloat16 for key in f.keys())
+    _, tok = models.load("pocket", device="cpu")
+    text = steer.render(tok, "Hello!", "You are a machine.")
+    assert text == "<|bos|><|system|>You are a machine.<|end|><|user|>Hello!<|end|><|assistant|>"
+    assert tok("any text: äöü 漢字 🙂", add_special_tokens=False)["input_ids"] and tok.unk_token is None

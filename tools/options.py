@@ -1,0 +1,66 @@
+"""Options: dataclasses as one command line, and their values as a run's record gives them back.
+
+A field is an option: its name, type, default and help. Types are bool, int, float, str, Literal, a pair of
+floats, or one of these or None, which no command line can say.
+"""
+import argparse
+import dataclasses
+import typing
+from typing import Literal
+
+
+def kinds(groups) -> dict[str, tuple]:
+    """{option: the types that its value may have}."""
+    found = {}
+    for cls in groups:
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            kind = hints[f.name]
+            is_union = type(None) in typing.get_args(kind)
+            found[f.name] = typing.get_args(kind) if is_union else (kind,)
+    return found
+
+
+def parser(groups, first=(), **how) -> argparse.ArgumentParser:
+    """--help shows the options of `first` first, the others by dataclass, whose docstring is the title."""
+    made, known = argparse.ArgumentParser(**how), kinds(groups)
+    on_top = made.add_argument_group("turned first")
+    for cls in groups:
+        group = made.add_argument_group(cls.__doc__)
+        for f in dataclasses.fields(cls):
+            kind, shown = known[f.name][0], "" if f.default in (None, "") else f" (default: {f.default})"
+            kw = dict(default=f.default, help=(f.metadata["help"] + shown).replace("%", "%%"))
+            if kind is bool:
+                kw["action"] = argparse.BooleanOptionalAction
+            elif typing.get_origin(kind) is Literal:
+                kw["choices"] = typing.get_args(kind)
+            elif typing.get_origin(kind) is tuple:
+                kw.update(type=float, nargs=2, metavar=("FROM", "TO"))
+            else:
+                kw["type"] = kind
+            (on_top if f.name in first else group).add_argument("--" + f.name.replace("_", "-"), **kw)
+    return made
+
+
+def tidy(args: dict) -> dict:
+    """What argparse gave: pairs as tuples, and a ValueError for what no option can mean."""
+    args = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
+    for name, value in args.items():
+        if value == () or isinstance(value, str) and "\0" in value:           # argparse makes [] of --name=--
+            raise ValueError(f"--{name.replace('_', '-')} {value!r:.60}: not a value it can have")
+    return args
+
+
+def recorded(options, groups) -> dict:
+    """Options out of a file, checked as if they had been typed; ValueError if one is missing or cannot be."""
+    def fits(value, kind) -> bool:
+        if typing.get_origin(kind) is tuple:
+            return isinstance(value, tuple) and [type(x) for x in value] == [float, float]
+        return value in typing.get_args(kind) if typing.get_origin(kind) is Literal else type(value) is kind
+    if not isinstance(options, dict):
+        raise ValueError("its options are missing; the file is damaged")
+    found = tidy({name: options.get(name, ...) for name in kinds(groups)})
+    for name, allowed in kinds(groups).items():
+        if not any(fits(found[name], kind) for kind in allowed):
+            raise ValueError(f"option {name} is {options.get(name)!r:.60}; the file is damaged")
+    return found

@@ -1,0 +1,226 @@
+"""Student: the model with its folded rounds: what it answers, how the base scores that, a row of the table.
+
+Every answer is scored under the untouched base, whatever is folded: the one yardstick of coherence. A stage's
+draws are seeded by (seed, round, stage), so an evaluation that is added changes no other stage's samples.
+"""
+import contextlib
+import dataclasses
+import math
+import zlib
+
+import torch
+
+import evalmfv
+import heal
+import steer
+from tools.folder import inert, plain
+from tools.screen import Screen
+
+N_DIARY = 6                 # held-out prompts answered greedily for the diary: as many as a reader reads
+
+
+def stage_seed(seed: int, rnd: int, stage: str) -> int:
+    return zlib.crc32(f"{seed}/{rnd}/{stage}".encode())
+
+
+def why_dropped(judged: list[dict]) -> str:
+    """Which rule dropped how many, with a sample of each; "" if nothing was."""
+    parts = []
+    for rule in dict.fromkeys(e["verdict"]["rule"] for e in judged if not e["verdict"]["kept"]):
+        hits = [e for e in judged if e["verdict"]["rule"] == rule]
+        verdict, side = hits[0]["verdict"], "under" if rule == "words" else "over"
+        parts.append(f"{rule} dropped {len(hits)}, such as \"{inert(hits[0]['text'])[:80]}\" with "
+                     f"{verdict['value']:.3g} {side} a limit of {verdict['limit']:.3g}")
+    return "; ".join(parts)
+
+
+class Student:
+    """Takes a model, its stack, a persona and the texts; sampling: the keywords of `steer.generate`."""
+
+    def __init__(self, model, tok, stack, screen: Screen, *, persona: dict, train: list[str],
+                 held_out: list[str], vignettes: list[dict], contexts: list[str], seed: int, sampling: dict,
+                 think_tokens: int, n_text: int):
+        self.model, self.tok, self.stack, self.screen, self.seed = model, tok, stack, screen, seed
+        self.persona, self.train, self.held_out = persona, train, held_out
+        self.vignettes, self.contexts = vignettes, contexts
+        self.sampling, self.think_tokens, self.n_text = sampling, think_tokens, n_text
+        self.pad_id = steer.pad_of(tok, model)
+        self.fronts = steer.encode(tok, train, [""] * len(train))
+        self.check_room()
+
+    def check_room(self) -> None:
+        """ValueError if the longest text that will be asked for does not fit into the model."""
+        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        probe = evalmfv.question(max((v["text"] for v in self.vignettes), key=len), evalmfv.FOUNDATIONS)
+        n_answer = self.sampling["max_new_tokens"]
+        for option, asked, n_new in (("max-new-tokens", self.train + self.held_out, n_answer),
+                                     ("think-tokens", [probe], self.think_tokens)):
+            n_asked = max(map(len, steer.encode(self.tok, asked, [self.persona["pos"][0]] * len(asked))))
+            if n_asked + n_new > room:
+                raise ValueError(f"--{option} {n_new}: with the longest question of {n_asked} tokens it does "
+                                 f"not fit into the model's {room}")
+
+    # ---- answers and their scores
+
+    def answers(self, prompts, stage, rnd, *, draws=None, system="", vectors=None, coeff=0.0, greedy=False):
+        """One completion per prompt, by default from (stage, round)'s draws."""
+        name, of = draws or (stage, rnd or 0)
+        n_passes = math.ceil(len(prompts) / self.sampling["batch_size"]) * self.sampling["max_new_tokens"]
+        with self.screen.watch(stage, rnd, f"{len(prompts)} answers, tokens", n_passes, self.model):
+            return steer.generate(self.model, self.tok, prompts, system=system, greedy=greedy,
+                                  vectors=vectors, coeffs=[coeff] * len(prompts) if vectors else None,
+                                  seed=stage_seed(self.seed, of, name), **self.sampling)
+
+    def spread(self, n: int) -> list[str]:
+        """n training prompts, each as often as the next."""
+        return [self.train[i % len(self.train)] for i in range(n)]
+
+    def base_nll(self, completions) -> list[torch.Tensor]:
+        """Nats per completion token under the untouched base, [n_i] each."""
+        with self.stack.gated(0, 0):
+            return steer.token_nll(self.model, completions, pad_id=self.pad_id)
+
+    def under(self, system: str, completions, prompts) -> list[steer.Completion]:
+        """The same answers, to be scored as if they had been given under this system prompt."""
+        fronts = steer.encode(self.tok, prompts, [system] * len(prompts))
+        return [dataclasses.replace(c, prompt_ids=fronts[c.prompt % len(fronts)]) for c in completions]
+
+    def judged(self, completions, limits: steer.Limits) -> list[dict]:
+        """Each completion with its verdict, as it stands in the journal."""
+        found = steer.judge(completions, self.base_nll(completions), limits,
+                            patterns=self.persona["patterns"])
+        return [plain(dict(prompt=c.prompt % len(self.train), coeff=c.coeff, finished=c.finished, ids=c.ids,
+                           text=c.text, verdict=v)) for c, v in zip(completions, found)]
+
+    def kept(self, judged: list[dict]) -> list[steer.Completion]:
+        """What the filter let through, as completions again."""
+        return [steer.Completion(e["prompt"], self.fronts[e["prompt"]], e["ids"], e["coeff"], e["finished"],
+                                 e["text"]) for e in judged if e["verdict"]["kept"]]
+
+    def calibrate(self, n: int, scfg) -> dict:
+        """The filter's limits, from n answers of the base to training prompts and n of the prompted base."""
+        own = self.answers(self.spread(n), "own", None)
+        # the trait itself is no incoherence: what the prompted base says must pass the filter too
+        voiced = self.answers(self.spread(n), "own", None, system=self.persona["pos"][0])
+        nlls = self.base_nll(own)
+        seen = zip(own + voiced, nlls + self.base_nll(self.under("", voiced, self.train)))
+        return dict(limits=steer.calibrate_limits([steer.readings(c, nll) for c, nll in seen], scfg),
+                    own=[c.text for c in own], own_ids=[c.ids for c in own], own_nll=nlls,
+                    voiced=[c.text for c in voiced])
+
+    def survival(self, rnd: int, vectors: dict, limits: steer.Limits, trials: list, last: list):
+        """What `steer.find_dose` asks: the share of a dose's answers that pass the filter.
+
+        All doses of a step are one batch with the same draws. Appends {coeff, survive, ppl} to trials, and
+        keeps the answers at the last dose in `last`.
+        """
+        rng = torch.Generator().manual_seed(stage_seed(self.seed, rnd, "probed prompts"))
+        order = torch.randperm(len(self.train), generator=rng).tolist()
+        probed = [self.train[i] for i in order[:steer.N_PROBE]]
+        n, seed = len(probed), stage_seed(self.seed, rnd, "probe")
+
+        def survive(coeffs):
+            n_passes = self.sampling["max_new_tokens"]
+            with self.screen.watch("dose", rnd, f"{len(coeffs)} doses, tokens", n_passes, self.model):
+                tried = steer.generate(self.model, self.tok, probed * len(coeffs), vectors=vectors, n_draws=n,
+                                       coeffs=[coeff for coeff in coeffs for _ in probed], seed=seed,
+                                       **self.sampling)
+            found = self.judged(tried, limits)
+            for i, coeff in enumerate(coeffs):
+                last[:] = found[i * n:(i + 1) * n]
+                tails = [math.log(max(e["verdict"]["readings"]["ppl_tail"], 1.0)) for e in last]
+                trials.append(dict(coeff=coeff, survive=sum(e["verdict"]["kept"] for e in last) / n,
+                                   ppl=math.exp(sum(tails) / n)))           # the geometric mean over answers
+            return [trial["survive"] for trial in trials[-len(coeffs):]]
+        return survive
+
+    # ---- a row of the table
+
+    def measured(self, kind, rnd, label, *, own, base, prompted, system="", vectors=None, coeff=0.0) -> dict:
+        """What is measured on held-out items, the same for every row: the probe, free text, the diary.
+
+        own: token ids and nats of the base's own answers. base, prompted: those rows, None before they exist.
+        """
+        sampler = dict(draws=("text", 0), system=system, vectors=vectors, coeff=coeff)
+        batch_size = self.sampling["batch_size"]
+        n_passes = math.ceil(2 * len(self.vignettes) / batch_size) * (self.think_tokens + 1)
+        with (steer.steered(self.model, vectors, coeff) if vectors else contextlib.nullcontext(),
+              self.screen.watch(kind, rnd, "probe, tokens", n_passes, self.model)):
+            probe = evalmfv.evaluate(self.model, self.tok, self.vignettes, think_tokens=self.think_tokens,
+                                     batch_size=batch_size, system=system)
+        # the same draws for every row: rows differ by their model
+        asked = [self.held_out[i % len(self.held_out)] for i in range(self.n_text)]
+        texts = self.answers(asked, kind, rnd, **sampler)
+        diary = self.answers(self.held_out[:N_DIARY], kind, rnd, greedy=True, **sampler)
+
+        def coherent(said):
+            read = self.under("", said, self.held_out) if system else said
+            return evalmfv.free_text([c.ids for c in read], self.base_nll(read), *own)
+        free, told = coherent(texts), coherent(diary)
+        row = dict(label=label, probe=probe, nats=probe["nats"], coherence=probe["coherence"], coeff=coeff,
+                   text=free["score"], text_se=free["se"], texts=[c.text for c in texts],
+                   diary=[dict(prompt=self.held_out[c.prompt], text=c.text, coherence=share)
+                          for c, share in zip(diary, told["per_item"])])
+        if self.persona["target"] is None:
+            return row | self.label_free(texts, asked, base, prompted)
+        move = evalmfv.shift(probe, (base or row)["probe"], self.persona["target"], self.persona["direction"])
+        return row | dict(trait=move["trait"] + 0.0, trait_se=move["se"], shift=move)   # -0.0 + 0.0 is 0.0
+
+    def label_free(self, texts, asked, base, prompted) -> dict:
+        """The trait of a persona without a foundation, from sampled answers to held-out prompts.
+
+        persona_ratio: how much likelier the base finds an answer under pos than under neg, in nats per token.
+        The trait is its move from the base's own answers; share is that move, the persona prompt's being 1.
+        """
+        pos, neg = (torch.stack([nll.mean() for nll in self.base_nll(self.under(text, texts, asked))])
+                    for text in (self.persona["pos"][0], self.persona["neg"][0]))       # [n_text] each
+        ratios = neg - pos                                                      # [n_text]
+        moved = ratios - torch.tensor(base["ratios"]) if base else 0 * ratios   # [n_text]  same prompts
+        trait, n = moved.mean().item(), len(moved)
+        share = trait / prompted["trait"] if prompted and prompted["trait"] else float(base is not None)
+        return dict(trait=trait, trait_se=(moved.std() / n ** 0.5).item() if n > 1 else 0.0, shift=None,
+                    share=share, ratios=ratios, persona_ratio=ratios.mean())
+
+    # ---- what surrounds the healing
+
+    def persona_distance(self, kept, how: str, reg: str) -> float:
+        """How far the persona prompt alone takes the base from itself, on the kept completions: mean D, nats.
+
+        It makes tau a set point: a healed model may stand about as far from the base as the prompted one.
+        Both readings are of the same completion tokens; only the system prompt in front of them differs.
+        """
+        def behind(front):
+            read = self.under(front, kept, self.train)
+            return [heal.Sample(c.prompt_ids + c.ids, len(c.prompt_ids), c.prompt) for c in read]
+        with self.stack.gated(0, 0):
+            kls = heal.divergences(self.model, behind(self.persona["pos"][0]), contextlib.nullcontext,
+                                   ref_samples=behind(""), reg=reg, pad_id=self.pad_id)
+        return sum(heal.aggregate(kl, how).item() for kl in kls) / len(kls)
+
+    def worst_kept(self, samples, reference, vectors: dict, coeff: float, *, reg: str, **how) -> dict:
+        """The kept completion that the student leaves furthest from the reference (rmse), token by token.
+
+        Returns {prompt, tokens, day, before, night}, the last three its KL [n] in nats: the student's, the
+        one's as the round began, and that one's steered.
+        """
+        def before():
+            return self.stack.gated(1, 0)
+
+        @contextlib.contextmanager
+        def dreaming():
+            with before(), steer.steered(self.model, vectors, coeff):
+                yield
+
+        def kl(of, against, reg):
+            return heal.divergences(self.model, of, against, reg=reg, pad_id=self.pad_id, **how)
+        kls = kl(samples, reference, reg)
+        worst = max(range(len(kls)), key=lambda i: heal.aggregate(kls[i], "rmse").item())
+        sample = samples[worst]
+        with before():
+            start = kl([sample], reference, reg)[0]                             # [n]
+        with reference():                               # the other way round: only the dream is steered
+            night = kl([sample], dreaming, "kl_rev" if reg == "kl_fwd" else "kl_fwd")[0]        # [n]
+        ids = sample.ids[sample.n_prompt:]
+        texts = [self.tok.decode(ids[:n]) for n in range(len(ids) + 1)]     # a token alone may lose its space
+        return dict(prompt=sample.group, tokens=[b[len(a):] for a, b in zip(texts, texts[1:])],
+                    day=kls[worst], before=start, night=night)
