@@ -345,8 +345,10 @@ def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path):
         shown.append(text.count('role="img"'))
     assert shown == sorted(shown) and shown[0] == 0 and shown[-1] == 6
     (tmp_path / "events.jsonl").unlink()
-    assert "no events yet" in page_of(tmp_path)
+    assert "no events yet" in page_of(tmp_path) and "It ended with" not in text
     assert "not measured anything" in (tmp_path / "diary.md").read_text()
+    _, _, sentences = headline(a_run(tmp_path, status="failed", seconds=None, reason="the disk is full"))
+    assert "not finished" in sentences and "It ended with: <bdi>the disk is full</bdi>" in sentences
     for stage in {json.loads(line)["stage"] for line in lines}:
         check_page(page_of(a_run(tmp_path, change=lambda e: e if e["stage"] != stage else None)))
 

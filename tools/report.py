@@ -38,8 +38,8 @@ RULES = {"worst_window": "a stretch of tokens that the base finds too surprising
 # ---- what is in a run --------------------------------------------------------------------------------------
 
 # Shapes for `clean`: a type, [items], {name: shape}, or {str: shape} for names that are not known beforehand.
-RUN = dict(status=str, command=str, started=float, seconds=float, stopped=str, tau=float, git=str, code=str,
-           weights=str, options={str: object}, defaults={str: object}, versions={str: object},
+RUN = dict(status=str, reason=str, command=str, started=float, seconds=float, stopped=str, tau=float, git=str,
+           code=str, weights=str, options={str: object}, defaults={str: object}, versions={str: object},
            machine={str: object}, items=dict(train=[str]),
            persona=dict(name=str, target=str, direction=float, pos=[str], neg=[str]))
 EVENTS = dict(
@@ -261,8 +261,9 @@ def progress(run: Run) -> list[str]:
     lines = []
     if not run.done:
         status = said(run.record["status"] or "unknown", 60)
+        why = run.record["reason"] and said(run.record["reason"])
         lines.append(f"<strong>This run is not finished</strong> (status: {status}). "
-                     "Below is what it had measured so far.")
+                     f"Below is what it had measured so far.{why and f' It ended with: {why}'}")
     if run.gates:
         lines.append(f"{len(run.accepted)} of {len(run.gates)} rounds accepted."
                      + " The gate was off: every finite round counts." * (run.options.get("gate") is False))
@@ -336,7 +337,8 @@ def verdict(run: Run) -> tuple[str, str, list[str]]:
     (value, error), steered = run.trait_of(day), run.trait_of(run.night)[0] if run.night else None
     share = percent(value, steered) if steered and steered > 0 else ""
     keep = f"{percent(day['text'], base['text'])} of the base’s text coherence"
-    broken = [k for k in ("text", "coherence") if None in (day[k], base[k]) or day[k] < floor * base[k]]
+    broken = [k for k in ("text", "coherence")
+              if base[k] is not None and (day[k] is None or day[k] < floor * base[k])]
     if run.meter == "nats" and run.unread:
         return "bad", "The probe cannot read this model", lines
     if broken:
