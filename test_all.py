@@ -825,7 +825,7 @@ def test_lora_gates_open_equal_the_weights_plus_the_sum_of_scaled_products():
     for hooked in plain.modules():
         hooked._forward_hooks.clear()
     total = {}
-    for rnd, gate in enumerate([0.5, 0.25, 1.0]):                           # two folded rounds and the current one
+    for rnd, gate in enumerate([0.5, 0.25, 1.0]):  # two folded rounds and the current one
         lora_noise(stack, rnd)
         for name, delta in lora_deltas(stack).items():
             total[name] = total.get(name, 0) + gate * delta
@@ -834,7 +834,7 @@ def test_lora_gates_open_equal_the_weights_plus_the_sum_of_scaled_products():
     for name, delta in total.items():
         plain.get_submodule(name).weight.data += delta
     stack.gates([0.5, 0.25], 1.0)
-    assert torch.allclose(lora_logits(model, ids), lora_logits(plain, ids), atol=1e-6)      # folded B is float32
+    assert torch.allclose(lora_logits(model, ids), lora_logits(plain, ids), atol=1e-6)  # folded B is float32
     assert len(total) == 14 and "model.layers.1.mlp.down_proj" in total     # 7 Linears in each of 2 blocks
 
 
@@ -847,7 +847,7 @@ def test_lora_fold_keeps_the_function_and_the_next_round_starts_as_no_change():
     assert torch.allclose(lora_logits(model, ids), before, atol=1e-4)       # float32, logits of size ten
     assert stack.n_rounds == 2 and stack.norm() == 0
     assert all(a is b for a, b in zip(parameters, stack.parameters()))
-    with stack.gated(0, 1):                                                 # the folded round left the current pair
+    with stack.gated(0, 1):  # the folded round left the current pair
         base = lora_logits(model, ids)
     with stack.gated(0, 0):
         assert torch.equal(lora_logits(model, ids), base)
@@ -879,7 +879,7 @@ def test_lora_A_depends_on_seed_round_and_module_and_leaves_the_global_generator
     again = attach(tiny_model(tiny_tokenizer()), r=4, alpha=8, layers=[1, 2])
     other = attach(tiny_model(tiny_tokenizer()), r=4, alpha=8, layers=[1, 2], seed=1)
     assert torch.equal(first[0], again.parameters()[0]) and not torch.equal(first[0], other.parameters()[0])
-    assert 0.9 / 32 ** 0.5 < first[0].abs().max() <= 1 / 32 ** 0.5          # kaiming-uniform: U(+-1 / sqrt(d_in))
+    assert 0.9 / 32 ** 0.5 < first[0].abs().max() <= 1 / 32 ** 0.5  # kaiming-uniform: U(+-1 / sqrt(d_in))
 
 
 def test_lora_gated_restores_the_gates_after_an_exception_and_keeps_rounds_folded_inside():
@@ -916,7 +916,7 @@ def test_lora_order_of_rounds_and_their_gates_does_not_matter():
     other.load_tensors(saved[2], saved[0], saved[1])
     other.gates([0.9, 0.2, 0.5])
     assert torch.allclose(lora_logits(model, ids), expected, atol=1e-4)
-    other.gates([0.2, 0.5, 0.9])                                            # gates belong to rounds: another model
+    other.gates([0.2, 0.5, 0.9])  # gates belong to rounds: another model
     assert not torch.allclose(lora_logits(model, ids), expected, atol=1e-2)
 
 
@@ -925,8 +925,9 @@ def test_lora_base_gets_no_gradient_and_adapters_are_float32_under_a_bfloat16_ba
     lora_noise(stack, 3)
     model(input_ids=lora_ids()).logits.float().square().mean().backward()
     assert all(p.grad is None for p in model.parameters())
-    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in stack.parameters())
-    assert all(t.dtype == torch.float32 for l in stack.layers.values() for A, B, _ in l.rounds for t in (A, B))
+    for p in stack.parameters():
+        assert p.dtype == p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0
+    assert all(A.dtype == B.dtype == torch.float32 for l in stack.layers.values() for A, B, _ in l.rounds)
 
 
 def test_lora_spectral_equals_matrix_norm_and_so_does_its_gradient():
@@ -940,7 +941,7 @@ def test_lora_spectral_equals_matrix_norm_and_so_does_its_gradient():
     expected.backward()
     assert abs(sigma.item() - expected.item()) < 1e-5 * expected.item()
     for A, B, l in pairs:
-        assert torch.allclose(l.A.grad.double(), A.grad, rtol=1e-4, atol=1e-5)              # float32 against float64
+        assert torch.allclose(l.A.grad.double(), A.grad, rtol=1e-4, atol=1e-5)  # float32 against float64
         assert torch.allclose(l.B.grad.double(), B.grad, rtol=1e-4, atol=1e-5)
     deltas = lora_deltas(stack)
     norm = sum(delta.square().sum() for delta in deltas.values()).sqrt().item()
@@ -966,17 +967,19 @@ def test_lora_unfold_takes_a_fold_back_bit_for_bit_and_training_goes_on_from_the
     stack.fold()
     folded = lora_logits(model, ids)
     stack.unfold()
-    assert all(a is b and torch.equal(a, c) for a, b, c in zip(params, stack.parameters(), kept)) and stack.n_rounds == 1
+    assert all(a is b and torch.equal(a, c) for a, b, c in zip(params, stack.parameters(), kept))
+    assert stack.n_rounds == 1
     assert torch.equal(lora_logits(model, ids), before) and torch.allclose(folded, before, atol=1e-4)
     model(input_ids=ids).logits.sum().backward()
     with torch.no_grad():
         for p in params:
             p -= 1e-3 * p.grad
     trained = lora_logits(model, ids)
-    stack.fold()                                                            # not what was folded the first time
-    assert torch.allclose(lora_logits(model, ids), trained, atol=1e-3) and not torch.allclose(trained, folded, atol=1e-2)
+    stack.fold()  # not what was folded the first time
+    assert torch.allclose(lora_logits(model, ids), trained, atol=1e-3)
+    assert not torch.allclose(trained, folded, atol=1e-2)
     stack.unfold()
-    stack.drop()                                                            # a refused round: the student before it
+    stack.drop()  # a refused round: the student before it
     fresh, again = lora_case(rounds=1, alpha=10, r=3)
     assert torch.equal(lora_logits(model, ids), lora_logits(fresh, ids))
     assert all(torch.equal(a, b) for a, b in zip(stack.parameters(), again.parameters()))
@@ -1011,10 +1014,11 @@ def test_lora_tensors_come_back_bit_for_bit_and_a_resumed_stack_starts_the_same_
     assert loaded.n_rounds == 2 and torch.equal(lora_logits(fresh, ids), lora_logits(model, ids))
     for a, b in zip(stack.layers.values(), loaded.layers.values()):
         assert torch.equal(a.A, b.A)
-        assert all(torch.equal(p[0], q[0]) and torch.equal(p[2] * p[1], q[2] * q[1]) for p, q in zip(a.rounds, b.rounds))
+        for (A, B, scale), (A2, B2, scale2) in zip(a.rounds, b.rounds):
+            assert torch.equal(A, A2) and torch.equal(scale * B, scale2 * B2)
     A, B = (tensors[f"model.layers.1.self_attn.q_proj.1.{x}"] for x in "AB")
     old = stack.layers["model.layers.1.self_attn.q_proj"].rounds[1]
-    assert torch.equal(B @ A, old[2] * old[1] @ old[0]) and len(tensors) == 14 * 2 * 2      # the scale is in B
+    assert torch.equal(B @ A, old[2] * old[1] @ old[0]) and len(tensors) == 14 * 2 * 2  # the scale is in B
 
 
 def test_lora_loading_into_the_wrong_model_names_the_modules_and_loads_nothing():
@@ -1022,14 +1026,16 @@ def test_lora_loading_into_the_wrong_model_names_the_modules_and_loads_nothing()
     model, fewer = lora_case(layers=[1])
     with pytest.raises(ValueError, match=r"14 are of modules that are not adapted.*model\.layers\.2\."):
         fewer.load_tensors(tensors)
-    with pytest.raises(ValueError, match=r"14 tensors of the 21 adapted modules are missing.*model\.layers\.0\."):
+    with pytest.raises(ValueError, match=r"14 tensors of the 21 adapted modules .*model\.layers\.0\."):
         lora_case(layers=[0, 1, 2])[1].load_tensors(tensors)
     wide = attach(tiny_model(tiny_tokenizer(), d=64), r=4, alpha=8, layers=[1, 2])
-    with pytest.raises(ValueError, match=r"q_proj has A \[4, 32\] and B \[32, 4\], here it takes A \[r, 64\]"):
+    with pytest.raises(ValueError, match=r"q_proj has A \[4, 32\] and B \[32, 4\], here .* A \[r, 64\]"):
         wide.load_tensors(tensors)
     good, key = lora_case()[1], "model.layers.1.self_attn.q_proj.0.A"
-    for bad, message in (({}, "28 tensors"), ({"x": torch.ones(1)}, "'x'"), (tensors | {key: tensors[key] / 0}, "not finite"),
-                         (tensors | {key: torch.ones(3)}, "has A"), ({k.replace(".0.", ".1."): t for k, t in tensors.items()}, "28 t")):
+    later = {k.replace(".0.", ".1."): t for k, t in tensors.items()}
+    for bad, message in (({}, "28 tensors"), ({"x": torch.ones(1)}, "'x'"), (later, "28 tensors"),
+                         (tensors | {key: tensors[key] / 0}, "not finite"),
+                         (tensors | {key: torch.ones(3)}, "has A")):
         with pytest.raises(ValueError, match=message):
             good.load_tensors(tensors, bad)                                 # all or none
     assert good.n_rounds == 0 and fewer.n_rounds == 0
@@ -1086,7 +1092,7 @@ def test_lora_bad_states_are_refused():
 
 
 def lora_twin(seed=0):
-    """Our LoRA and peft's on one base with the same A and B: (our model, stack, peft model, its parameters in our order)."""
+    """Our LoRA and peft's with the same A and B: our model and stack, peft's model and its parameters in order."""
     peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
     model, stack = lora_case()
     lora_noise(stack, seed, 0.1)
