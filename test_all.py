@@ -88,7 +88,7 @@ def tiny_model(tok, seed=0, dtype=torch.float32, layers=4, d=32):
     return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
 
 
-# ==== heal.py: the barrier and the round ==============================================================================
+# ==== heal.py: the barrier and the round ================================================================
 
 def heal_case(dtype=torch.float32, history=0):
     """A tiny model, a stack with `history` folded rounds, seeded noise in the current round, six uneven samples."""
@@ -768,7 +768,7 @@ def test_heal_stands_alone_and_imports_the_standard_library_and_torch_only(tmp_p
                      "p95": ["0.049", "3.777", "77x"], "max": ["0.095", "8.081", "85x"]}
 
 
-# ==== lora.py: the gated accumulator ==================================================================================
+# ==== lora.py: the gated accumulator ====================================================================
 
 def lora_ids(n=3, T=12, V=262, seed=0):
     return torch.randint(6, V, (n, T), generator=torch.Generator().manual_seed(seed))       # [n, T]
@@ -1054,7 +1054,7 @@ def test_lora_runs_alone_in_an_empty_folder(tmp_path):
     assert "bit for bit: True" in out.stdout
 
 
-# ==== steer.py: vectors, hooks, generation, the filter, the dose ======================================================
+# ==== steer.py: vectors, hooks, generation, the filter, the dose ========================================
 
 STEER_WORDS = ["mercy", "justice", "kindness", "patience", "rescue", "people", "forever", "harbour", "gentle",
                "machine", "winter", "garden"]
@@ -1525,7 +1525,7 @@ def test_steer_the_layers_are_those_where_the_persona_is_first_read_strongly():
     assert steer.find_layers(model, tok, pos, neg, contexts, share=1.0)[0] == [strength.index(max(strength))]
 
 
-# ==== bench/: what the measurements rest on ============================================================================
+# ==== bench/: what the measurements rest on =============================================================
 
 def test_peak_bytes_counts_what_torch_held_at_once_temporaries_included():
     def by_hand():
@@ -1719,9 +1719,9 @@ def test_scoring_never_holds_the_logits_of_a_prompt_nor_more_than_its_budget(mon
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(want, got))
 
 
-# ==== evalmfv.py: the probe ===========================================================================================
+# ==== evalmfv.py: the probe =============================================================================
 
-# ---- evalmfv: equal to a naive reference -----------------------------------------------------------------------------
+# ---- evalmfv: equal to a naive reference ---------------------------------------------------------------
 
 MFV_PREFILL = ["This", " is wrong because", ' {"', "violation", '": "']          # five tokens that spell the prefill
 MFV_TEXTS = ["You see a man kick a dog.", "You see a cook who lies about the bill again and again.",
@@ -1948,7 +1948,7 @@ def test_an_answer_is_found_however_the_model_spells_the_prefill():
     assert evalmfv.find_answer(tok, [x, *prefill[:-1], care], pad) is None
 
 
-# ---- evalmfv: rows and metrics ---------------------------------------------------------------------------------------
+# ---- evalmfv: rows and metrics -------------------------------------------------------------------------
 
 
 def test_vignettes_are_read_from_our_rows_and_from_the_originals(tmp_path):
@@ -2073,7 +2073,7 @@ def test_free_text_falls_for_loops_and_for_noise_and_not_for_the_base():
         evalmfv.free_text(ids, nlls, [[]], [[]])
 
 
-# ==== models in: architectures, templates, loading, the plan =============================================================
+# ==== models in: architectures, templates, loading, the plan ============================================
 
 ARCH = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
             initializer_range=0.3, max_position_embeddings=2048)
@@ -2493,11 +2493,12 @@ def test_the_plan_counts_parameters_and_keys_and_values_as_the_model_has_them(na
     assert n["active"] == inside - idle
 
 
-# ==== the house: what is promised of every file =========================================================================
+# ==== the house: what is promised of every file =========================================================
 
 CONCEPTS = ("steer", "heal", "lora", "evalmfv")
 TOOLS = sorted(p.stem for p in (ROOT / "tools").glob("*.py") if p.stem != "__init__")
-SOURCES = sorted(p for folder in (".", "tools", "tests", "bench", "pocket") for p in (ROOT / folder).glob("*.py"))
+FOLDERS = (".", "tools", "tests", "bench", "pocket")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
 
 
 def imported(path, top_only=False):
@@ -2518,8 +2519,8 @@ def test_imports_go_one_way(name):
     """Nested imports too: a higher room is not reached late either."""
     rooms = {"loop", *CONCEPTS, *(f"tools.{tool}" for tool in TOOLS)}
     allowed = {"loop": rooms, "evalmfv": {"steer"}}.get(name, set() if name in CONCEPTS else rooms - {"loop"})
-    packages = {"heal": {"torch"}, "lora": {"torch"}, "steer": {"torch", "transformers"}, "evalmfv": {"torch"}}
-    optional = {"tools/export": {"gguf"}}                       # asked for by name, and refused with a sentence
+    packages = dict(heal={"torch"}, lora={"torch"}, steer={"torch", "transformers"}, evalmfv={"torch"})
+    optional = {"tools/export": {"gguf"}}                       # asked for, and refused with a sentence
     found = imported(ROOT / f"{name}.py") - set(sys.stdlib_module_names)
     assert found & rooms <= allowed, found & rooms - allowed
     five = {"torch", "transformers", "safetensors", "numpy"} | optional.get(name, set())
@@ -2528,7 +2529,8 @@ def test_imports_go_one_way(name):
 
 def test_requirements_name_the_five_packages_and_no_others():
     lines = (ROOT / "requirements.txt").read_text().split()
-    assert sorted(line.split(">=")[0] for line in lines) == ["numpy", "pytest", "safetensors", "torch", "transformers"]
+    five = ["numpy", "pytest", "safetensors", "torch", "transformers"]
+    assert sorted(line.split(">=")[0] for line in lines) == five
 
 
 def unsafe(source):
@@ -2537,7 +2539,7 @@ def unsafe(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.keyword):
             is_on = getattr(node.value, "value", True)
-            if node.arg in ("weights_only", "allow_pickle") or node.arg in ("trust_remote_code", "shell") and is_on:
+            if node.arg in ("weights_only", "allow_pickle") or is_on and node.arg in ("trust_remote_code", "shell"):
                 found.append(node.arg)
         elif isinstance(node, ast.Call):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
@@ -2553,12 +2555,12 @@ def unsafe(source):
 def test_no_file_loads_pickles_or_remote_code(path):
     assert unsafe(path.read_text()) == [], path
     assert not imported(path) & {"pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
-    assert path.parent.name in ("bench", "tests") or "peft" not in imported(path)      # there it is compared with
+    assert path.parent.name in ("bench", "tests") or "peft" not in imported(path)    # a peer there
 
 
 @pytest.mark.parametrize("source", [
-    "eval(x)", "exec('a')", "torch.load(p)", "f(trust_remote_code=True)", "run(c, shell=True)", "run(c, shell=x)",
-    "os.system(c)", "np.load(p)", "np.load(p, allow_pickle=True)", "__import__(m)", "compile(a, b, c)"])
+    "eval(x)", "exec('a')", "torch.load(p)", "f(trust_remote_code=True)", "run(c, shell=True)",
+    "run(c, shell=x)", "os.system(c)", "np.load(p)", "np.load(p, allow_pickle=True)", "__import__(m)", "compile(a, b, c)"])
 def test_the_check_for_unsafe_calls_sees_each_of_them(source):
     assert unsafe(source) and not unsafe("model.eval(); re.compile(p); run(c, shell=False); stack.load(p)")
 
@@ -2591,13 +2593,14 @@ def test_steer_can_be_imported_alone_and_says_how_it_is_used(tmp_path):
 
 
 def test_help_is_quick_shows_ten_options_first_and_does_not_import_transformers():
-    code = "import sys, loop\ntry: loop.parse(['--help'])\nexcept SystemExit: print('transformers' in sys.modules)"
+    code = ("import sys, loop\ntry: loop.parse(['--help'])\n"
+            "except SystemExit: print('transformers' in sys.modules)")
     spent = []
-    for _ in range(2):                                          # the better of two: the first may fill the disk cache
+    for _ in range(2):                                          # the better of two: the first may fill a cache
         before = os.times()
         out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        after = os.times()                                      # of the processor: by the clock a busy machine would fail
-        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
+        after = os.times()                                      # of the processor: a busy machine is no failure
+        spent.append(sum(after[2:4]) - sum(before[2:4]))
     assert out.stdout.splitlines()[-1] == "False", out.stdout[-200:] + out.stderr
     titles = ["turned first:", "loop: ", "steer: ", "lora: ", "heal: "]
     at = [out.stdout.index(title) for title in titles]
@@ -2627,8 +2630,8 @@ def test_the_readme_snippet_runs():
 
 
 def stale(text, is_ancestor):
-    """Commits that a page calls the origin of its results and that are not in the history; none if the page says that
-    they were not repeated since."""
+    """Commits that a page gives for its results and that are not in the history; none if it says that they were
+    not repeated since."""
     commits = re.findall(r"at commit `?([0-9a-f]{7,40})", text)
     return [c for c in commits if not is_ancestor(c) and "not repeated since" not in text]
 
@@ -2637,7 +2640,8 @@ def test_results_in_the_docs_are_of_commits_of_this_history():
     assert stale("at commit 1234567, at commit abcdef0", lambda c: c == "1234567") == ["abcdef0"]
     assert stale("at commit abcdef0; not repeated since", lambda c: False) == []
     shallow = ["git", "rev-parse", "--is-shallow-repository"]
-    if not shutil.which("git") or subprocess.run(shallow, cwd=ROOT, capture_output=True, text=True).stdout != "false\n":
+    is_whole = shutil.which("git") and subprocess.run(shallow, cwd=ROOT, capture_output=True).stdout == b"false\n"
+    if not is_whole:
         pytest.skip("no git here, or a shallow clone: the commits that the docs name cannot be checked")
 
     def is_ancestor(commit):
@@ -2647,7 +2651,7 @@ def test_results_in_the_docs_are_of_commits_of_this_history():
         assert stale(path.read_text(), is_ancestor) == [], path.name
 
 
-# ---- the pocket world --------------------------------------------------------------------------------------------------
+# ---- the pocket world ----------------------------------------------------------------------------------
 
 
 def test_the_grammar_recognises_all_that_it_makes_and_no_salad():
@@ -2710,7 +2714,7 @@ def test_the_pocket_checkpoint_is_an_ordinary_small_chat_model():
     assert tok("any text: äöü 漢字 🙂", add_special_tokens=False)["input_ids"] and tok.unk_token is None
 
 
-# ==== loop.py: the rounds ===============================================================================================
+# ==== loop.py: the rounds ===============================================================================
 
 
 def test_the_saved_adapter_is_the_healed_model(finished, small_vignettes):
@@ -2733,17 +2737,17 @@ def test_a_round_that_fails_its_gate_is_undone_and_the_run_says_so(small_vignett
     assert len(gates) == 1 and gates[0]["reasons"][0].startswith(("trait", "coherence", "text"))
     names = {p.name for p in (record.path / "rounds" / "00").iterdir()}
     assert names == {"vectors.safetensors", "rejected.safetensors"}
-    assert "rolled back" in capsys.readouterr().out and "rolled back" in (record.path / "diary.md").read_text()
+    assert "rolled back" in capsys.readouterr().out
+    assert "rolled back" in (record.path / "diary.md").read_text()
 
 
-def test_a_search_without_an_answer_tells_what_was_dropped_and_the_run_goes_on_to_its_end(small_vignettes, tmp_path,
-                                                                                         monkeypatch, capsys):
+def test_a_search_without_an_answer_tells_what_was_dropped(small_vignettes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(steer, "calibrate_limits", lambda *_: Limits(1e-6, 1.0, 1.0, 1.0))
     argv = [x for x in common.TINY if x not in ("--coeff", "0.4")]
     monkeypatch.setattr(common, "TINY", argv)
     code, record = common.run_loop(tmp_path, small_vignettes)
     reason = record.of("gate")["reasons"][0]
-    assert code == 3 and "the lowest dose fails" in reason and "worst_window dropped" in reason and "--slack" in reason
+    assert code == 3 and all(x in reason for x in ("the lowest dose fails", "worst_window dropped", "--slack"))
     assert "no round was accepted" in capsys.readouterr().out
 
 
@@ -2752,7 +2756,8 @@ def test_the_gate_puts_absolute_floors_before_the_ratio():
     def reasons(**day):
         return loop.gate(dict(trait=0.5, coherence=0.97, text=0.88) | day, base | {"trait": 0.3}, base, cfg)
     assert reasons() == []
-    assert "coherence" in reasons(coherence=0.5)[0] and "text" in reasons(text=0.5)[0] and "trait" in reasons(trait=0.3)[0]
+    for name, low in (("coherence", 0.5), ("text", 0.5), ("trait", 0.3)):
+        assert name in reasons(**{name: low})[0]
     assert reasons(trait=float("nan")) == ["trait not finite"]
     assert len(reasons(text=0.1, coherence=0.1, trait=-1)) == 3
 
@@ -2762,7 +2767,8 @@ def test_gates_that_are_asked_again_stand_until_the_first_that_turns():
         return dict(t=0, stage=stage, round=rnd) | more
     events = [event("row", None, kind="base", trait=0.0, coherence=1.0, text=1.0)]
     for rnd, (trait, text, accepted) in enumerate([(0.2, 1.0, True), (0.1, 0.97, False), (0.3, 0.96, True)]):
-        events += [event("row", rnd, kind="healed", trait=trait, coherence=1.0, text=text), event("gate", rnd, accepted=accepted)]
+        events += [event("row", rnd, kind="healed", trait=trait, coherence=1.0, text=text),
+                   event("gate", rnd, accepted=accepted)]
     events += [event("gate", 3, accepted=False)]                # broke before its day: no option helps
     def n(**options):
         return loop.n_standing(files.Record(Path("."), {}, events, []), loop.LoopConfig(**options))
@@ -2770,7 +2776,7 @@ def test_gates_that_are_asked_again_stand_until_the_first_that_turns():
 
 
 def test_stages_have_seeds_of_their_own():
-    seeds = {loop.stage_seed(s, r, name) for s in range(3) for r in range(3) for name in ("make", "heal", "probe")}
+    seeds = {loop.stage_seed(s, r, name) for s in range(3) for r in range(3) for name in ("make", "heal", "own")}
     assert len(seeds) == 27 and loop.stage_seed(1, 2, "make") == loop.stage_seed(1, 2, "make")
 
 
@@ -2786,22 +2792,24 @@ def refused(argv, capsys):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--rounds", "0"], "rounds"), (["--prompts", "nowhere.txt"], "nowhere.txt"), (["--kl-agg", "median"], "kl-agg"),
-    (["--pos", "You are kind."], "--neg"), (["--persona", "pirate"], "authority, love"), (["--coh-floor", "nan"], "coh_floor"),
+    (["--rounds", "0"], "rounds"), (["--prompts", "nowhere.txt"], "nowhere.txt"), (["--kl-agg", "x"], "kl-agg"),
+    (["--pos", "You are kind."], "--neg"), (["--persona", "pirate"], "authority, love"),
+    (["--coh-floor", "nan"], "coh_floor"), (["--kl_agg", "mean"], "kl_agg"), (["--model", ""], "--model is empty"),
     (["--vignettes", "nowhere.jsonl"], "nowhere.jsonl"), (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
-    (["--lam", "-1"], "lam"), (["--r", "0"], "r=0"), (["--steer-band", "0.9", "0.1"], "0.9"), (["--model", ""], "--model is empty"),
-    (["--reg", "nll", "--tau", "1"], "without a barrier"), (["--tau-scale", "nan"], "tau_scale=nan"), (["--kl_agg", "mean"], "kl_agg"),
+    (["--lam", "-1"], "lam"), (["--r", "0"], "r=0"), (["--steer-band", "0.9", "0.1"], "0.9"),
+    (["--reg", "nll", "--tau", "1"], "without a barrier"), (["--tau-scale", "nan"], "tau_scale=nan"),
     (["--tau", "1", "--tau-scale", "2"], "leave one out"), (["--pos", "a", "--neg", "a"], "the same"),
     (["--r", "999"], "more than the model's width 192"), (["--max-new-tokens", "2000"], "the model's 1024"),
-    (["--think-tokens", "2000"], "the model's 1024"), (["--out", __file__], "a file, not a folder"), (["--resume", "x"], "not a run")])
-def test_options_that_cannot_be_meant_are_refused_with_a_sentence_before_any_work(argv, message, tmp_path, capsys):
+    (["--think-tokens", "2000"], "the model's 1024"), (["--out", __file__], "a file, not a folder"),
+    (["--resume", "x"], "not a run")])
+def test_options_that_cannot_be_meant_are_refused_before_any_work(argv, message, tmp_path, capsys):
     assert message in refused(["--out", str(tmp_path), *argv], capsys) and not list(tmp_path.iterdir())
 
 
 def test_a_run_goes_on_with_its_own_options_only(finished, capsys):
     path = str(finished[1].path)
-    err = refused(["--resume", path, "--kl-agg", "mean", "--seed", "3", "--n-make", "24", "--out", "elsewhere"], capsys)
-    assert "another configuration: seed is 0 there and 3 here, kl_agg is 'rmse' there and 'mean' here; leave" in err
+    err = refused(["--resume", path, "--kl-agg", "mean", "--seed", "3", "--n-make", "24", "--out", "x"], capsys)
+    assert "configuration: seed is 0 there and 3 here, kl_agg is 'rmse' there and 'mean' here; leave" in err
     assert "only grow" in refused(["--resume", path, "--patience", "2"], capsys)
     cfg, scfg, *_ = loop.parse(["--resume", path, "--rounds", "9", "--gate", "--coh-floor", "0.9"])
     assert (cfg.rounds, cfg.gate, cfg.coh_floor, scfg.n_make) == (9, True, 0.9, 24)
@@ -2813,10 +2821,10 @@ def test_the_persona_prompt_is_the_set_point_of_the_barrier(finished):
     assert 0 < tau["tau"] == record.run["tau"] == tau["distance"] * record.run["options"]["tau_scale"]
     model, tok = models.load("pocket")
     by_hand = []
-    for e in [e for e in record.completions(0) if e["verdict"]["kept"]]:        # the KL of one full forward each, written out
+    for e in [e for e in record.completions(0) if e["verdict"]["kept"]]:    # one full forward each
         fronts = steer.encode(tok, [given["train"][e["prompt"]]] * 2, [given["persona"]["pos"][0], ""])
-        logp, logq = (model(torch.tensor([front + e["ids"]])).logits[0, len(front) - 1:-1].double().log_softmax(-1)
-                      for front in fronts)
+        logits = [model(torch.tensor([front + e["ids"]])).logits[0, len(front) - 1:-1] for front in fronts]
+        logp, logq = (x.double().log_softmax(-1) for x in logits)               # [n, V] each
         by_hand.append(((logp.exp() * (logp - logq)).sum(-1) ** 2).mean().sqrt().item())
     assert tau["distance"] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-4)
     heal_event = record.of("heal")
@@ -2824,10 +2832,11 @@ def test_the_persona_prompt_is_the_set_point_of_the_barrier(finished):
 
 
 def test_a_persona_of_two_sentences_has_a_trait_without_labels(small_vignettes, tmp_path):
-    code, record = common.run_loop(tmp_path, small_vignettes, "--no-gate", "--pos", "You care about people above all.",
-                                   "--neg", "You respect authority above all.")
+    personas = ["--pos", "You care about people above all.", "--neg", "You respect authority above all."]
+    code, record = common.run_loop(tmp_path, small_vignettes, "--no-gate", *personas)
     rows = {row["kind"]: row for row in record.rows()}
-    assert code == 0 and rows["base"]["trait"] == 0 == rows["base"]["share"] and rows["prompted"]["share"] == 1
+    assert code == 0 and rows["base"]["trait"] == 0 == rows["base"]["share"]
+    assert rows["prompted"]["share"] == 1
     assert rows["prompted"]["trait"] > 0 and rows["steered"]["shift"] is None
     assert rows["healed"]["share"] == pytest.approx(rows["healed"]["trait"] / rows["prompted"]["trait"])
 
@@ -2835,8 +2844,8 @@ def test_a_persona_of_two_sentences_has_a_trait_without_labels(small_vignettes, 
 def test_dropped_completions_are_told_by_rule_with_a_sample():
     def entry(rule, value, limit, text="ok"):
         return dict(text=text, verdict=dict(kept=not rule, rule=rule, value=value, limit=limit))
-    told = loop.why_dropped([entry("", 0, 0), entry("loop", 0.7, 0.5, "no \x1b[31mno\u202e no"), entry("words", 0, 1, ""),
-                             entry("loop", 0.9, 0.5)])
+    told = loop.why_dropped([entry("", 0, 0), entry("loop", 0.7, 0.5, "no \x1b[31mno\u202e no"),
+                             entry("words", 0, 1, ""), entry("loop", 0.9, 0.5)])
     assert told == ('loop dropped 2, such as "no  [31mno  no" with 0.7 over a limit of 0.5; '
                     'words dropped 1, such as "" with 0 under a limit of 1')
     assert loop.why_dropped([entry("", 0, 0)]) == ""
@@ -2844,14 +2853,14 @@ def test_dropped_completions_are_told_by_rule_with_a_sample():
 
 def test_a_trait_that_does_not_move_is_said(finished, capsys):
     _, record = finished
-    events = [e | dict(trait=0.01, trait_se=0.02) if e["stage"] == "row" else e for e in record.events if e["stage"] != "gate"]
+    events = [e | dict(trait=0.01, trait_se=0.02) for e in record.rows()]
     loop.tally(files.Record(record.path, record.run, events, []), 1.0)
     out = capsys.readouterr().out
     assert "did not move at any dose" in out and "no round was accepted" in out
-    assert loop.has_moved(dict(trait=-0.5, trait_se=0.1)) and not loop.has_moved(dict(trait=0.01, trait_se=0.02))
+    assert loop.has_moved(dict(trait=-0.5, trait_se=0.1)) and not loop.has_moved(dict(trait=0.1, trait_se=0.06))
 
 
-# ---- the benchmarks, at sizes whose times mean nothing -----------------------------------------------------------------
+# ---- the benchmarks, at sizes whose times mean nothing -------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["heal", "round"])
@@ -2873,7 +2882,7 @@ def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys):
         assert any(peer in key for key in [*result["memory"]["peak"], *result["memory"]["missing"]])
 
 
-# ---- what a round records ----------------------------------------------------------------------------------------------
+# ---- what a round records ------------------------------------------------------------------------------
 
 def test_the_loop_records_what_its_readers_need(finished):
     _, path, run, events = finished
@@ -2917,7 +2926,7 @@ def test_the_worst_kept_answer_is_the_one_that_a_full_forward_finds(finished):
     assert worst["night"] == pytest.approx(night.tolist(), rel=1e-2, abs=1e-5)
 
 
-# ==== exports: what others serve, and chat ============================================================================
+# ==== exports: what others serve, and chat ==============================================================
 
 import exports                                                  # noqa: E402  bench/exports.py: bases and runs made in code
 

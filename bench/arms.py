@@ -1,6 +1,6 @@
 """The arms side by side: rmse, mean and no barrier, several seeds, at equal rounds and at equal trait.
 
-    python bench/arms.py --seeds 0 1 2           runs what is missing in runs/arms/, then prints Markdown tables
+    python bench/arms.py --seeds 0 1 2         runs what is missing in runs/arms/, then prints Markdown tables
     python bench/arms.py --seeds 0 1 2 --tables-only
 
 Runs are ungated (--no-gate), so that every arm has a row in every round: the gate would stop arms that break.
@@ -36,8 +36,8 @@ def run(folder: Path, arm: str, seed: int, more: list[str]) -> Path:
     if not finished(out):
         raise SystemExit(f"{arm}, seed {seed}: the run did not finish; what it printed is above")
     if json.loads((finished(out)[-1] / "run.json").read_text())["argv"] != argv:
-        raise SystemExit(f"{out} holds a run with other options than {' '.join(argv)}: remove it, or take another "
-                         "--folder")
+        raise SystemExit(f"{out} holds a run with other options than {' '.join(argv)}: remove it, or take "
+                         "another --folder")
     return finished(out)[-1]
 
 
@@ -51,7 +51,7 @@ def trajectory(path: Path) -> tuple[dict, dict[int, dict]]:
 
 
 def differing(a: dict, b: dict) -> set[str]:
-    """In what two runs differ: options (but folder, seed, and the aggregate of no barrier), weights, data, code."""
+    """In what two runs differ: options (but folder, seed, an aggregate without barrier), weights, data, code."""
     def facts(record):
         return record["options"] | {k: record[k] for k in ("weights", "items", "versions", "code")}
     x, y = facts(a), facts(b)
@@ -97,8 +97,8 @@ def main(argv=None) -> None:
     for (a, _), (x, _) in runs.items():
         for (b, _), (y, _) in runs.items():
             if len(found := differing(x, y)) > (a != b):
-                raise SystemExit(f"{a} and {b} differ in {sorted(found)}: two arms may differ in one field; remove "
-                                 f"{args.folder}")
+                raise SystemExit(f"{a} and {b} differ in {sorted(found)}: two arms may differ in one field; "
+                                 f"remove {args.folder}")
 
     seeds = {arm: [s for a, s in runs if a == arm] for arm in args.arms}
     def days(arm):

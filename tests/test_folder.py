@@ -386,7 +386,7 @@ def quick(tmp_path, monkeypatch):
     return [*kill.SMALL, "--vignettes", str(kill.small_data(tmp_path)), "--rounds", "1", "--no-gate"]
 
 
-def test_a_run_cut_off_twice_ends_as_one_that_was_not_and_a_finished_one_goes_on(quick, tmp_path, monkeypatch):
+def test_a_run_cut_off_twice_ends_as_one_that_was_not_and_a_finished_goes_on(quick, tmp_path, monkeypatch):
     assert loop.main([*quick, "--rounds", "2", "--out", str(tmp_path / "whole")]) == 0
     whole, event = kill.folder_of(tmp_path / "whole"), Folder.event
     # after the base's row; within the healed row, its round folded and written; then the end, and further
