@@ -2539,7 +2539,8 @@ def unsafe(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.keyword):
             is_on = getattr(node.value, "value", True)
-            if node.arg in ("weights_only", "allow_pickle") or is_on and node.arg in ("trust_remote_code", "shell"):
+            always, on = ("weights_only", "allow_pickle"), ("trust_remote_code", "shell")
+            if node.arg in always or is_on and node.arg in on:
                 found.append(node.arg)
         elif isinstance(node, ast.Call):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
@@ -2560,7 +2561,8 @@ def test_no_file_loads_pickles_or_remote_code(path):
 
 @pytest.mark.parametrize("source", [
     "eval(x)", "exec('a')", "torch.load(p)", "f(trust_remote_code=True)", "run(c, shell=True)",
-    "run(c, shell=x)", "os.system(c)", "np.load(p)", "np.load(p, allow_pickle=True)", "__import__(m)", "compile(a, b, c)"])
+    "run(c, shell=x)", "os.system(c)", "np.load(p)", "np.load(p, allow_pickle=True)",
+    "__import__(m)", "compile(a, b, c)"])
 def test_the_check_for_unsafe_calls_sees_each_of_them(source):
     assert unsafe(source) and not unsafe("model.eval(); re.compile(p); run(c, shell=False); stack.load(p)")
 
@@ -2596,10 +2598,10 @@ def test_help_is_quick_shows_ten_options_first_and_does_not_import_transformers(
     code = ("import sys, loop\ntry: loop.parse(['--help'])\n"
             "except SystemExit: print('transformers' in sys.modules)")
     spent = []
-    for _ in range(2):                                          # the better of two: the first may fill a cache
+    for _ in range(2):                                          # the better of two: the first fills caches
         before = os.times()
         out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        after = os.times()                                      # of the processor: a busy machine is no failure
+        after = os.times()                                      # of the processor, not by the clock
         spent.append(sum(after[2:4]) - sum(before[2:4]))
     assert out.stdout.splitlines()[-1] == "False", out.stdout[-200:] + out.stderr
     titles = ["turned first:", "loop: ", "steer: ", "lora: ", "heal: "]
@@ -2630,8 +2632,8 @@ def test_the_readme_snippet_runs():
 
 
 def stale(text, is_ancestor):
-    """Commits that a page gives for its results and that are not in the history; none if it says that they were
-    not repeated since."""
+    """Commits that a page gives for its results and that are not in the history; none if it says that
+    they were not repeated since."""
     commits = re.findall(r"at commit `?([0-9a-f]{7,40})", text)
     return [c for c in commits if not is_ancestor(c) and "not repeated since" not in text]
 
@@ -2640,8 +2642,7 @@ def test_results_in_the_docs_are_of_commits_of_this_history():
     assert stale("at commit 1234567, at commit abcdef0", lambda c: c == "1234567") == ["abcdef0"]
     assert stale("at commit abcdef0; not repeated since", lambda c: False) == []
     shallow = ["git", "rev-parse", "--is-shallow-repository"]
-    is_whole = shutil.which("git") and subprocess.run(shallow, cwd=ROOT, capture_output=True).stdout == b"false\n"
-    if not is_whole:
+    if not shutil.which("git") or subprocess.run(shallow, cwd=ROOT, capture_output=True).stdout != b"false\n":
         pytest.skip("no git here, or a shallow clone: the commits that the docs name cannot be checked")
 
     def is_ancestor(commit):
@@ -2747,7 +2748,8 @@ def test_a_search_without_an_answer_tells_what_was_dropped(small_vignettes, tmp_
     monkeypatch.setattr(common, "TINY", argv)
     code, record = common.run_loop(tmp_path, small_vignettes)
     reason = record.of("gate")["reasons"][0]
-    assert code == 3 and all(x in reason for x in ("the lowest dose fails", "worst_window dropped", "--slack"))
+    assert code == 3 and "the lowest dose fails" in reason and "--slack" in reason
+    assert "worst_window dropped" in reason
     assert "no round was accepted" in capsys.readouterr().out
 
 
@@ -2776,7 +2778,8 @@ def test_gates_that_are_asked_again_stand_until_the_first_that_turns():
 
 
 def test_stages_have_seeds_of_their_own():
-    seeds = {loop.stage_seed(s, r, name) for s in range(3) for r in range(3) for name in ("make", "heal", "own")}
+    names = ("make", "heal", "probe")
+    seeds = {loop.stage_seed(s, r, name) for s in range(3) for r in range(3) for name in names}
     assert len(seeds) == 27 and loop.stage_seed(1, 2, "make") == loop.stage_seed(1, 2, "make")
 
 
@@ -2792,9 +2795,11 @@ def refused(argv, capsys):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--rounds", "0"], "rounds"), (["--prompts", "nowhere.txt"], "nowhere.txt"), (["--kl-agg", "x"], "kl-agg"),
+    (["--rounds", "0"], "rounds"), (["--prompts", "nowhere.txt"], "nowhere.txt"),
+    (["--kl-agg", "x"], "kl-agg"),
     (["--pos", "You are kind."], "--neg"), (["--persona", "pirate"], "authority, love"),
-    (["--coh-floor", "nan"], "coh_floor"), (["--kl_agg", "mean"], "kl_agg"), (["--model", ""], "--model is empty"),
+    (["--coh-floor", "nan"], "coh_floor"), (["--kl_agg", "mean"], "kl_agg"),
+    (["--model", ""], "--model is empty"),
     (["--vignettes", "nowhere.jsonl"], "nowhere.jsonl"), (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
     (["--lam", "-1"], "lam"), (["--r", "0"], "r=0"), (["--steer-band", "0.9", "0.1"], "0.9"),
     (["--reg", "nll", "--tau", "1"], "without a barrier"), (["--tau-scale", "nan"], "tau_scale=nan"),
@@ -2808,7 +2813,7 @@ def test_options_that_cannot_be_meant_are_refused_before_any_work(argv, message,
 
 def test_a_run_goes_on_with_its_own_options_only(finished, capsys):
     path = str(finished[1].path)
-    err = refused(["--resume", path, "--kl-agg", "mean", "--seed", "3", "--n-make", "24", "--out", "x"], capsys)
+    err = refused(["--resume", path, "--kl-agg", "mean", "--seed", "3", "--n-make", "24"], capsys)
     assert "configuration: seed is 0 there and 3 here, kl_agg is 'rmse' there and 'mean' here; leave" in err
     assert "only grow" in refused(["--resume", path, "--patience", "2"], capsys)
     cfg, scfg, *_ = loop.parse(["--resume", path, "--rounds", "9", "--gate", "--coh-floor", "0.9"])
@@ -2857,7 +2862,8 @@ def test_a_trait_that_does_not_move_is_said(finished, capsys):
     loop.tally(files.Record(record.path, record.run, events, []), 1.0)
     out = capsys.readouterr().out
     assert "did not move at any dose" in out and "no round was accepted" in out
-    assert loop.has_moved(dict(trait=-0.5, trait_se=0.1)) and not loop.has_moved(dict(trait=0.1, trait_se=0.06))
+    assert loop.has_moved(dict(trait=-0.5, trait_se=0.1))
+    assert not loop.has_moved(dict(trait=0.1, trait_se=0.06))
 
 
 # ---- the benchmarks, at sizes whose times mean nothing -------------------------------------------------

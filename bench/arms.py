@@ -51,7 +51,7 @@ def trajectory(path: Path) -> tuple[dict, dict[int, dict]]:
 
 
 def differing(a: dict, b: dict) -> set[str]:
-    """In what two runs differ: options (but folder, seed, an aggregate without barrier), weights, data, code."""
+    """In what two runs differ: options (but folder, seed, a barrier that is not there), weights, code."""
     def facts(record):
         return record["options"] | {k: record[k] for k in ("weights", "items", "versions", "code")}
     x, y = facts(a), facts(b)
