@@ -5,8 +5,8 @@
 Boundaries: after each event of the journal, in the middle of its line, and before each rename of a file. A
 case of the random moments is killed once or twice. `longer` continues a finished run of one round to two.
 Equal means: every event but its time, run.json but for times and the command, the bytes of every adapter and
-vector, the exit code, and one line of results.tsv. Runs are forked from one process that has imported everything and
-made no tensor yet, so this needs a system with fork.
+vector, the exit code, and one line of results.tsv. Runs are forked from one process that has imported
+everything and made no tensor yet, so this needs a system with fork.
 """
 import argparse
 import contextlib
