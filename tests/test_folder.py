@@ -304,10 +304,11 @@ def test_an_end_that_was_not_planned_is_one_sentence_and_the_way_on(what, messag
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_waits_for_the_write_and_marks_the_run_interrupted(name, tmp_path, monkeypatch, capsys):
     before, fsync, number = signal.getsignal(getattr(signal, name)), os.fsync, getattr(signal, name)
+    sent = []
     with pytest.raises(KeyboardInterrupt):
         with Folder(None, Screen()) as folder:
             folder.make(tmp_path, "x", argv=[], command="", **AROUND)
-            monkeypatch.setattr(os, "fsync", lambda fd: (fsync(fd), os.kill(os.getpid(), number)))
+            monkeypatch.setattr(os, "fsync", lambda fd: sent or sent.append(os.kill(os.getpid(), number)))
             folder.event("layers")
     monkeypatch.setattr(os, "fsync", fsync)
     record = read(folder.path)
@@ -365,13 +366,13 @@ def test_options_are_read_shown_and_recorded(capsys):
     parser = options.parser([Toy], first=("n",), prog="toy")
     args = options.tidy(vars(parser.parse_args(["--band", "0.1", "0.5", "--no-on"])))
     assert args == dict(n=3, band=(0.1, 0.5), how="", on=False)
-    assert options.recorded(json.loads(json.dumps(args)), [Toy]) == args
+    assert options.recorded(json.loads(json.dumps(args)), [Toy], "run") == args
     shown = parser.format_help()
     assert shown.index("--n N") < shown.index("toy: a group") < shown.index("--band FROM TO")
     assert "100% of it (default: 3)" in shown
     for bad in (dict(n=True), dict(n="3"), dict(band=[1.0]), dict(how="b"), dict(on=None), dict(n=...)):
         with pytest.raises(ValueError, match=f"option {next(iter(bad))} is"):
-            options.recorded({k: v for k, v in (args | bad).items() if v is not ...}, [Toy])
+            options.recorded({k: v for k, v in (args | bad).items() if v is not ...}, [Toy], "run")
     with pytest.raises(ValueError, match="not a value it can have"):
         options.tidy(dict(how="a\0"))
 
