@@ -113,7 +113,8 @@ def parse(argv=None) -> list:
     try:
         then, path = {}, args["resume"]
         if path:                                        # what is not given now stays as it was
-            then = options.recorded(files.read_for_more(path).get("options"), GROUPS) | {"resume": ""}
+            found = files.read_for_more(path).run.get("options")
+            then = options.recorded(found, GROUPS, path) | {"resume": ""}
             args = vars(parser.parse_args(argv, argparse.Namespace(**then)))
         if args["positional_model"] is not None:
             args["model"] = args["positional_model"]
@@ -410,6 +411,9 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
     date = files.read(cfg.resume).run.get("date", "") if cfg.resume else models.today()
     screen = Screen()
     with Folder(Path(cfg.resume) if cfg.resume else None, screen, lambda path: show(path, screen)) as folder:
+        from transformers.utils import logging          # slow: not for --help
+        logging.disable_progress_bar()                  # a run's output is a line per stage
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         model, tok = models.load(cfg.model, revision=cfg.revision, dtype=cfg.dtype, device=cfg.device,
                                  quantize=cfg.quantize, date=date)
         if lcfg.r > (width := model.config.get_text_config().hidden_size):

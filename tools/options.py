@@ -51,16 +51,16 @@ def tidy(args: dict) -> dict:
     return args
 
 
-def recorded(options, groups) -> dict:
-    """Options out of a file, checked as if they had been typed; ValueError if one is missing or cannot be."""
+def recorded(options, groups, path) -> dict:
+    """The options of the run in `path`, checked as if they had been typed; ValueError if one cannot be."""
     def fits(value, kind) -> bool:
         if typing.get_origin(kind) is tuple:
             return isinstance(value, tuple) and [type(x) for x in value] == [float, float]
         return value in typing.get_args(kind) if typing.get_origin(kind) is Literal else type(value) is kind
     if not isinstance(options, dict):
-        raise ValueError("its options are missing; the file is damaged")
+        raise ValueError(f"{path}/run.json: its options are missing; the file is damaged")
     found = tidy({name: options.get(name, ...) for name in kinds(groups)})
     for name, allowed in kinds(groups).items():
         if not any(fits(found[name], kind) for kind in allowed):
-            raise ValueError(f"option {name} is {options.get(name)!r:.60}; the file is damaged")
+            raise ValueError(f"{path}/run.json: option {name} is {options.get(name)!r:.60}; it is damaged")
     return found
