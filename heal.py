@@ -458,7 +458,7 @@ def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], referenc
 
         bad_in_a_row = 0 if is_finite else bad_in_a_row + 1
         if bad_in_a_row == 3 or (not is_finite and not steps and step == len(plan) - 1):
-            raise RuntimeError(f"step {step}: {bad_in_a_row} steps in a row without finite loss and gradient (nll "
+            raise RuntimeError(f"step {step}: {bad_in_a_row} steps in a row with no finite gradient (nll "
                                f"{nll.mean():.3g}, D {div.max():.3g}, gnorm {gnorm:.3g}); lower lr {cfg.lr}")
         if not is_finite:
             skipped.append(step)
