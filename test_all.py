@@ -34,9 +34,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent
-sys.path[:0] = [str(ROOT / folder) for folder in (".", "pocket", "bench", "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "pocket"), str(ROOT / "bench")]
 
-import common                                                   # noqa: E402
+import arms                                                     # noqa: E402
 import evalmfv                                                  # noqa: E402
 import heal as heal_py                                          # noqa: E402
 import kill                                                     # noqa: E402
@@ -46,15 +46,15 @@ import generate as bench_generate                               # noqa: E402
 import make_pocket                                              # noqa: E402
 import malformed                                                # noqa: E402
 import measure                                                  # noqa: E402
-from tools import folder as files, inputs, model as models, report  # noqa: E402
+import report                                                   # noqa: E402
 import roofline                                                 # noqa: E402
 import steer                                                    # noqa: E402
 import world                                                    # noqa: E402
 from evalmfv import FOUNDATIONS                                 # noqa: E402
 from heal import (AGGREGATES, HealConfig, Passes, Sample, aggregate, divergences, forward_kl, heal,  # noqa: E402
                   lr_factor, mean_nll, naive_losses, pieces, reverse_kl, split, token_losses)
-from lora import LoraConfig, attach, blocks                     # noqa: E402
-from steer import (Completion, Limits, SteerConfig, band, calibrate_limits, choose, find_dose, fit_vectors, generate,  # noqa: E402
+from lora import LoraConfig, attach                             # noqa: E402
+from steer import (Completion, Limits, SteerConfig, band, blocks, calibrate_limits, choose, find_dose, fit_vectors, generate,  # noqa: E402
                    judge, readings, render, repeats, steered, token_nll)
 
 torch.set_num_threads(1)                                        # small models: a second thread costs more than it gives
@@ -88,7 +88,7 @@ def tiny_model(tok, seed=0, dtype=torch.float32, layers=4, d=32):
     return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
 
 
-# ==== heal.py: the barrier and the round ================================================================
+# ==== heal.py: the barrier and the round ==============================================================================
 
 def heal_case(dtype=torch.float32, history=0):
     """A tiny model, a stack with `history` folded rounds, seeded noise in the current round, six uneven samples."""
@@ -768,7 +768,7 @@ def test_heal_stands_alone_and_imports_the_standard_library_and_torch_only(tmp_p
                      "p95": ["0.049", "3.777", "77x"], "max": ["0.095", "8.081", "85x"]}
 
 
-# ==== lora.py: the gated accumulator ====================================================================
+# ==== lora.py: the gated accumulator ==================================================================================
 
 def lora_ids(n=3, T=12, V=262, seed=0):
     return torch.randint(6, V, (n, T), generator=torch.Generator().manual_seed(seed))       # [n, T]
@@ -825,7 +825,7 @@ def test_lora_gates_open_equal_the_weights_plus_the_sum_of_scaled_products():
     for hooked in plain.modules():
         hooked._forward_hooks.clear()
     total = {}
-    for rnd, gate in enumerate([0.5, 0.25, 1.0]):                           # two folded rounds and the current one
+    for rnd, gate in enumerate([0.5, 0.25, 1.0]):  # two folded rounds and the current one
         lora_noise(stack, rnd)
         for name, delta in lora_deltas(stack).items():
             total[name] = total.get(name, 0) + gate * delta
@@ -834,7 +834,7 @@ def test_lora_gates_open_equal_the_weights_plus_the_sum_of_scaled_products():
     for name, delta in total.items():
         plain.get_submodule(name).weight.data += delta
     stack.gates([0.5, 0.25], 1.0)
-    assert torch.allclose(lora_logits(model, ids), lora_logits(plain, ids), atol=1e-6)      # folded B is float32
+    assert torch.allclose(lora_logits(model, ids), lora_logits(plain, ids), atol=1e-6)  # folded B is float32
     assert len(total) == 14 and "model.layers.1.mlp.down_proj" in total     # 7 Linears in each of 2 blocks
 
 
@@ -847,7 +847,7 @@ def test_lora_fold_keeps_the_function_and_the_next_round_starts_as_no_change():
     assert torch.allclose(lora_logits(model, ids), before, atol=1e-4)       # float32, logits of size ten
     assert stack.n_rounds == 2 and stack.norm() == 0
     assert all(a is b for a, b in zip(parameters, stack.parameters()))
-    with stack.gated(0, 1):                                                 # the folded round left the current pair
+    with stack.gated(0, 1):  # the folded round left the current pair
         base = lora_logits(model, ids)
     with stack.gated(0, 0):
         assert torch.equal(lora_logits(model, ids), base)
@@ -879,7 +879,7 @@ def test_lora_A_depends_on_seed_round_and_module_and_leaves_the_global_generator
     again = attach(tiny_model(tiny_tokenizer()), r=4, alpha=8, layers=[1, 2])
     other = attach(tiny_model(tiny_tokenizer()), r=4, alpha=8, layers=[1, 2], seed=1)
     assert torch.equal(first[0], again.parameters()[0]) and not torch.equal(first[0], other.parameters()[0])
-    assert 0.9 / 32 ** 0.5 < first[0].abs().max() <= 1 / 32 ** 0.5          # kaiming-uniform: U(+-1 / sqrt(d_in))
+    assert 0.9 / 32 ** 0.5 < first[0].abs().max() <= 1 / 32 ** 0.5  # kaiming-uniform: U(+-1 / sqrt(d_in))
 
 
 def test_lora_gated_restores_the_gates_after_an_exception_and_keeps_rounds_folded_inside():
@@ -894,6 +894,9 @@ def test_lora_gated_restores_the_gates_after_an_exception_and_keeps_rounds_folde
     with stack.gated(1, 1):
         lora_noise(stack, 7); stack.fold()
     assert {l.history for l in stack.layers.values()} == {(0.5, 0.0, 1.0)}
+    with stack.gated(1, 1):
+        stack.unfold()
+    assert {l.history for l in stack.layers.values()} == {(0.5, 0.0)}
 
 
 def test_lora_history_built_under_inference_mode_still_serves_training():
@@ -904,18 +907,16 @@ def test_lora_history_built_under_inference_mode_still_serves_training():
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in stack.parameters())
 
 
-def test_lora_order_of_rounds_and_their_gates_does_not_matter(tmp_path):
+def test_lora_order_of_rounds_and_their_gates_does_not_matter():
     model, stack = lora_case(rounds=3)
-    ids, files = lora_ids(), [tmp_path / f"{k}.safetensors" for k in range(3)]
-    for k, file in enumerate(files):
-        stack.save(file, rounds=[k])
+    ids, saved = lora_ids(), [stack.tensors([k]) for k in range(3)]
     stack.gates([0.2, 0.5, 0.9])
     expected = lora_logits(model, ids)
     model, other = lora_case()
-    other.load(files[2], files[0], files[1])
+    other.load_tensors(saved[2], saved[0], saved[1])
     other.gates([0.9, 0.2, 0.5])
     assert torch.allclose(lora_logits(model, ids), expected, atol=1e-4)
-    other.gates([0.2, 0.5, 0.9])                                            # gates belong to rounds: another model
+    other.gates([0.2, 0.5, 0.9])  # gates belong to rounds: another model
     assert not torch.allclose(lora_logits(model, ids), expected, atol=1e-2)
 
 
@@ -924,8 +925,9 @@ def test_lora_base_gets_no_gradient_and_adapters_are_float32_under_a_bfloat16_ba
     lora_noise(stack, 3)
     model(input_ids=lora_ids()).logits.float().square().mean().backward()
     assert all(p.grad is None for p in model.parameters())
-    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in stack.parameters())
-    assert all(t.dtype == torch.float32 for l in stack.layers.values() for pair in l.rounds for t in pair)
+    for p in stack.parameters():
+        assert p.dtype == p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0
+    assert all(A.dtype == B.dtype == torch.float32 for l in stack.layers.values() for A, B, _ in l.rounds)
 
 
 def test_lora_spectral_equals_matrix_norm_and_so_does_its_gradient():
@@ -939,10 +941,13 @@ def test_lora_spectral_equals_matrix_norm_and_so_does_its_gradient():
     expected.backward()
     assert abs(sigma.item() - expected.item()) < 1e-5 * expected.item()
     for A, B, l in pairs:
-        assert torch.allclose(l.A.grad.double(), A.grad, rtol=1e-4, atol=1e-5)              # float32 against float64
+        assert torch.allclose(l.A.grad.double(), A.grad, rtol=1e-4, atol=1e-5)  # float32 against float64
         assert torch.allclose(l.B.grad.double(), B.grad, rtol=1e-4, atol=1e-5)
-    norm = sum(delta.square().sum() for delta in lora_deltas(stack).values()).sqrt().item()
+    deltas = lora_deltas(stack)
+    norm = sum(delta.square().sum() for delta in deltas.values()).sqrt().item()
     assert abs(stack.norm() - norm) < 1e-5 * norm
+    for name, found in stack.singular_values().items():
+        assert torch.allclose(found, torch.linalg.svdvals(deltas[name])[:4], rtol=1e-4), name
 
 
 def test_lora_spectral_at_zero_B_is_zero_with_zero_gradient_and_draws_no_random_numbers():
@@ -954,62 +959,89 @@ def test_lora_spectral_at_zero_B_is_zero_with_zero_gradient_and_draws_no_random_
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_lora_save_and_load_round_trip_bit_for_bit_and_a_resumed_stack_starts_the_same_round(tmp_path):
-    model, stack = lora_case(rounds=2)
-    ids, path = lora_ids(), tmp_path / "rounds.safetensors"
-    stack.save(path, metadata={"note": "two rounds"})
+def test_lora_unfold_takes_a_fold_back_bit_for_bit_and_training_goes_on_from_there():
+    model, stack = lora_case(rounds=1, alpha=10, r=3)                       # a scale that is no power of two
+    ids, params = lora_ids(), stack.parameters()
+    lora_noise(stack, 5)
+    before, kept = lora_logits(model, ids), [p.detach().clone() for p in params]
+    stack.fold()
+    folded = lora_logits(model, ids)
+    stack.unfold()
+    assert all(a is b and torch.equal(a, c) for a, b, c in zip(params, stack.parameters(), kept))
+    assert stack.n_rounds == 1
+    assert torch.equal(lora_logits(model, ids), before) and torch.allclose(folded, before, atol=1e-4)
+    model(input_ids=ids).logits.sum().backward()
+    with torch.no_grad():
+        for p in params:
+            p -= 1e-3 * p.grad
+    trained = lora_logits(model, ids)
+    stack.fold()  # not what was folded the first time
+    assert torch.allclose(lora_logits(model, ids), trained, atol=1e-3)
+    assert not torch.allclose(trained, folded, atol=1e-2)
+    stack.unfold()
+    stack.drop()  # a refused round: the student before it
+    fresh, again = lora_case(rounds=1, alpha=10, r=3)
+    assert torch.equal(lora_logits(model, ids), lora_logits(fresh, ids))
+    assert all(torch.equal(a, b) for a, b in zip(stack.parameters(), again.parameters()))
+
+
+def test_lora_unfold_takes_a_loaded_round_too_and_refuses_what_would_change_the_model():
+    model, stack = lora_case(rounds=1)                                      # scale 2: exact in the file too
     fresh, loaded = lora_case()
-    loaded.load(path)
+    loaded.load_tensors(stack.tensors())
+    stack.unfold(), loaded.unfold()
+    assert all(torch.equal(a, b) for a, b in zip(stack.parameters(), loaded.parameters()))
+    with pytest.raises(RuntimeError, match="expected a folded round"):
+        loaded.unfold()                                                     # none left
+    loaded.fold()
+    with loaded.gated(0.5, 1), pytest.raises(RuntimeError, match="open gates"):
+        loaded.unfold()
+    lora_noise(loaded, 3)
+    with pytest.raises(RuntimeError, match="not trained yet"):
+        loaded.unfold()
+    wide = lora_case(r=5)[1]
+    wide.load_tensors(lora_case(rounds=1)[1].tensors())
+    with pytest.raises(RuntimeError, match="rank 4, here it is 5"):
+        wide.unfold()
+    assert wide.n_rounds == 1
+
+
+def test_lora_tensors_come_back_bit_for_bit_and_a_resumed_stack_starts_the_same_round():
+    model, stack = lora_case(rounds=2)
+    ids, tensors = lora_ids(), stack.tensors()
+    fresh, loaded = lora_case()
+    loaded.load_tensors(tensors)
     assert loaded.n_rounds == 2 and torch.equal(lora_logits(fresh, ids), lora_logits(model, ids))
     for a, b in zip(stack.layers.values(), loaded.layers.values()):
         assert torch.equal(a.A, b.A)
-        assert all(torch.equal(s, t) for p, q in zip(a.rounds, b.rounds) for s, t in zip(p, q))
-    tensors = safetensors.torch.load_file(path)
+        for (A, B, scale), (A2, B2, scale2) in zip(a.rounds, b.rounds):
+            assert torch.equal(A, A2) and torch.equal(scale * B, scale2 * B2)
     A, B = (tensors[f"model.layers.1.self_attn.q_proj.1.{x}"] for x in "AB")
-    scaled = loaded.layers["model.layers.1.self_attn.q_proj"].rounds[1]
-    assert torch.equal(B @ A, scaled[1] @ scaled[0]) and len(tensors) == 14 * 2 * 2
-    assert safetensors.safe_open(path, "pt").metadata() == {"note": "two rounds"}
+    old = stack.layers["model.layers.1.self_attn.q_proj"].rounds[1]
+    assert torch.equal(B @ A, old[2] * old[1] @ old[0]) and len(tensors) == 14 * 2 * 2  # the scale is in B
 
 
-def test_lora_loading_into_the_wrong_model_names_the_modules_and_loads_nothing(tmp_path):
-    path = tmp_path / "rounds.safetensors"
-    lora_case(rounds=1)[1].save(path)
+def test_lora_loading_into_the_wrong_model_names_the_modules_and_loads_nothing():
+    tensors = lora_case(rounds=1)[1].tensors()
     model, fewer = lora_case(layers=[1])
-    with pytest.raises(ValueError, match=r"does not adapt.*model\.layers\.2\."):
-        fewer.load(path)
-    with pytest.raises(ValueError, match=r"lacks A and B of 7 adapted modules.*model\.layers\.0\."):
-        lora_case(layers=[0, 1, 2])[1].load(path)
+    with pytest.raises(ValueError, match=r"14 are of modules that are not adapted.*model\.layers\.2\."):
+        fewer.load_tensors(tensors)
+    with pytest.raises(ValueError, match=r"14 tensors of the 21 adapted modules .*model\.layers\.0\."):
+        lora_case(layers=[0, 1, 2])[1].load_tensors(tensors)
     wide = attach(tiny_model(tiny_tokenizer(), d=64), r=4, alpha=8, layers=[1, 2])
-    with pytest.raises(ValueError, match=r"q_proj has A \[4, 32\] and B \[32, 4\], here it takes A \[r, 64\]"):
-        wide.load(path)
-    good = lora_case()[1]
-    path.with_name("torn").write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        good.load(path, path.with_name("torn"))                             # all files or none
+    with pytest.raises(ValueError, match=r"q_proj has A \[4, 32\] and B \[32, 4\], here .* A \[r, 64\]"):
+        wide.load_tensors(tensors)
+    good, key = lora_case()[1], "model.layers.1.self_attn.q_proj.0.A"
+    later = {k.replace(".0.", ".1."): t for k, t in tensors.items()}
+    for bad, message in (({}, "28 tensors"), ({"x": torch.ones(1)}, "'x'"), (later, "28 tensors"),
+                         (tensors | {key: tensors[key] / 0}, "not finite"),
+                         (tensors | {key: torch.ones(3)}, "has A")):
+        with pytest.raises(ValueError, match=message):
+            good.load_tensors(tensors, bad)                                 # all or none
     assert good.n_rounds == 0 and fewer.n_rounds == 0
     lora_noise(good, 0)
     with pytest.raises(RuntimeError, match="drop"):
-        good.load(path)
-
-
-def test_lora_a_torn_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "rounds.safetensors"
-    _, stack = lora_case(rounds=1)
-    stack.save(path)
-    old = path.read_bytes()
-    lora_noise(stack, 3); stack.fold()
-    for call in ("fsync", "replace"):
-        def fail(*args):
-            raise OSError("disk full")
-        with monkeypatch.context() as patch:
-            patch.setattr(os, call, fail)
-            with pytest.raises(OSError, match="disk full"):
-                stack.save(path)
-        assert path.read_bytes() == old and os.listdir(tmp_path) == [path.name]
-    stack.layers["model.layers.1.self_attn.q_proj"].rounds[0][1][0, 0] = float("nan")
-    with pytest.raises(RuntimeError, match="q_proj.0.B"):
-        stack.save(path)
-    assert path.read_bytes() == old
+        good.load_tensors(tensors)
 
 
 def test_lora_targets_choose_linears_by_the_end_of_their_name():
@@ -1020,15 +1052,23 @@ def test_lora_targets_choose_linears_by_the_end_of_their_name():
         lora_case(targets=["q_proj", "proj"])
 
 
+def lora_shapeless():
+    model = torch.nn.Linear(2, 2)
+    model.get_decoder = lambda: model
+    return model
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda: lora_case(layers=[4]), "layers=.*0 to 3"),
     (lambda: lora_case(layers=[]), "layers="),
     (lambda: lora_case(r=0), "r=0"),
     (lambda: lora_case(rounds=2)[1].gates([1.0]), "1 gates for 2"),
     (lambda: lora_case()[1].gates(current=float("nan")), "finite"),
-    (lambda: lora_case(rounds=1)[1].save("x", rounds=[1]), "1 folded"),
+    (lambda: lora_case(rounds=1)[1].tensors([1]), "1 folded"),
+    (lambda: attach(lora_shapeless(), r=1, alpha=1, layers=[0]), "no decoder"),
     (lambda: LoraConfig(alpha=-1.0), "alpha"),
-    (lambda: LoraConfig(lora_from=0.8, lora_to=0.2), "lora_from"),
+    (lambda: LoraConfig(lora_band=(0.8, 0.2)), "lora_band"),
+    (lambda: LoraConfig(lora_band=(0.8, math.nan)), "lora_band"),
 ])
 def test_lora_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
@@ -1038,13 +1078,60 @@ def test_lora_bad_arguments_are_named(call, message):
 def test_lora_bad_states_are_refused():
     _, stack = lora_case()
     with pytest.raises(RuntimeError, match="fold"):
-        stack.save("never-written")
+        stack.tensors()
     with stack.gated(1, 0), pytest.raises(RuntimeError, match="current gate 0"):
         stack.fold()
     stack.parameters()[3].data[0, 0] = float("inf")
     with pytest.raises(RuntimeError, match="not finite"):
         stack.fold()
     assert stack.n_rounds == 0
+    _, folded = lora_case(rounds=1)
+    folded.layers["model.layers.1.self_attn.q_proj"].rounds[0][1][0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match="q_proj.0.B"):
+        folded.tensors()
+
+
+def lora_twin(seed=0):
+    """Our LoRA and peft's with the same A and B: our model and stack, peft's model and its parameters in order."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
+    model, stack = lora_case()
+    lora_noise(stack, seed, 0.1)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(stack.layers), lora_dropout=0.0)
+    theirs = peft.get_peft_model(tiny_model(tiny_tokenizer()), config).eval()
+    params = []
+    for name, l in stack.layers.items():
+        module = theirs.get_submodule(f"base_model.model.{name}")
+        for p, q in ((module.lora_A["default"].weight, l.A), (module.lora_B["default"].weight, l.B)):
+            p.data.copy_(q.data)
+            params.append(p)
+    return model, stack, theirs, params
+
+
+def test_lora_and_its_gradient_equal_pefts():
+    model, stack, theirs, params = lora_twin()
+    ids, grads = lora_ids(), []
+    for m, ps in ((model, stack.parameters()), (theirs, params)):
+        logits = m(input_ids=ids).logits
+        grads.append((logits, torch.autograd.grad(logits.log_softmax(-1)[..., 7].mean(), list(ps))))
+    assert torch.allclose(grads[0][0], grads[1][0], atol=1e-5)
+    assert max(g.abs().max() for g in grads[0][1]) > 1e-3
+    for ours, peers in zip(grads[0][1], grads[1][1]):
+        assert torch.allclose(ours, peers, atol=1e-5), (ours - peers).abs().max()
+
+
+def test_lora_of_peft_is_healed_by_heal_alone_through_disable_adapter():
+    model, stack, theirs, params = lora_twin()
+    _, _, samples = heal_case()
+    cfg = HealConfig(lr=1e-2, tau=0.05, epochs=2, val_share=0.3, kl_agg="rmse")
+    records = [heal(m, ps, samples, reference, cfg, tau=0.05, seed=3) for m, ps, reference in
+               ((model, stack.parameters(), heal_base(stack)), (theirs, params, theirs.disable_adapter))]
+    for ours, peers in zip(records[0]["steps"], records[1]["steps"]):
+        for key in ("nll", "div", "gnorm"):
+            assert ours[key] == pytest.approx(peers[key], abs=1e-5), (key, ours, peers)
+    assert records[0]["val_nll_after"] == pytest.approx(records[1]["val_nll_after"], abs=1e-5)
+    assert records[0]["fired_share"] > 0 and records[0]["nll_last"] < records[0]["nll_first"]
+    for p, q in zip(stack.parameters(), params):
+        assert torch.allclose(p, q, atol=1e-5), (p - q).abs().max()
 
 
 def test_lora_runs_alone_in_an_empty_folder(tmp_path):
@@ -1054,7 +1141,7 @@ def test_lora_runs_alone_in_an_empty_folder(tmp_path):
     assert "bit for bit: True" in out.stdout
 
 
-# ==== steer.py: vectors, hooks, generation, the filter, the dose ========================================
+# ==== steer.py: vectors, hooks, generation, the filter, the dose ======================================================
 
 STEER_WORDS = ["mercy", "justice", "kindness", "patience", "rescue", "people", "forever", "harbour", "gentle",
                "machine", "winter", "garden"]
@@ -1525,7 +1612,7 @@ def test_steer_the_layers_are_those_where_the_persona_is_first_read_strongly():
     assert steer.find_layers(model, tok, pos, neg, contexts, share=1.0)[0] == [strength.index(max(strength))]
 
 
-# ==== bench/: what the measurements rest on =============================================================
+# ==== bench/: what the measurements rest on ============================================================================
 
 def test_peak_bytes_counts_what_torch_held_at_once_temporaries_included():
     def by_hand():
@@ -1719,9 +1806,9 @@ def test_scoring_never_holds_the_logits_of_a_prompt_nor_more_than_its_budget(mon
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(want, got))
 
 
-# ==== evalmfv.py: the probe =============================================================================
+# ==== evalmfv.py: the probe ===========================================================================================
 
-# ---- evalmfv: equal to a naive reference ---------------------------------------------------------------
+# ---- evalmfv: equal to a naive reference -----------------------------------------------------------------------------
 
 MFV_PREFILL = ["This", " is wrong because", ' {"', "violation", '": "']          # five tokens that spell the prefill
 MFV_TEXTS = ["You see a man kick a dog.", "You see a cook who lies about the bill again and again.",
@@ -1948,7 +2035,7 @@ def test_an_answer_is_found_however_the_model_spells_the_prefill():
     assert evalmfv.find_answer(tok, [x, *prefill[:-1], care], pad) is None
 
 
-# ---- evalmfv: rows and metrics -------------------------------------------------------------------------
+# ---- evalmfv: rows and metrics ---------------------------------------------------------------------------------------
 
 
 def test_vignettes_are_read_from_our_rows_and_from_the_originals(tmp_path):
@@ -2073,7 +2160,7 @@ def test_free_text_falls_for_loops_and_for_noise_and_not_for_the_base():
         evalmfv.free_text(ids, nlls, [[]], [[]])
 
 
-# ==== models in: architectures, templates, loading, the plan ============================================
+# ==== models in: architectures, templates, loading, the plan =============================================================
 
 ARCH = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
             initializer_range=0.3, max_position_embeddings=2048)
@@ -2493,92 +2580,78 @@ def test_the_plan_counts_parameters_and_keys_and_values_as_the_model_has_them(na
     assert n["active"] == inside - idle
 
 
-# ==== the house: what is promised of every file =========================================================
+# ==== the house, the pocket world, the loop, the report ===============================================================
 
-CONCEPTS = ("steer", "heal", "lora", "evalmfv")
-TOOLS = sorted(p.stem for p in (ROOT / "tools").glob("*.py") if p.stem != "__init__")
-FOLDERS = (".", "tools", "tests", "bench", "pocket")
-SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
+CONCEPTS = ("steer", "heal", "lora", "evalmfv", "report")
 
 
-def imported(path, top_only=False):
-    """Names of modules that a file imports anywhere, or at its top: `from tools import x` is tools.x."""
-    names, tree = set(), ast.parse(path.read_text())
-    for node in tree.body if top_only else ast.walk(tree):
+def imported(path):
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == "tools":
-            names |= {f"tools.{alias.name}" for alias in node.names}
+            names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
-    return {name if name.startswith("tools.") else name.split(".")[0] for name in names}
+            names.add(node.module.split(".")[0])
+    return names
 
 
-@pytest.mark.parametrize("name", ["loop", *CONCEPTS, *(f"tools/{name}" for name in TOOLS)])
-def test_imports_go_one_way(name):
-    """Nested imports too: a higher room is not reached late either."""
-    rooms = {"loop", *CONCEPTS, *(f"tools.{tool}" for tool in TOOLS)}
-    allowed = {"loop": rooms, "evalmfv": {"steer"}}.get(name, set() if name in CONCEPTS else rooms - {"loop"})
-    packages = dict(heal={"torch"}, lora={"torch"}, steer={"torch", "transformers"}, evalmfv={"torch"})
-    optional = {"tools/export": {"gguf"}}                       # asked for, and refused with a sentence
-    found = imported(ROOT / f"{name}.py") - set(sys.stdlib_module_names)
-    assert found & rooms <= allowed, found & rooms - allowed
-    five = {"torch", "transformers", "safetensors", "numpy"} | optional.get(name, set())
-    assert found - rooms - {"tools"} <= packages.get(name, five), found
+def top_level(path):
+    """Modules that importing the file imports: not those that its main part asks for."""
+    body = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return {name for node in body for name in ([a.name.split(".")[0] for a in node.names] if isinstance(node, ast.Import) else [node.module.split(".")[0]])}
+
+
+def test_heal_imports_only_the_standard_library_and_torch():
+    assert imported(ROOT / "heal.py") - set(sys.stdlib_module_names) == {"torch"}
+
+
+@pytest.mark.parametrize("name", CONCEPTS)
+def test_a_concept_file_imports_no_project_file_and_nothing_beyond_the_five_packages(name):
+    assert top_level(ROOT / f"{name}.py") - set(sys.stdlib_module_names) <= {"torch", "transformers", "safetensors", "numpy", "jinja2"}
 
 
 def test_requirements_name_the_five_packages_and_no_others():
     lines = (ROOT / "requirements.txt").read_text().split()
-    five = ["numpy", "pytest", "safetensors", "torch", "transformers"]
-    assert sorted(line.split(">=")[0] for line in lines) == five
+    assert sorted(line.split(">=")[0] for line in lines) == ["numpy", "pytest", "safetensors", "torch", "transformers"]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("*/*.py")), ids=lambda p: p.name)
+def test_no_file_loads_pickles_or_remote_code(path):
+    if path.name == "test_all.py":
+        return
+    assert unsafe(path.read_text()) == [], path
+    assert not imported(path) & {"pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
+    assert path.parent.name == "bench" or "peft" not in imported(path)      # there it is measured
 
 
 def unsafe(source):
     """What in a file could run code that came with a checkpoint, a run folder or a text."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.keyword):
-            is_on = getattr(node.value, "value", True)
-            always, on = ("weights_only", "allow_pickle"), ("trust_remote_code", "shell")
-            if node.arg in always or is_on and node.arg in on:
-                found.append(node.arg)
+        if isinstance(node, ast.keyword) and (node.arg in ("weights_only", "allow_pickle")
+                                              or node.arg == "trust_remote_code" and getattr(node.value, "value", True)   # left out, it asks the user
+                                              or node.arg == "shell" and getattr(node.value, "value", True)):
+            found.append(node.arg)
         elif isinstance(node, ast.Call):
-            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            owner = getattr(getattr(node.func, "value", None), "id", "")
-            if name in ("exec", "__import__") or (owner, name) in (
-                    ("os", "system"), ("os", "popen"), ("torch", "load"), ("np", "load"), ("numpy", "load")) \
-                    or name in ("eval", "compile") and not isinstance(node.func, ast.Attribute):
-                found.append(name)                              # not model.eval(), re.compile()
+            name, owner = getattr(node.func, "attr", getattr(node.func, "id", "")), getattr(getattr(node.func, "value", None), "id", "")
+            if name in ("exec", "__import__") or (owner, name) in (("os", "system"), ("os", "popen"), ("torch", "load"), ("np", "load"), ("numpy", "load")) \
+                    or name in ("eval", "compile") and not isinstance(node.func, ast.Attribute):        # not model.eval(), re.compile()
+                found.append(name)
     return found
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if p.name != "test_all.py"], ids=lambda p: p.name)
-def test_no_file_loads_pickles_or_remote_code(path):
-    assert unsafe(path.read_text()) == [], path
-    assert not imported(path) & {"pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
-    assert path.parent.name in ("bench", "tests") or "peft" not in imported(path)    # a peer there
-
-
-@pytest.mark.parametrize("source", [
-    "eval(x)", "exec('a')", "torch.load(p)", "f(trust_remote_code=True)", "run(c, shell=True)",
-    "run(c, shell=x)", "os.system(c)", "np.load(p)", "np.load(p, allow_pickle=True)",
-    "__import__(m)", "compile(a, b, c)"])
+@pytest.mark.parametrize("source", ["eval(x)", "exec('a')", "torch.load(p)", "f(trust_remote_code=True)", "run(c, shell=True)", "run(c, shell=x)", "os.system(c)",
+                                    "np.load(p)", "np.load(p, allow_pickle=True)", "__import__(m)", "compile(a, b, c)"])
 def test_the_check_for_unsafe_calls_sees_each_of_them(source):
     assert unsafe(source) and not unsafe("model.eval(); re.compile(p); run(c, shell=False); stack.load(p)")
 
 
-def test_the_lines_that_are_copied_between_files_are_identical():
-    for name in ("opt", "check_ranges"):
-        assert len({inspect.getsource(getattr(room, name)) for room in (steer, heal_py, lora_py)}) == 1, name
-    assert loop.opt is heal_py.opt
-
-
-def test_files_are_no_longer_and_no_wider_than_what_reads_well():
-    for path in SOURCES:
-        wide = [n for n, line in enumerate(path.read_text().split("\n"), 1) if len(line) > 110]
-        assert not wide, f"{path.name}: lines {wide[:9]} are over 110 columns"
-    for name in ("loop", *CONCEPTS):
-        assert len((ROOT / f"{name}.py").read_text().splitlines()) <= 500, name
+def test_lines_copied_between_files_are_identical():
+    copied = {"render": (steer, evalmfv), "in_batches": (steer, evalmfv), "roomy_cache": (steer, evalmfv), "blocks": (steer, lora_py),
+              "write_whole": (lora_py, report, steer), "opt": (steer, heal_py, lora_py, loop)}
+    for name, files in copied.items():
+        sources = {inspect.getsource(getattr(file, name)) for file in files}
+        assert len(sources) == 1, name
 
 
 @pytest.mark.parametrize("name", ["heal", "lora"])
@@ -2588,35 +2661,25 @@ def test_a_concept_file_runs_alone_in_an_empty_folder(tmp_path, name):
     assert out.returncode == 0 and out.stdout, out.stderr
 
 
-def test_steer_can_be_imported_alone_and_says_how_it_is_used(tmp_path):
-    shutil.copy(ROOT / "steer.py", tmp_path)
-    out = subprocess.run([sys.executable, "steer.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert "usage" in out.stdout.lower() and "Traceback" not in out.stderr, out.stderr
+@pytest.mark.parametrize("name", ["steer", "evalmfv", "report"])
+def test_a_command_line_file_can_be_imported_alone_and_says_how_it_is_used(tmp_path, name):
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    out = subprocess.run([sys.executable, f"{name}.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert "usage" in (out.stdout + out.stderr).lower() and "Traceback" not in out.stderr, out.stderr
 
 
-def test_help_is_quick_shows_ten_options_first_and_does_not_import_transformers():
-    code = ("import sys, loop\ntry: loop.parse(['--help'])\n"
-            "except SystemExit: print('transformers' in sys.modules)")
+def test_help_takes_three_seconds_at_most_and_does_not_import_transformers():
+    code = "import sys, loop\ntry: loop.parse(['--help'])\nexcept SystemExit: print('transformers' in sys.modules)"
     spent = []
-    for _ in range(2):                                          # the better of two: the first fills caches
+    for _ in range(2):                                          # the better of two: the first may fill the disk cache
         before = os.times()
         out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        after = os.times()                                      # of the processor, not by the clock
-        spent.append(sum(after[2:4]) - sum(before[2:4]))
+        after = os.times()                                      # of the processor: by the clock a busy machine would fail
+        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert out.stdout.splitlines()[-1] == "False", out.stdout[-200:] + out.stderr
-    titles = ["turned first:", "loop: ", "steer: ", "lora: ", "heal: "]
-    at = [out.stdout.index(title) for title in titles]
-    assert at == sorted(at) and out.stdout[at[0]:at[1]].count("\n  --") == 10 == len(loop.FIRST)
-    options = {f.name for cls in loop.GROUPS for f in dataclasses.fields(cls)}
-    assert len(options) <= 46 and not re.search(r"--\w+_", out.stdout)
+    for group in ("loop: ", "steer: ", "lora: ", "heal: "):
+        assert group in out.stdout
     assert min(spent) < 3, spent
-
-
-def test_every_word_after_loop_py_says_how_it_is_used(capsys):
-    for word in loop.WORDS:
-        with pytest.raises(SystemExit) as stop:
-            loop.main([word, "--help"])
-        assert stop.value.code == 0 and f"loop.py {word}" in capsys.readouterr().out, word
 
 
 def test_ci_runs_the_test_command_of_the_readme():
@@ -2625,34 +2688,21 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert "python loop.py --kl-agg rmse" in readme and "python loop.py --kl-agg rmse --rounds 1" in ci
 
 
+def test_one_batch_size_stands_for_all(capsys):
+    cfg, scfg, _, _ = loop.parse(["--batch-size", "8"])
+    assert (cfg.eval_batch, scfg.gen_batch) == (8, 8)
+    with pytest.raises(SystemExit):
+        loop.parse(["--batch-size", "-1"])
+    assert "-1" in capsys.readouterr().err
+
+
 def test_the_readme_snippet_runs():
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
 
 
-def stale(text, is_ancestor):
-    """Commits that a page gives for its results and that are not in the history; none if it says that
-    they were not repeated since."""
-    commits = re.findall(r"at commit `?([0-9a-f]{7,40})", text)
-    return [c for c in commits if not is_ancestor(c) and "not repeated since" not in text]
-
-
-def test_results_in_the_docs_are_of_commits_of_this_history():
-    assert stale("at commit 1234567, at commit abcdef0", lambda c: c == "1234567") == ["abcdef0"]
-    assert stale("at commit abcdef0; not repeated since", lambda c: False) == []
-    shallow = ["git", "rev-parse", "--is-shallow-repository"]
-    if not shutil.which("git") or subprocess.run(shallow, cwd=ROOT, capture_output=True).stdout != b"false\n":
-        pytest.skip("no git here, or a shallow clone: the commits that the docs name cannot be checked")
-
-    def is_ancestor(commit):
-        ask = ["git", "merge-base", "--is-ancestor", commit, "HEAD"]
-        return subprocess.run(ask, cwd=ROOT, capture_output=True).returncode == 0
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        assert stale(path.read_text(), is_ancestor) == [], path.name
-
-
-# ---- the pocket world ----------------------------------------------------------------------------------
+# ---- the pocket world --------------------------------------------------------------------------------------------------
 
 
 def test_the_grammar_recognises_all_that_it_makes_and_no_salad():
@@ -2715,42 +2765,80 @@ def test_the_pocket_checkpoint_is_an_ordinary_small_chat_model():
     assert tok("any text: äöü 漢字 🙂", add_special_tokens=False)["input_ids"] and tok.unk_token is None
 
 
-# ==== loop.py: the rounds ===============================================================================
+# ---- the loop ----------------------------------------------------------------------------------------------------------
+
+TINY = ["--rounds", "1", "--n-make", "24", "--n-probe", "8", "--n-min", "4", "--n-text", "8", "--n-diary", "2", "--think-tokens", "4", "--epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def small_vignettes(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "vignettes.jsonl"
+    path.write_text("".join((ROOT / "data" / "vignettes.jsonl").read_text().splitlines(True)[::12]))
+    return path
+
+
+def run_loop(out, vignettes, *more):
+    code = loop.main([*TINY, "--vignettes", str(vignettes), "--out", str(out), *more])
+    folder = next(p.parent for p in sorted(Path(out).glob("*/run.json")))
+    return code, folder, *report.load(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_vignettes):
+    return run_loop(tmp_path_factory.mktemp("runs"), small_vignettes, "--no-gate")
+
+
+def test_one_round_writes_a_run_folder_that_needs_no_other_source(finished):
+    code, folder, run, events = finished
+    assert code == 0 and run["status"] == "accepted" and run["accepted"] == [0]
+    assert run["options"]["kl_agg"] == "rmse" and run["options"]["lr"] > 0 and "--no-gate" in run["command"] and run["versions"]["torch"] == torch.__version__
+    kinds = [e["kind"] for e in events if e["stage"] == "row"]
+    assert kinds == ["base", "prompted", "steered", "healed"]
+    made = [e for e in events if e["stage"] == "completion"]
+    assert len(made) == 24 and all({"ids", "text", "verdict"} <= set(e) for e in made) and all(e["verdict"]["kept"] or e["verdict"]["rule"] for e in made)
+    assert {e["stage"] for e in events} == {"layers", "limits", "row", "vector", "probe", "dose", "completion", "tau", "heal", "worst", "gate"}
+    for name in ("vectors", "adapter"):
+        assert (folder / "rounds" / "00" / f"{name}.safetensors").exists()
+    diary = (folder / "diary.md").read_text()
+    assert "**Night 0**" in diary and "**Day 0**" in diary and "**Base**" in diary
+    table = (folder.parent / "results.tsv").read_text().splitlines()
+    assert len(table) == 2 and len(table[0].split("\t")) == len(table[1].split("\t"))
 
 
 def test_the_saved_adapter_is_the_healed_model(finished, small_vignettes):
-    _, record = finished
-    model, tok = models.load("pocket")
+    _, folder, run, events = finished
+    cfg = loop.LoopConfig()
+    model, tok = loop.load_model(cfg)
     stack = lora_py.attach(model, r=8, alpha=16.0, layers=steer.band(len(steer.blocks(model)), 0.2, 0.8))
+    rows = {e["kind"]: e for e in events if e["stage"] == "row"}
     vignettes = evalmfv.load_vignettes(small_vignettes)
-    for kind in ("base", "healed"):
-        again = evalmfv.evaluate(model, tok, vignettes, think_tokens=4, batch_size=152)["nats"]
-        row = record.rows(kind)[0]["nats"]
-        assert again["authority"] == pytest.approx(row["authority"], abs=1e-5), kind
-        stack.load_tensors(files.read_tensors(record.adapters()[0])[0])
-    assert record.rows("healed")[0]["nats"]["authority"] != record.rows("base")[0]["nats"]["authority"]
+    again = evalmfv.evaluate(model, tok, vignettes, think_tokens=4, batch_size=cfg.eval_batch)
+    assert again["nats"]["authority"] == pytest.approx(rows["base"]["nats"]["authority"], abs=1e-5)
+    stack.load(folder / "rounds" / "00" / "adapter.safetensors")
+    again = evalmfv.evaluate(model, tok, vignettes, think_tokens=4, batch_size=cfg.eval_batch)
+    assert again["nats"]["authority"] == pytest.approx(rows["healed"]["nats"]["authority"], abs=1e-5)
+    assert rows["healed"]["nats"]["authority"] != rows["base"]["nats"]["authority"]
 
 
-def test_a_round_that_fails_its_gate_is_undone_and_the_run_says_so(small_vignettes, tmp_path, capsys):
-    code, record = common.run_loop(tmp_path, small_vignettes, "--lr", "1e-9", "--coh-floor", "1")
-    gates = [e for e in record.events if e["stage"] == "gate"]
-    assert code == 3 and record.run["status"] == "no round accepted" and record.accepted == []
-    assert len(gates) == 1 and gates[0]["reasons"][0].startswith(("trait", "coherence", "text"))
-    names = {p.name for p in (record.path / "rounds" / "00").iterdir()}
-    assert names == {"vectors.safetensors", "rejected.safetensors"}
-    assert "rolled back" in capsys.readouterr().out
-    assert "rolled back" in (record.path / "diary.md").read_text()
+def test_the_same_seed_gives_the_same_run_and_leaving_a_baseline_out_changes_no_other_number(finished, small_vignettes, tmp_path):
+    _, _, _, events = finished
+    _, _, _, again = run_loop(tmp_path, small_vignettes, "--no-gate", "--no-baselines")
+    def trait(events):
+        return [(e["kind"], e["trait"], e["text"]) for e in events if e["stage"] == "row" and e["kind"] != "prompted"]
+    assert trait(events) == trait(again)
 
 
-def test_a_search_without_an_answer_tells_what_was_dropped(small_vignettes, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(steer, "calibrate_limits", lambda *_: Limits(1e-6, 1.0, 1.0, 1.0))
-    argv = [x for x in common.TINY if x not in ("--coeff", "0.4")]
-    monkeypatch.setattr(common, "TINY", argv)
-    code, record = common.run_loop(tmp_path, small_vignettes)
-    reason = record.of("gate")["reasons"][0]
-    assert code == 3 and "the lowest dose fails" in reason and "--slack" in reason
-    assert "worst_window dropped" in reason
-    assert "no round was accepted" in capsys.readouterr().out
+def test_a_round_that_fails_its_gate_is_rolled_back_and_the_run_says_so(small_vignettes, tmp_path, capsys):
+    code, folder, run, events = run_loop(tmp_path, small_vignettes, "--lr", "1e-9", "--no-baselines", "--coh-floor", "1.0", "--target", "liberty")
+    assert code == 3 and run["status"] == "no round accepted" and not list((folder / "rounds").iterdir())
+    gates = [e for e in events if e["stage"] == "gate"]
+    assert len(gates) == 1 and not gates[0]["accepted"] and gates[0]["reasons"][0].startswith(("trait", "coherence", "text"))
+    assert "rolled back" in capsys.readouterr().out and "rolled back" in (folder / "diary.md").read_text()
+
+
+def test_a_search_without_an_answer_names_its_bound(small_vignettes, tmp_path, capsys):
+    code, _, run, _ = run_loop(tmp_path, small_vignettes, "--no-baselines", "--max-window-nll", "1e-6")
+    assert code == 3 and run["status"] == "no round accepted" and "coeff_min" in capsys.readouterr().out
 
 
 def test_the_gate_puts_absolute_floors_before_the_ratio():
@@ -2758,115 +2846,63 @@ def test_the_gate_puts_absolute_floors_before_the_ratio():
     def reasons(**day):
         return loop.gate(dict(trait=0.5, coherence=0.97, text=0.88) | day, base | {"trait": 0.3}, base, cfg)
     assert reasons() == []
-    for name, low in (("coherence", 0.5), ("text", 0.5), ("trait", 0.3)):
-        assert name in reasons(**{name: low})[0]
+    assert "coherence" in reasons(coherence=0.5)[0] and "text" in reasons(text=0.5)[0] and "trait" in reasons(trait=0.3)[0]
     assert reasons(trait=float("nan")) == ["trait not finite"]
     assert len(reasons(text=0.1, coherence=0.1, trait=-1)) == 3
 
 
-def test_gates_that_are_asked_again_stand_until_the_first_that_turns():
-    def event(stage, rnd, **more):
-        return dict(t=0, stage=stage, round=rnd) | more
-    events = [event("row", None, kind="base", trait=0.0, coherence=1.0, text=1.0)]
-    for rnd, (trait, text, accepted) in enumerate([(0.2, 1.0, True), (0.1, 0.97, False), (0.3, 0.96, True)]):
-        events += [event("row", rnd, kind="healed", trait=trait, coherence=1.0, text=text),
-                   event("gate", rnd, accepted=accepted)]
-    events += [event("gate", 3, accepted=False)]                # broke before its day: no option helps
-    def n(**options):
-        return loop.n_standing(files.Record(Path("."), {}, events, []), loop.LoopConfig(**options))
-    assert (n(), n(coh_floor=0.97), n(gate=False), n(coh_floor=1.0)) == (8, 6, 4, 6)
-
-
 def test_stages_have_seeds_of_their_own():
-    names = ("make", "heal", "probe")
-    seeds = {loop.stage_seed(s, r, name) for s in range(3) for r in range(3) for name in names}
+    seeds = {loop.stage_seed(s, r, name) for s in range(3) for r in range(3) for name in ("make", "heal", "probe")}
     assert len(seeds) == 27 and loop.stage_seed(1, 2, "make") == loop.stage_seed(1, 2, "make")
 
 
-def refused(argv, capsys):
-    """What a command that is refused says; 2 is its exit code."""
+@pytest.mark.parametrize("argv, message", [
+    (["--rounds", "0"], "rounds"), (["--prompts", "nowhere.txt"], "nowhere.txt"), (["--kl-agg", "median"], "kl-agg"), (["--pos", "You are kind."], "--neg"), (["--persona", "pirate"], "authority, love"),
+    (["--pos", "a", "--neg", "b"], "--target"), (["--vignettes", "nowhere.jsonl"], "nowhere.jsonl"), (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+    (["--lam", "-1"], "lam"), (["--r", "0"], "r=0"), (["--steer-from", "0.9", "--steer-to", "0.1"], "0.9")])
+def test_bad_options_are_refused_with_a_sentence_before_any_work(argv, message, tmp_path, capsys):
     try:
-        code = loop.main(argv)
+        code = loop.main([*argv, "--out", str(tmp_path)])
     except SystemExit as stop:
         code = stop.code
     err = capsys.readouterr().err
-    assert code == 2 and "Traceback" not in err
-    return err
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--rounds", "0"], "rounds"), (["--prompts", "nowhere.txt"], "nowhere.txt"),
-    (["--kl-agg", "x"], "kl-agg"),
-    (["--pos", "You are kind."], "--neg"), (["--persona", "pirate"], "authority, love"),
-    (["--coh-floor", "nan"], "coh_floor"), (["--kl_agg", "mean"], "kl_agg"),
-    (["--model", ""], "--model is empty"),
-    (["--vignettes", "nowhere.jsonl"], "nowhere.jsonl"), (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
-    (["--lam", "-1"], "lam"), (["--r", "0"], "r=0"), (["--steer-band", "0.9", "0.1"], "0.9"),
-    (["--reg", "nll", "--tau", "1"], "without a barrier"), (["--tau-scale", "nan"], "tau_scale=nan"),
-    (["--tau", "1", "--tau-scale", "2"], "leave one out"), (["--pos", "a", "--neg", "a"], "the same"),
-    (["--r", "999"], "more than the model's width 192"), (["--max-new-tokens", "2000"], "the model's 1024"),
-    (["--think-tokens", "2000"], "the model's 1024"), (["--out", __file__], "a file, not a folder"),
-    (["--resume", "x"], "not a run")])
-def test_options_that_cannot_be_meant_are_refused_before_any_work(argv, message, tmp_path, capsys):
-    assert message in refused(["--out", str(tmp_path), *argv], capsys) and not list(tmp_path.iterdir())
-
-
-def test_a_run_goes_on_with_its_own_options_only(finished, capsys):
-    path = str(finished[1].path)
-    err = refused(["--resume", path, "--kl-agg", "mean", "--seed", "3", "--n-make", "24"], capsys)
-    assert "configuration: seed is 0 there and 3 here, kl_agg is 'rmse' there and 'mean' here; leave" in err
-    assert "only grow" in refused(["--resume", path, "--patience", "2"], capsys)
-    cfg, scfg, *_ = loop.parse(["--resume", path, "--rounds", "9", "--gate", "--coh-floor", "0.9"])
-    assert (cfg.rounds, cfg.gate, cfg.coh_floor, scfg.n_make) == (9, True, 0.9, 24)
+    assert code == 2 and message in err and "Traceback" not in err and not list(tmp_path.iterdir())
 
 
 def test_the_persona_prompt_is_the_set_point_of_the_barrier(finished):
-    _, record = finished
-    tau, given = record.of("tau"), inputs.load("authority")
-    assert 0 < tau["tau"] == record.run["tau"] == tau["distance"] * record.run["options"]["tau_scale"]
-    model, tok = models.load("pocket")
+    _, _, run, events = finished
+    tau = next(e for e in events if e["stage"] == "tau")
+    assert 0 < tau["tau"] == run["tau"] == tau["distance"] * run["options"]["tau_scale"]
+    model, tok = loop.load_model(loop.LoopConfig())
+    train, _ = loop.load_prompts(loop.LoopConfig())
+    persona = loop.load_persona(loop.LoopConfig())["pos"][0]
+    kept = [e for e in events if e["stage"] == "completion" and e["verdict"]["kept"]]
     by_hand = []
-    for e in [e for e in record.completions(0) if e["verdict"]["kept"]]:    # one full forward each
-        fronts = steer.encode(tok, [given["train"][e["prompt"]]] * 2, [given["persona"]["pos"][0], ""])
-        logits = [model(torch.tensor([front + e["ids"]])).logits[0, len(front) - 1:-1] for front in fronts]
-        logp, logq = (x.double().log_softmax(-1) for x in logits)               # [n, V] each
+    for e in kept:                                              # one full forward each, and the KL written out
+        logp, logq = ((model(torch.tensor([front + e["ids"]])).logits[0, len(front) - 1:-1].double().log_softmax(-1))
+                      for front in (steer.encode(tok, [train[e["prompt"]]], [system])[0] for system in (persona, "")))
         by_hand.append(((logp.exp() * (logp - logq)).sum(-1) ** 2).mean().sqrt().item())
     assert tau["distance"] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-4)
-    heal_event = record.of("heal")
-    assert heal_event["tau"] == tau["tau"] and {"nll", "div", "fired"} <= set(heal_event["steps"][0])
+    record = next(e for e in events if e["stage"] == "heal")
+    assert record["tau"] == tau["tau"] and {"nll", "div", "fired"} <= set(record["steps"][0])
 
 
-def test_a_persona_of_two_sentences_has_a_trait_without_labels(small_vignettes, tmp_path):
-    personas = ["--pos", "You care about people above all.", "--neg", "You respect authority above all."]
-    code, record = common.run_loop(tmp_path, small_vignettes, "--no-gate", *personas)
-    rows = {row["kind"]: row for row in record.rows()}
-    assert code == 0 and rows["base"]["trait"] == 0 == rows["base"]["share"]
-    assert rows["prompted"]["share"] == 1
-    assert rows["prompted"]["trait"] > 0 and rows["steered"]["shift"] is None
-    assert rows["healed"]["share"] == pytest.approx(rows["healed"]["trait"] / rows["prompted"]["trait"])
+def test_arms_are_compared_at_the_same_round_and_where_they_first_reach_a_trait():
+    days = {-1: dict(trait=0.0, text=1.0), 0: dict(trait=0.4, text=0.9), 2: dict(trait=0.8, text=0.5), 3: dict(trait=0.6, text=0.1)}
+    assert arms.at_trait(days, 0.2, "text") == pytest.approx(0.95) and arms.at_trait(days, 0.6, "text") == pytest.approx(0.7)
+    assert arms.at_trait(days, 0.9, "text") is None
+    assert arms.cell([None, None], 2) == "not reached" and arms.cell([0.5, None], 2) == "0.500 (1 of 2)"
 
 
-def test_dropped_completions_are_told_by_rule_with_a_sample():
-    def entry(rule, value, limit, text="ok"):
-        return dict(text=text, verdict=dict(kept=not rule, rule=rule, value=value, limit=limit))
-    told = loop.why_dropped([entry("", 0, 0), entry("loop", 0.7, 0.5, "no \x1b[31mno\u202e no"),
-                             entry("words", 0, 1, ""), entry("loop", 0.9, 0.5)])
-    assert told == ('loop dropped 2, such as "no  [31mno  no" with 0.7 over a limit of 0.5; '
-                    'words dropped 1, such as "" with 0 under a limit of 1')
-    assert loop.why_dropped([entry("", 0, 0)]) == ""
+def test_two_arms_may_differ_in_one_field_only():
+    def record(**options):
+        return dict(options=dict(reg="kl_rev", kl_agg="rmse", seed=0, out="a", lam=5.0) | options, weights="w", items=[], versions={}, code="c")
+    assert arms.differing(record(), record(seed=1, out="b")) == set()
+    assert arms.differing(record(), record(kl_agg="mean")) == {"kl_agg"} and arms.differing(record(kl_agg="mean"), record(reg="nll")) == {"reg"}
+    assert arms.differing(record(), record(kl_agg="mean", lam=1.0)) == {"kl_agg", "lam"} and arms.differing(record(), record() | {"code": "d"}) == {"code"}
 
 
-def test_a_trait_that_does_not_move_is_said(finished, capsys):
-    _, record = finished
-    events = [e | dict(trait=0.01, trait_se=0.02) for e in record.rows()]
-    loop.tally(files.Record(record.path, record.run, events, []), 1.0)
-    out = capsys.readouterr().out
-    assert "did not move at any dose" in out and "no round was accepted" in out
-    assert loop.has_moved(dict(trait=-0.5, trait_se=0.1))
-    assert not loop.has_moved(dict(trait=0.1, trait_se=0.06))
-
-
-# ---- the benchmarks, at sizes whose times mean nothing -------------------------------------------------
+# ---- the benchmarks, at sizes whose times mean nothing -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["heal", "round"])
@@ -2888,394 +2924,292 @@ def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys):
         assert any(peer in key for key in [*result["memory"]["peak"], *result["memory"]["missing"]])
 
 
-# ---- what a round records ------------------------------------------------------------------------------
+# ---- the report --------------------------------------------------------------------------------------------------------
 
-def test_the_loop_records_what_its_readers_need(finished):
-    _, path, run, events = finished
+ATTACKS = ['"><img src=x onerror=1>', "'><img src=http://127.0.0.1:PORT/stolen.png><script>top.pwned = 1</script>", "\x00nul \x1b[31mred\x1b[0m \x9b",
+           "\u202egnp.exe\u2066 \u200f\u05e9\u05dc\u05d5\u05dd", "x" * 100_000, "</title></style></svg><svg onload='top.pwned = 2'>", "\ud800 lone \U000e0041 tag",
+           "\n" * 300 + "[a](javascript:top.pwned=3) `b` | # c", "Z" + "\u0316" * 400, "<a href=javascript:top.pwned=4 style=position:fixed;width:9999px>"]
+SECTIONS = ["answers", "trajectory", "map", "dose", "heat", "healing", "inside", "dropped", "settings", "environment", "again"]
+
+
+def copy_run(source, to, change=lambda event: event, run=None):
+    """A run folder with every event changed (None leaves it out) and fields of run.json replaced."""
+    to.mkdir(parents=True, exist_ok=True)
+    record, events = report.load(source)
+    (to / "run.json").write_text(json.dumps(record | (run or {})))
+    (to / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in map(change, events) if e is not None))
+    return to
+
+
+def spoiled(value, turn, port=0):
+    """Every text in a value replaced by the next attack; stages and kinds stay, so that it is shown."""
+    if isinstance(value, dict):
+        return {k: v if k in ("stage", "kind", "probe", "shift", "singular") else spoiled(v, turn, port) for k, v in value.items()}
+    if isinstance(value, list):
+        return [spoiled(v, turn, port) for v in value]
+    return ATTACKS[next(turn) % len(ATTACKS)].replace("PORT", str(port)) if isinstance(value, str) else value
+
+
+def hostile_run(source, to, port=0):
+    turn, keys = itertools.count(), {attack: 1.0 for attack in ATTACKS}
+    record = report.load(source)[0]
+    for name in ("versions", "machine", "options"):
+        record[name] = record[name] | keys                      # names are untrusted too
+    return copy_run(source, to, lambda e: spoiled(e, turn, port) | {k: e[k] | keys for k in ("cosine", "limits", "singular", "probe") if isinstance(e.get(k), dict)},
+                    spoiled({k: v for k, v in record.items() if k != "defaults"}, turn, port))
+
+
+class Tags(html.parser.HTMLParser):
+    """Tags with their attribute names, what they point to, and whether every element that opens also closes."""
+    VOID = {"meta", "br"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.seen, self.links, self.open, self.classes = set(), set(), [], set()
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.seen |= {(tag, name) for name, _ in attributes} | {(tag, "")}
+        self.links |= {value for name, value in attributes if name in ("href", "src", "action", "xlink:href", "data")}
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.open = self.open[:-1] if tag not in self.VOID else self.open
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, (tag, self.getpos())
+
+
+def check_page(text):
+    """What holds for every page whatever the run: one file, no script, nothing fetched, no unseen character, whole tags."""
+    tags = Tags(text)
+    assert len(text.encode()) < 2_000_000 and "<script" not in text and "url(" not in text and "@import" not in text
+    assert not any(name.startswith("on") or name in ("src", "srcset", "action", "formaction") for _, name in tags.seen), tags.seen
+    assert not {tag for tag, _ in tags.seen} & {"script", "iframe", "img", "object", "embed", "link", "form", "base", "foreignobject", "use", "image"}
+    assert all(link.startswith(("#", "./")) for link in tags.links), tags.links
+    assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text and "@media print" in text
+    assert not report.UNSEEN.search(text.replace("\n", ""))
+    return tags
+
+
+def test_the_loop_records_what_the_report_draws(finished):
+    _, folder, run, events = finished
     one = {e["stage"]: e for e in events}
-    assert all(c == pytest.approx(1, abs=1e-5) for c in one["vector"]["cosine"].values())
-    assert all(n > 0 for n in one["vector"]["norm"].values())
-    trials = one["dose"]["trials"]
-    assert trials and all(0 <= t["survive"] <= 1 and t["ppl"] >= 1 and t["coeff"] > 0 for t in trials)
+    assert all(c == pytest.approx(1, abs=1e-5) for c in one["vector"]["cosine"].values()) and all(n > 0 for n in one["vector"]["norm"].values())
+    assert [[e["coeff"], e["survive"]] for e in events if e["stage"] == "probe"] == one["dose"]["trials"] and all(e["ppl"] >= 1 for e in events if e["stage"] == "probe")
     assert all(0 <= d["coherence"] <= 1 for e in events if e["stage"] == "row" for d in e["diary"])
-    pairs = safetensors.torch.load_file(path / "rounds" / "00" / "adapter.safetensors")             # the scale is in B
+    pairs = safetensors.torch.load_file(folder / "rounds" / "00" / "adapter.safetensors")           # the scale is in B
     for name, values in one["heal"]["singular"].items():
         exact = torch.linalg.svdvals(pairs[f"{name}.0.B"].double() @ pairs[f"{name}.0.A"].double())[:8]
         assert values == pytest.approx(exact.tolist(), rel=1e-4, abs=1e-7)
 
 
 def test_the_worst_kept_answer_is_the_one_that_a_full_forward_finds(finished):
-    _, path, run, events = finished
-    one = {e["stage"]: e for e in events}
-    worst, kept = one["heal"]["worst"], [c for c in one["made"]["completions"] if c["verdict"]["kept"]]
-    model, tok = model_room.load("pocket")
-    stack = lora_py.attach(model, r=8, alpha=16.0, layers=one["layers"]["lora"])
-    stack.load_tensors(safetensors.torch.load_file(path / "rounds" / "00" / "adapter.safetensors"))
+    _, folder, run, events = finished
+    worst = next(e for e in events if e["stage"] == "worst")
+    model, tok = loop.load_model(loop.LoopConfig())
+    kept = [e for e in events if e["stage"] == "completion" and e["verdict"]["kept"]]
+    stack = lora_py.attach(model, r=8, alpha=16.0, layers=next(e["lora"] for e in events if e["stage"] == "layers"))
+    stack.load(folder / "rounds" / "00" / "adapter.safetensors")
 
-    def logp(c, vectors=None):
-        front = steer.encode(tok, [run["items"]["train"][c["prompt"]]], [""])[0]
-        with torch.no_grad(), steer.steered(model, vectors or {}, one["dose"]["coeff"]):
-            logits = model(torch.tensor([front + c["ids"]])).logits                                 # [1, T, V]
-        return logits[0, len(front) - 1:-1].double().log_softmax(-1)                                # [n, V]
+    def logp(event, vectors=None):
+        front = steer.encode(tok, [run["items"]["train"][event["prompt"]]], [""])[0]
+        with torch.no_grad(), steer.steered(model, vectors or {}, next(e["coeff"] for e in events if e["stage"] == "dose")):
+            return model(torch.tensor([front + event["ids"]])).logits[0, len(front) - 1:-1].double().log_softmax(-1)
 
-    def kl(c, p):
+    def kl(event, p):
         with stack.gated(0, 0):
-            return (p.exp() * (p - logp(c))).sum(-1)                                                # [n]
-    by_hand = [kl(c, logp(c)) for c in kept]
+            return (p.exp() * (p - logp(event))).sum(-1)
+    by_hand = [kl(e, logp(e)) for e in kept]
     i = max(range(len(kept)), key=lambda i: by_hand[i].square().mean())
-    assert worst["day"] == pytest.approx(by_hand[i].tolist(), rel=1e-2, abs=1e-5)
-    assert worst["prompt"] == kept[i]["prompt"] and "".join(worst["tokens"]) == tok.decode(kept[i]["ids"])
-    assert max(map(abs, worst["before"])) < 1e-6                # round 0: the base
-    layers = safetensors.torch.load_file(path / "rounds" / "00" / "vectors.safetensors")
+    assert worst["day"] == pytest.approx(by_hand[i].tolist(), rel=1e-2, abs=1e-5) and worst["prompt"] == kept[i]["prompt"]
+    assert "".join(worst["tokens"]) == tok.decode(kept[i]["ids"]) and max(map(abs, worst["before"])) < 1e-6       # round 0: the base
+    layers = safetensors.torch.load_file(folder / "rounds" / "00" / "vectors.safetensors")
     with stack.gated(0, 0):
         night = kl(kept[i], logp(kept[i], {int(k.removeprefix("layer.")): v for k, v in layers.items()}))
     assert worst["night"] == pytest.approx(night.tolist(), rel=1e-2, abs=1e-5)
 
 
-# ==== exports: what others serve, and chat ==============================================================
-
-import exports                                                  # noqa: E402  bench/exports.py: bases and runs made in code
-
-EXPORT_PROMPTS = [lora_ids(1, 9, seed=i)[0].tolist() for i in range(4)]
-EXPORT_CLASSES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "GPT2LMHeadModel")
-
-
-def export_model(name, ranks=(4, 2)):
-    """A base of this class in float32 and a stack on it with a folded round of noise for each rank."""
-    cls, ids = getattr(transformers, name), dict(vocab_size=262, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    args = exports.ARCHITECTURES[name]
-    torch.manual_seed(0)
-    model = cls(cls.config_class(**(args | {"text_config": args["text_config"] | ids} if "text_config" in args else args | ids))).eval()
-    base = copy.deepcopy(model)
-    stack = attach(model, r=ranks[0], alpha=6, layers=[1, 2])
-    for rnd, r in enumerate(ranks):                             # a rank of its own: through a file, as lora.restack does
-        pairs = {name: tuple(0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(rnd)) for shape in
-                             ((r, l.A.shape[1]), (len(l.B), r))) for name, l in stack.layers.items()}
-        stack._append([pairs])
-    return base, model, stack
-
-
-@pytest.fixture(scope="module")
-def exported(finished, tmp_path_factory):
-    """The tiny run's model in both forms: what `python lora.py export` writes and prints."""
-    out, said = tmp_path_factory.mktemp("exports"), io.StringIO()
-    with contextlib.redirect_stdout(said):
-        codes = [lora_py.main(["export", str(finished[1]), "--to", to, "--out", str(out / to)]) for to in ("peft", "merged")]
-    return out, codes, said.getvalue()
-
-
-@pytest.fixture(scope="module")
-def odd_runs(tmp_path_factory):
-    """Runs on bases of two classes in one file: a vision tower, and one that AutoModelForCausalLM loads as another class."""
-    found = {}
-    for name in ("Gemma3ForConditionalGeneration", "Qwen3_5ForConditionalGeneration"):
-        if not hasattr(transformers, name):
-            continue
-        folder = tmp_path_factory.mktemp(name)
-        exports.make_base(name, folder / "base")
-        exports.make_run(folder / "run", folder / "base")
-        found[name] = folder
-    return found
-
-
-@pytest.mark.parametrize("name", EXPORT_CLASSES)
-def test_export_peft_reads_our_adapter_as_the_same_model(name, tmp_path):
-    peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
-    base, model, stack = export_model(name)
-    check = stack.export_peft(tmp_path / "adapter", model, EXPORT_PROMPTS, base="somebody/base")
-    assert check["rank"] == 6 and check["effect_logit"] > 0.1
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "(?s).*adapter keys")  # "Found missing adapter keys" is how peft says it does nothing
-        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    ours, read = lora_py.logits_of(model, EXPORT_PROMPTS), lora_py.logits_of(theirs, EXPORT_PROMPTS)
-    with theirs.disable_adapter():
-        bare = lora_py.logits_of(theirs, EXPORT_PROMPTS)
-    assert lora_py.distance(ours, read)[0] < 1e-5 < 0.1 < lora_py.distance(read, bare)[0]
-    # and the other way: our reader on what peft itself writes
-    theirs.save_pretrained(tmp_path / "by_peft")
-    assert all(torch.allclose(B @ A, B2 @ A2, atol=1e-6) for (A, B), (A2, B2) in
-               zip(*(dict(sorted(lora_py.read_peft(tmp_path / d).items())).values() for d in ("adapter", "by_peft"))))
-
-
-def export_peft_twin(seed=0):
-    """Our LoRA and peft's on the same base with the same A and B: (our model, stack, peft model, its parameters in our order)."""
-    peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
-    model, stack = lora_case()
-    lora_noise(stack, seed, 0.1)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(stack.layers), lora_dropout=0.0)
-    theirs = peft.get_peft_model(tiny_model(tiny_tokenizer()), config).eval()
-    params = []
-    for name, l in stack.layers.items():
-        module = theirs.get_submodule(f"base_model.model.{name}")
-        for p, q in ((module.lora_A["default"].weight, l.A), (module.lora_B["default"].weight, l.B)):
-            p.data.copy_(q.data)
-            params.append(p)
-    return model, stack, theirs, params
-
-
-def test_export_our_lora_and_its_gradient_equal_pefts():
-    model, stack, theirs, params = export_peft_twin()
-    ids, grads = lora_ids(), []
-    for m, ps in ((model, stack.parameters()), (theirs, params)):
-        logits = m(input_ids=ids).logits
-        grads.append((logits, torch.autograd.grad(logits.log_softmax(-1)[..., 7].mean(), list(ps))))
-    assert torch.allclose(grads[0][0], grads[1][0], atol=1e-5)
-    assert max(g.abs().max() for g in grads[0][1]) > 1e-3
-    for ours, peers in zip(grads[0][1], grads[1][1]):
-        assert torch.allclose(ours, peers, atol=1e-5), (ours - peers).abs().max()
-
-
-def test_export_heal_alone_heals_a_peft_model_through_disable_adapter():
-    model, stack, theirs, params = export_peft_twin()
-    _, _, samples = heal_case()
-    cfg = HealConfig(lr=1e-2, epochs=2, val_share=0.3, kl_agg="rmse")
-    records = [heal(m, ps, samples, reference, cfg, tau=0.05, seed=3) for m, ps, reference in
-               ((model, stack.parameters(), heal_base(stack)), (theirs, params, theirs.disable_adapter))]
-    for ours, peers in zip(records[0]["steps"], records[1]["steps"]):
-        for key in ("nll", "div", "gnorm"):
-            assert ours[key] == pytest.approx(peers[key], abs=1e-5), (key, ours, peers)
-    assert records[0]["val_nll_after"] == pytest.approx(records[1]["val_nll_after"], abs=1e-5)
-    assert records[0]["fired_share"] > 0 and records[0]["nll_last"] < records[0]["nll_first"]
-    for p, q in zip(stack.parameters(), params):
-        assert torch.allclose(p, q, atol=1e-5), (p - q).abs().max()
-
-
-def test_export_gguf_is_byte_identical_to_the_gguf_packages_and_reads_back(tmp_path):
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install -r .ci/requirements.txt")
-    vectors = {layer: torch.randn(37, generator=torch.Generator().manual_seed(layer)) for layer in (3, 7, 11)}
-    notes = dict(operation="add", pos='["Sei \u00e4hnlich."]', model="")
-    steer.save_gguf(tmp_path / "ours.gguf", vectors, 0.3, "gemma3", notes)
-    writer = gguf.GGUFWriter(tmp_path / "theirs.gguf", "controlvector")
-    writer.add_string("controlvector.model_hint", "gemma3")
-    writer.add_uint32("controlvector.layer_count", 3)
-    for key, value in {**notes, "coeff": "0.3"}.items():
-        writer.add_string(f"steering.{key}", value)
-    for layer, v in vectors.items():
-        writer.add_tensor(f"direction.{layer}", (0.3 * v).numpy())
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
-    assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
-    found, fields = steer.read_gguf(tmp_path / "theirs.gguf")
-    assert all(torch.equal(found[layer], 0.3 * v) for layer, v in vectors.items()) and len(found) == 3 and fields["steering.pos"] == notes["pos"]
-
-
-def test_export_a_loaded_control_vector_at_scale_one_is_the_dose(tmp_path):
-    model, tok = steer_pair()
-    vectors, ids = steer_vectors(model), lora_ids()
-    steer.save_gguf(tmp_path / "v.gguf", vectors, 0.7, "llama", {})
-    steer.save_vectors(tmp_path / "v.safetensors", vectors, 0.7, dict(pos="[]"))
-    raw, coeff, notes = steer.read_vectors(tmp_path / "v.safetensors")
-    with steered(model, vectors, 0.7):
-        want = lora_logits(model, ids)
-    for found, dose in ((steer.read_gguf(tmp_path / "v.gguf")[0], 1.0), (raw, coeff)):
-        with steered(model, found, dose):
-            assert torch.equal(lora_logits(model, ids), want)
-    assert notes == {"pos": "[]"} and not torch.equal(want, lora_logits(model, ids))
-    with pytest.raises(ValueError, match="block 0"):
-        steer.save_gguf(tmp_path / "no.gguf", {0: vectors[1]}, 0.7, "llama", {})
-    with pytest.raises(ValueError, match="zero or not finite"):
-        steer.save_gguf(tmp_path / "no.gguf", vectors, 0.0, "llama", {})
-    with pytest.raises(ValueError, match="not a GGUF"):
-        steer.read_gguf(tmp_path / "v.safetensors")
-    assert sorted(os.listdir(tmp_path)) == ["v.gguf", "v.safetensors"]
-
-
-def test_export_a_rounds_vector_becomes_files_with_its_dose_and_persona_pair(finished, tmp_path, capsys):
+def test_the_report_shows_every_part_of_a_finished_run(finished):
     folder = finished[1]
-    steer.main([str(folder), "--gguf", str(tmp_path / "v.gguf"), "--save", str(tmp_path / "v.safetensors")])
-    vectors, coeff, _ = steer.read_vectors(folder / "rounds" / "00" / "vectors.safetensors")
-    directions, fields = steer.read_gguf(tmp_path / "v.gguf")
-    assert all(torch.equal(directions[layer], coeff * v) for layer, v in vectors.items()) and directions.keys() == vectors.keys()
-    assert fields["controlvector.model_hint"] == "llama" and fields["steering.coeff"] == repr(coeff) and fields["steering.fitted_on"] == "base"
-    assert json.loads(fields["steering.pos"]) == loop.load_persona(loop.LoopConfig())["pos"] and fields["steering.model"] == "pocket"
-    raw, dose, notes = steer.read_vectors(tmp_path / "v.safetensors")
-    assert dose == coeff and notes["hook"] == "block_output" and all(torch.equal(raw[layer], v) for layer, v in vectors.items())
-    for argv, message in ((["--round", "4", "--gguf", "x"], "no round 4; accepted rounds: 0"), ([], "run folder"), (["hello", "--gguf", "x"], "no prompts")):
-        with pytest.raises(SystemExit) as stop:
-            steer.main([str(folder), *argv])
-        assert stop.value.code == 2 and message in capsys.readouterr().err
+    text = (folder / "report.html").read_text()
+    tags = check_page(text)
+    assert [m for m in re.findall(r'<section id="(\w+)"', text)] == SECTIONS
+    assert "cannot be drawn" not in text and 'class="missing"' not in text and "not finished" not in text
+    assert text.count('role="img"') == text.count("<svg viewBox") - text.count('aria-hidden="true"') >= 10
+    row = next(e for e in finished[3] if e["stage"] == "row" and e["kind"] == "healed")
+    assert report.fmt(row["trait"], "+.3f", row["trait_se"]) in text and f"{row['text']:.3f}" in text and ("td", "data-who") in tags.seen
+    assert html.escape(f"python loop.py {' '.join(finished[2]['argv'][:4])}") in text and "--resume" in text and "--to peft" in text
+    assert "<code>--n-make</code>" in text and "<code>--lam</code>" not in text                 # differs, does not differ
 
 
-def test_export_writes_what_is_needed_and_prints_what_was_measured(exported, finished):
-    out, codes, said = exported
-    assert codes == [0, 0] and said.count("largest |logit| difference") == 2 and "--max-lora-rank 8 " in said
-    assert sorted(os.listdir(out / "peft")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-    assert {"config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json", "model.safetensors"} <= set(os.listdir(out / "merged"))
-    config = json.loads((out / "peft" / "adapter_config.json").read_text())
-    assert config["r"] == config["lora_alpha"] == 8 and config["base_model_name_or_path"] == "pocket" and not config["use_rslora"]
-    with safe_open(out / "peft" / "adapter_model.safetensors", "pt") as file:
-        assert set(file.keys()) == {f"base_model.model.{name}.lora_{x}.weight" for name in config["target_modules"] for x in "AB"}
-    assert (out / "merged" / "generation_config.json").read_bytes() == (ROOT / "pocket" / "generation_config.json").read_bytes()
-    assert os.listdir(out) == ["peft", "merged"] or sorted(os.listdir(out)) == ["merged", "peft"]       # nothing temporary
+def test_moves_of_foundations_have_the_errors_that_the_probe_gives(finished):
+    run = report.Run(finished[1])
+    for row in run.rows[1:]:
+        for name, (move, error) in row["moved"].items():
+            assert move == pytest.approx(row["shift"]["moved"][name], abs=1e-12)
+        assert row["moved"]["authority"][1] == pytest.approx(row["trait_se"], rel=1e-9)
 
 
-def test_export_merged_is_the_sum_rounded_once_and_the_rest_bit_for_bit(exported, finished):
-    weights, base = (safetensors.torch.load_file(p / "model.safetensors") for p in (exported[0] / "merged", ROOT / "pocket"))
-    pairs = safetensors.torch.load_file(finished[1] / "rounds" / "00" / "adapter.safetensors")
-    assert weights.keys() == base.keys()
-    for key, W in base.items():
-        name = key.removesuffix(".weight")
-        if f"{name}.0.A" in pairs:
-            want = (W.float() + pairs[f"{name}.0.B"] @ pairs[f"{name}.0.A"]).to(W.dtype)
-            assert torch.equal(weights[key], want) and not torch.equal(weights[key], W)
-        else:
-            assert torch.equal(weights[key], W), key
+@pytest.mark.parametrize("text", ATTACKS, ids=range(len(ATTACKS)))
+def test_text_of_a_model_is_inert_in_html_and_markdown(text):
+    shown, quoted = report.esc(text), report.inert(text)
+    assert not set(shown) & set("<>\"'\n") and not report.UNSEEN.search(shown) and len(shown) < 4500
+    assert not report.UNSEEN.search(quoted) and not re.search(r"(?<!\\)[<>`*_\[\]()#|]", quoted.split("…")[0]) and len(quoted) < 4500
+    if len(text) > 2000:
+        assert "more characters" in shown and "more characters" in quoted
+    if "\x00" in text:
+        assert "␀" in shown and "␛" in shown
 
 
-def test_export_card_has_front_matter_and_table_and_no_local_path(exported, finished):
-    for to, relation in (("peft", "adapter"), ("merged", "finetune")):
-        card = (exported[0] / to / "README.md").read_text()
-        front = dict(line.split(": ", 1) for line in card.split("---\n")[1].splitlines())
-        assert front["base_model"] == '"pocket"' and front["base_model_relation"] == f'"{relation}"' and front["pipeline_tag"] == '"text-generation"'
-        day = next(e for e in finished[3] if e["stage"] == "row" and e["kind"] == "healed")
-        assert f"| day 0 | 0.00 | {day['trait']:+.3f} " in card and "You care about people above all" in card and "python loop.py --rounds 1" in card
-        assert str(exported[0]) not in card and str(finished[1].parent) not in card and "/tmp" not in card and str(ROOT) not in card
+def test_a_run_of_hostile_text_gives_the_same_tags_as_an_honest_one(finished, tmp_path):
+    folder = hostile_run(finished[1], tmp_path / "run")
+    text = report.write(folder).read_text()
+    assert check_page(text).seen <= check_page((finished[1] / "report.html").read_text()).seen | {("p", "class")}
+    assert "&lt;img src=x onerror=1&gt;" in text and "cannot be drawn" not in text
+    diary = (folder / "diary.md").read_text()
+    assert not re.search(r"(?<!\\)[<>]", diary) and "\x1b" not in diary and len(diary) < 100_000
+    check_page(report.compare([report.Run(folder), report.Run(finished[1])], tmp_path))
 
 
-def test_export_card_escapes_model_text(finished):
-    _, _, run, events = copy.deepcopy(finished)
-    evil = "\"><img src=x onerror=1> [a](javascript:x)\x1b[31m\u202e\x00\n---\n# b"
-    for e in events:
-        for entry in e.get("diary", ()):
-            entry["text"] = entry["prompt"] = evil
-    run["options"]["pos"] = run["options"]["neg"] = run["options"]["persona"] = evil
-    run["argv"] += ["--pos", evil + "```"]
-    check = dict(logit=0.0, kl=0.0, effect_logit=1.0, effect_kl=1.0, rank=8)
-    card = lora_py.model_card(run, events, [0], "peft", check)
-    text = "".join(part for i, part in enumerate(card.split("```")) if i % 2 == 0)         # outside the fences
-    assert card.count("```") == 6 and "<img" not in text and "](java" not in text and not set(card) & set("\x00\x1b\u202e"), card
+def test_a_report_of_an_unfinished_run_says_so_and_shows_what_there_is(finished, tmp_path):
+    lines = (finished[1] / "events.jsonl").read_text().splitlines(True)
+    run = {k: v for k, v in finished[2].items() if k not in ("seconds", "accepted", "tau", "limits", "stopped")} | {"status": "running"}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    shown = []
+    for n in [0, 1, 2, 3, 4, 5, 8, 20, *range(len(lines) - 6, len(lines) + 1)]:
+        (tmp_path / "events.jsonl").write_text("".join(lines[:n]))
+        text = report.write(tmp_path).read_text()
+        check_page(text)
+        assert "not finished" in text and "cannot be drawn" not in text, n
+        shown.append(text.count('role="img"'))
+    assert shown == sorted(shown) and shown[0] == 0 and shown[-1] >= 10
+    (tmp_path / "events.jsonl").unlink()
+    assert "no events yet" in report.write(tmp_path).read_text()
+    for stage in {json.loads(line)["stage"] for line in lines}:
+        folder = copy_run(finished[1], tmp_path / stage, lambda e: e if e["stage"] != stage else None)
+        text = report.write(folder).read_text()
+        assert check_page(text) and "cannot be drawn" not in text, stage
 
 
-@pytest.mark.parametrize("argv, model, shown", [
-    (["--out", "/home/me/runs", "--seed", "1"], "pocket", "--out runs --seed 1"),
-    (["--prompts=../mine/p.txt", "C:\\models\\llama"], "C:\\models\\llama", "--prompts=p.txt llama"),
-    (["google/gemma-3-4b-it", "--out", "~/x y/z"], "google/gemma-3-4b-it", "google/gemma-3-4b-it --out z"),
-    (["/data/base/", "--pos", "You weigh and/or."], "/data/base/", "base --pos 'You weigh and/or.'")])
-def test_export_the_command_to_repeat_shows_no_path(argv, model, shown):
-    assert lora_py.without_paths(argv, model) == "python loop.py " + shown
+def test_a_report_draws_rejected_rounds_and_survives_any_damage_to_values(finished, tmp_path):
+    no = copy_run(finished[1], tmp_path / "no", lambda e: e | dict(accepted=False, reasons=["text 0.1 under 0.9"]) if e["stage"] == "gate" else e,
+                  dict(status="no round accepted", accepted=[]))
+    text = report.write(no).read_text()
+    assert "No round was accepted" in text and "rolled back" in text and "mark healed undone" in text and "lora.py export" not in text
+    rng = random.Random(0)
+
+    def damaged(value, share=0.03):
+        if rng.random() < share:
+            return rng.choice([None, "text", -1, 1e308, 10 ** 400, [], {}, [None], True])
+        if isinstance(value, dict):
+            return {k: v if k in ("stage", "ids", "p") else damaged(v) for k, v in value.items()}
+        return [damaged(v) for v in value] if isinstance(value, list) and len(value) < 40 else value
+    for trial in range(20):
+        folder = copy_run(finished[1], tmp_path / str(trial), lambda e: {k: v if k == "stage" else damaged(v) for k, v in e.items()},
+                          {k: damaged(v, 0.1) for k, v in finished[2].items()})
+        check_page(report.write(folder).read_text())
 
 
-@pytest.mark.parametrize("name", ["Gemma3ForConditionalGeneration", "Qwen3_5ForConditionalGeneration"])
-def test_export_names_follow_the_class_that_the_config_names_and_no_tower_is_lost(odd_runs, name, tmp_path):
-    if name not in odd_runs:
-        pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    folder = odd_runs[name]
-    (folder / "base" / "preprocessor_config.json").write_text('{"image_processor_type": "made up"}')
-    assert lora_py.export(folder / "run", "peft", out=tmp_path / "peft")["effect_logit"] > 0.1
-    names = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["target_modules"]
-    assert all(name.startswith("model.language_model.layers.") for name in names) and len(names) >= 14
-    lora_py.export(folder / "run", "merged", out=tmp_path / "merged")
-    weights, base = (safetensors.torch.load_file(p / "model.safetensors") for p in (tmp_path / "merged", folder / "base"))
-    assert weights.keys() == base.keys() and any("vision" in key or "visual" in key for key in weights)
-    assert 0 < sum(not torch.equal(weights[key], base[key]) for key in base) == len(names)
-    assert (tmp_path / "merged" / "preprocessor_config.json").read_text() == '{"image_processor_type": "made up"}'
+def test_a_torn_last_event_is_left_out_and_a_damaged_middle_one_is_named(tmp_path, capsys):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "events.jsonl").write_text('{"stage": "a"}\n{"stage": "b"}\n{"sta')
+    assert [e["stage"] for e in report.load(tmp_path)[1]] == ["a", "b"]
+    assert report.main([str(tmp_path)]) == 0 and "line 3" in (tmp_path / "report.html").read_text() and "line 3" in (tmp_path / "diary.md").read_text()
+    for middle in ('{"sta', "[1]", '{"round": 1}', '"\x00"'):
+        (tmp_path / "events.jsonl").write_text('{"stage": "a"}\n' + middle + '\n{"stage": "b"}\n')
+        with pytest.raises(ValueError, match="line 2"):
+            report.load(tmp_path)
+    before = (tmp_path / "report.html").read_text()
+    assert report.main([str(tmp_path)]) == 2 and "line 2" in capsys.readouterr().err and (tmp_path / "report.html").read_text() == before
+    assert report.main([str(tmp_path / "nowhere")]) == 2 and "not a run folder" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".*"))                        # no temporary file stays
 
 
-def test_export_an_adapter_named_for_another_class_is_refused_and_leaves_nothing(odd_runs, tmp_path):
-    base, model, stack = export_model("LlamaForCausalLM")
-    other, _, _ = export_model("Gemma3ForConditionalGeneration")
-    with pytest.raises(ValueError, match="Gemma3ForConditionalGeneration has no nn.Linear model.layers.1"):
-        lora_py.write_peft(tmp_path / "x", stack.concatenated(), lora_py.witness(stack, model, EXPORT_PROMPTS), other, base="b")
-    assert os.listdir(tmp_path) == []
+def test_a_long_run_stays_below_two_megabytes_and_says_that_it_shows_a_selection(finished, tmp_path):
+    events, rounds = finished[3], 120
+    (tmp_path / "run.json").write_text(json.dumps(finished[2]))
+    long = [dict(e, tokens=e["tokens"] * 20, **{k: e[k] * 20 for k in ("day", "night", "before")}) if e["stage"] == "worst" else e for e in events]
+    text = [dict(e, diary=[dict(d, text=d["text"] * 20) for d in e["diary"] * 3], texts=[]) if e["stage"] == "row" else e for e in long]
+    every = [e for e in text if e["round"] is None] + [dict(e, round=n) for n in range(rounds) for e in text if e["round"] is not None]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in every))
+    page = report.write(tmp_path).read_text()
+    check_page(page)
+    assert f"{rounds} days were measured" in page and "A selection of the rounds" in page and f"day {rounds - 1}" in page
 
 
-@pytest.mark.parametrize("broken, message", [
-    (lambda A, B: (A, 0 * B), "off by"), (lambda A, B: (A, 1.01 * B), "off by"), (lambda A, B: (A, B * float("nan")), "off by")])
-def test_export_that_is_not_the_runs_model_fails_and_leaves_nothing(broken, message, tmp_path, monkeypatch):
-    _, model, stack = export_model("LlamaForCausalLM")
-    read = lora_py.read_peft
-    monkeypatch.setattr(lora_py, "read_peft", lambda folder: {name: broken(*pair) for name, pair in read(folder).items()})
-    with pytest.raises(RuntimeError, match=message):
-        stack.export_peft(tmp_path / "x", model, EXPORT_PROMPTS, base="b")
-    assert os.listdir(tmp_path) == []
+def test_several_runs_are_drawn_over_each_other_by_what_differs(finished, tmp_path, capsys):
+    folders = [str(copy_run(finished[1], tmp_path / f"{arm}-{seed}", run=dict(options=finished[2]["options"] | dict(kl_agg=arm, seed=seed))))
+               for arm in ("rmse", "mean") for seed in (0, 1)]
+    assert report.main([*folders, "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "compare.html").read_text()
+    tags = check_page(text)
+    assert all(f"kl_agg={arm} seed={seed}" in text for arm in ("rmse", "mean") for seed in (0, 1)) and "n_make" not in text
+    assert tags.links == {f"./../{Path(f).name}/report.html" for f in folders} and all((Path(f) / "report.html").exists() for f in folders)
+    assert text.count('role="img"') == 3 and "4 runs" in text and "in their code" not in text
+    (Path(folders[0]) / "run.json").write_text(json.dumps(finished[2] | {"code": "other"}))
+    assert report.main(folders) == 0 and "in their code" in (tmp_path / "compare.html").read_text()
 
 
-def test_export_a_nan_in_one_prompt_is_not_lost():
-    x = [torch.zeros(2, 5) for _ in range(3)]
-    for i in range(3):
-        bad = [y + float("nan") if i == j else y for j, y in enumerate(x)]
-        assert all(math.isnan(number) for number in lora_py.distance(x, bad)), i
-        with pytest.raises(RuntimeError, match="off by nan"):
-            lora_py.prove(lora_py.Witness([], x, x), bad, torch.float32, rounded="update")
+BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (path := shutil.which(name))), None)
+HARNESS = """<!doctype html><body><pre id=out></pre><script>
+function measure(frame) {
+  const doc = frame.contentDocument, wide = [];
+  for (const e of doc.body.querySelectorAll("*"))
+    if (!e.closest(".scroll *, .panel *") && e.getBoundingClientRect().right > 360.5) wide.push(e.tagName + "." + e.className);
+  return {width: doc.documentElement.scrollWidth, height: doc.documentElement.scrollHeight, wide: wide.slice(0, 5), scripts: doc.scripts.length,
+          fetched: frame.contentWindow.performance.getEntriesByType("resource").length, images: doc.images.length, title: doc.title};
+}
+addEventListener("load", () => setTimeout(() => {
+  out.textContent = JSON.stringify({pwned: window.pwned || null, frames: [...document.querySelectorAll("iframe")].map(measure)}) }, 500));
+</script>FRAMES"""
 
 
-def test_export_that_does_nothing_fails_even_where_the_dtypes_bound_is_loose():
-    run = [torch.randn(5, 9, generator=torch.Generator().manual_seed(0))]
-    base = [run[0] + 1e-3 * torch.randn(5, 9, generator=torch.Generator().manual_seed(1))]
-    proof = lora_py.Witness([], run, base)
-    with pytest.raises(RuntimeError, match="loses the run's effect"):
-        lora_py.prove(proof, base, torch.bfloat16, rounded="weights")
-    assert lora_py.prove(proof, run, torch.bfloat16, rounded="weights")["logit"] == 0
-    assert lora_py.prove(lora_py.Witness([], run, run), run, torch.float32, rounded="update")["effect_kl"] == 0     # a run of no effect
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine: the report was not opened in a browser")
+def test_in_a_real_browser_nothing_is_fetched_no_script_runs_and_nothing_overflows_at_360_px(finished, tmp_path):
+    asked = []
+
+    class Listener(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(404)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    port = server.server_address[1]
+
+    def frames(*pages):
+        path = tmp_path / "harness.html"
+        path.write_text(HARNESS.replace("FRAMES", "".join(f'<iframe style="border:0;width:360px;height:800px" srcdoc="{html.escape(p)}"></iframe>' for p in pages)))
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+                 "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000", "--dump-dom"]
+        page = subprocess.run([BROWSER, *flags, path.as_uri()], capture_output=True, text=True, timeout=120).stdout
+        return json.loads(html.unescape(re.search(r'<pre id="out">(.*?)</pre>', page, re.DOTALL).group(1)))
+    honest, hostile = (finished[1] / "report.html").read_text(), report.write(hostile_run(finished[1], tmp_path / "run", port)).read_text()
+    both = report.compare([report.Run(finished[1]), report.Run(tmp_path / "run")], tmp_path)
+    bare = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", hostile)             # the escaping alone must hold
+    try:
+        assert bare != hostile
+        found = frames(honest, hostile, bare, both)
+        assert found["pwned"] is None and asked == []
+        for frame in found["frames"]:
+            assert frame["width"] <= 360 and not frame["wide"] and frame["height"] > 1000, frame
+            assert (frame["scripts"], frame["fetched"], frame["images"]) == (0, 0, 0), frame
+        control = frames(f'<title>c</title><div style="width:900px">wide</div><img src="http://127.0.0.1:{port}/seen.png"><script>top.pwned = 9</script>')
+        assert control["pwned"] == 9 and "/seen.png" in asked and control["frames"][0]["wide"] and control["frames"][0]["scripts"] == 1
+        shut = frames(honest.replace("<main>", f'<main><img src="http://127.0.0.1:{port}/shut.png"><script>top.pwned = 8</script>'))
+        assert shut["pwned"] is None and "/shut.png" not in asked                               # the policy alone holds too
+    finally:
+        server.shutdown()
 
 
-@pytest.mark.parametrize("dtype, roundoff", [("float32", 1e-6), ("float16", 1e-3), ("bfloat16", 8e-3)])
-def test_export_difference_is_that_of_the_files_dtype(dtype, roundoff, tmp_path):
-    _, model, stack = export_model("Qwen3ForCausalLM")
-    stack.gates([1.0, 0.5])                                     # gates are in the file; open ones do not count twice
-    check = stack.export_peft(tmp_path / "x", model, EXPORT_PROMPTS, base="b", dtype=lora_py.DTYPES[dtype])
-    assert check["logit"] < roundoff * check["effect_logit"] and check["logit"] < check["bound"] < 5 * roundoff * check["effect_logit"] + 1e-4
-    assert next(iter(stack.layers.values())).history == (1.0, 0.5)
-
-
-def test_export_rank_compresses_to_the_best_of_that_rank_and_its_error_is_the_frobenius_one(tmp_path):
-    _, model, stack = export_model("LlamaForCausalLM")
-    pairs = stack.concatenated()
-    parts = lora_py.singular(pairs)
-    for rank in (1, 3, 6):
-        delta, near = ([(B @ A).double() for A, B in ps.values()] for ps in (pairs, lora_py.compress(parts, rank)))
-        best = []
-        for d in delta:
-            U, S, Vt = torch.linalg.svd(d)
-            best.append(U[:, :rank] * S[:rank] @ Vt[:rank])
-        off = sum((d - n).square().sum() for d, n in zip(delta, near)).sqrt() / sum(d.square().sum() for d in delta).sqrt()
-        assert lora_py.lost(parts, rank) == pytest.approx(off.item(), abs=1e-6) and all(torch.allclose(b, n, atol=1e-6) for b, n in zip(best, near))
-    check = stack.export_peft(tmp_path / "x", model, EXPORT_PROMPTS, base="b", rank=4)
-    assert list(check["lost"]) == [1, 2, 4, 6] and check["rank"] == 4 and check["lost"][6] < 1e-6 < check["lost"][4] < check["lost"][1]
-    assert 1e-4 < check["logit"] < check["effect_logit"]
-    assert {len(A) for A, _ in lora_py.read_peft(tmp_path / "x").values()} == {4}
-    for rank in (0, 7, -1):
-        with pytest.raises(ValueError, match=f"rank {rank}: .*1 to 6"):
-            stack.export_peft(tmp_path / "y", model, EXPORT_PROMPTS, base="b", rank=rank)
-
-
-@pytest.mark.parametrize("rank, flag", [(1, "--max-lora-rank 1 "), (16, "--max-lora-rank 16 "), (257, "--max-lora-rank 320 "), (513, "vLLM takes ranks up to 512")])
-def test_export_names_the_rank_that_vllm_allows(rank, flag):
-    assert flag in lora_py.serve_line("peft", dict(rank=rank), "b", "x")
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--rank", "0"], "--rank 0: the rounds have rank 8"), (["--rank", "9"], "1 to 8"), (["--round", "3"], "accepted rounds of"),
-    (["--out", "{full}"], "not empty"), (["--base", "{empty}"], "could not be loaded"), (["--to", "merged", "--rank", "4"], "--rank is for --to peft"),
-    (["{empty}"], "not a run folder"), (["{rejected}"], "no accepted round"), (["{moved}"], "If it has moved: --base"), (["{quantised}", "--to", "merged"], "is quantised")])
-def test_export_wrong_inputs_are_named_and_leave_nothing(argv, message, finished, tmp_path, capsys):
-    places = {name: tmp_path / name for name in ("full", "empty", "rejected", "moved", "quantised", "base4")}
-    for name in ("full", "empty"):
-        places[name].mkdir()
-    (places["full"] / "mine.txt").write_text("keep me")
-    places["base4"].mkdir()
-    (places["base4"] / "config.json").write_text(json.dumps(json.loads((ROOT / "pocket" / "config.json").read_text()) | {
-        "quantization_config": dict(quant_method="bitsandbytes", load_in_4bit=True)}))
-    for name, model in (("rejected", "pocket"), ("moved", str(tmp_path / "gone" / "base")), ("quantised", str(places["base4"]))):
-        shutil.copytree(finished[1], places[name])
-        run = json.loads((places[name] / "run.json").read_text())
-        run["options"]["model"] = model
-        (places[name] / "run.json").write_text(json.dumps(run))
-    shutil.rmtree(places["rejected"] / "rounds" / "00")
-    argv = [word.format(**places) for word in argv]
-    run = argv.pop(0) if argv[0].startswith("/") else str(finished[1])
-    to = [] if "--to" in argv else ["--to", "peft"]
-    out = [] if "--out" in argv else ["--out", str(tmp_path / "out")]
-    code = lora_py.main(["export", run, *to, *out, *argv])
-    err = capsys.readouterr().err
-    assert code == 2 and message in err and "Traceback" not in err, err
-    assert not (tmp_path / "out").exists() and os.listdir(places["full"]) == ["mine.txt"] and not [p for p in os.listdir(tmp_path) if p[0] == "."]
-
-
-def test_export_a_mismatch_is_exit_code_one(finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lora_py, "read_peft", lambda folder: {})
-    assert lora_py.main(["export", str(finished[1]), "--to", "peft", "--out", str(tmp_path / "x")]) == 1
-    assert "nothing was written" in capsys.readouterr().err and os.listdir(tmp_path) == []
-
+# ==== chat ============================================================================================================
 
 def test_chat_compares_base_prompted_and_day_and_a_gate_of_zero_is_the_base(finished, capsys, monkeypatch):
     def ask(*argv):
@@ -3302,6 +3236,222 @@ def test_chat_refuses_what_it_cannot_do(argv, message, finished, capsys):
     except SystemExit as stop:
         code = stop.code
     assert code == 2 and message in capsys.readouterr().err
+
+
+# ---- a run that survives, and explains what was wrong ------------------------------------------------------------------
+
+
+class PowerCut(BaseException):
+    """As a kill -9: nothing of the run is told about it."""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder that has begun, of a run without a model."""
+    with loop.Folder(loop.LoopConfig(out=str(tmp_path)), loop.Screen()) as made:
+        made.begin(trust_options(), ["--seed", "0"], dict(versions={}, git="", code=""), dict(weights="w"))
+        yield made
+
+
+def trust_options(**more):
+    return {f.name: f.default for cls in loop.GROUPS for f in dataclasses.fields(cls)} | more
+
+
+def trust_again(path, facts=None, **options):
+    """The folder as the next sitting finds it."""
+    cfg = loop.LoopConfig(resume=str(path))
+    again = loop.Folder(cfg, loop.Screen())
+    with again:
+        again.begin(trust_options(**options), [], dict(versions={}, git="", code=""), facts or dict(weights="w"))
+    return again
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """The options of a run of seconds."""
+    monkeypatch.setattr(loop, "DATA", loop.DATA)                # small_data sets it
+    return [*kill.SMALL, "--vignettes", str(kill.small_data(tmp_path)), "--no-baselines", "--rounds", "1", "--coeff", "0.3", "--no-gate"]
+
+
+def trust_cut(monkeypatch, n, torn):
+    """The n-th event from now on is the last that is written, or is written by half."""
+    count, write = [0], loop.Folder.write
+
+    def dying(self, events):
+        count[0] += 1
+        if count[0] == n and torn:
+            with open(self.path / "events.jsonl", "a") as file:
+                file.write(json.dumps(loop.plain(events[0]))[:40])
+            raise PowerCut
+        out = write(self, events)
+        if count[0] == n:
+            raise PowerCut
+        return out
+    monkeypatch.setattr(loop.Folder, "write", dying)
+    monkeypatch.setattr(loop.Folder, "__exit__", lambda self, *error: self._leave())
+
+
+def test_a_run_cut_off_again_and_again_ends_as_one_that_was_not_and_a_finished_one_goes_on(quick, tmp_path, monkeypatch, capsys):
+    assert loop.main([*quick, "--rounds", "2", "--out", str(tmp_path / "whole")]) == 0
+    whole = kill.folder_of(tmp_path / "whole")
+    first = [*quick, "--out", str(tmp_path / "cut")]
+    # after the base's row; within the second piece of completions; within the gate, its adapter written; then the end, and further
+    for n, torn, more in ((3, False, None), (3, True, []), (6, True, []), (None, False, []), (None, False, ["--rounds", "2"])):
+        with monkeypatch.context() as patch:
+            if n:
+                trust_cut(patch, n, torn)
+            with pytest.raises(PowerCut) if n else contextlib.nullcontext():
+                assert loop.main(first if more is None else ["--resume", str(kill.folder_of(tmp_path / "cut")), *more]) == 0
+    again = kill.folder_of(tmp_path / "cut")
+    assert kill.differences(whole, again) == []
+    assert [len((p.parent / "results.tsv").read_text().splitlines()) for p in (whole, again)] == [2, 2]
+    record = json.loads((again / "run.json").read_text())
+    assert len(record["resumed"]) == 4 and record["argv"][-2:] == ["--rounds", "2"] and record["options"]["resume"] == ""
+    assert "cut off after 40 bytes" in capsys.readouterr().out
+    assert [e["accepted"] for e in report.load(again)[1] if e["stage"] == "gate"] == [True, True]       # the second on a loaded adapter
+
+
+def test_what_a_round_without_its_gate_has_healed_is_redone_and_whole_pieces_of_answers_are_kept(folder, capsys):
+    for rnd, n, gate in ((0, 8, True), (1, 6, None)):
+        folder.event("dose", rnd, coeff=0.5)
+        folder.write([dict(round=rnd, stage="completion", text=str(i)) for i in range(n)])
+        folder.event("row", rnd, kind="steered")
+        folder.event("heal", rnd)
+        folder.event("row", rnd, kind="healed")
+        (folder.path / "rounds" / f"{rnd:02d}").mkdir()
+        (folder.path / "rounds" / f"{rnd:02d}" / "adapter.safetensors").write_text("")
+        if gate:
+            folder.event("gate", rnd, accepted=True, reasons=[])
+    (folder.path / ".run.json.123").write_text("half")
+    with open(folder.path / "events.jsonl", "ab") as file:
+        file.write(b'{"t": 1\x00\xff')
+    folder._leave()
+    kept = folder._repaired(n_make=8, gen_batch=4)
+    assert [e["stage"] for e in kept if e["round"] == 0] == ["dose"] + ["completion"] * 8 + ["row", "heal", "row", "gate"]
+    assert [e["stage"] for e in kept if e["round"] == 1] == ["dose"] + ["completion"] * 4 + ["row"]
+    assert report.load(folder.path)[1] == kept and not (folder.path / ".run.json.123").exists()
+    assert [p.parent.name for p in folder.path.rglob("*.safetensors")] == ["00"]
+    out = capsys.readouterr().out
+    assert "cut off after 9 bytes" in out and f"{len(kept)} events read back, 1 rounds finished" in out
+
+
+def test_a_run_of_another_configuration_is_refused_with_the_differing_fields(folder, capsys):
+    folder._leave()
+    with pytest.raises(SystemExit) as stop:
+        loop.parse(["--resume", str(folder.path), "--kl-agg", "mean", "--seed", "3", "--n-make", "64", "--out", "elsewhere"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "another configuration: seed is 0 there and 3 here, kl_agg is 'rmse' there and 'mean' here; leave" in err
+    assert [cfg.rounds for cfg in loop.parse(["--resume", str(folder.path), "--rounds", "9"])[:1]] == [9]
+    with pytest.raises(ValueError, match="other weights"):
+        trust_again(folder.path, facts=dict(weights="x"))
+    with pytest.raises(SystemExit):
+        loop.parse(["--resume", str(folder.path), "--rounds", "2"])
+    assert "only grow" in capsys.readouterr().err
+    assert trust_again(folder.path, rounds=9).run["options"]["rounds"] == 9
+    with loop.Folder(loop.LoopConfig(resume=str(folder.path)), loop.Screen()) as again:
+        again.begin(trust_options(rounds=9), [], dict(versions=dict(torch="0"), git="", code="c"), dict(weights="w"))
+    out = capsys.readouterr().out
+    assert "torch was None and is 0" in out and "code was  and is c" in out
+
+
+def test_a_folder_takes_one_process_at_a_time_and_a_lock_left_behind_is_taken_over(folder, capsys):
+    for _ in range(2):                                          # a refusal leaves the lock as it is
+        with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on .*, started 2"):
+            trust_again(folder.path)
+    folder._leave()
+    (folder.path / ".lock").write_text("process 1 on moon")     # its owner died: the system has let go of the lock
+    trust_again(folder.path)
+    assert "left behind by process 1 on moon, which is gone: taken over" in capsys.readouterr().out
+    assert (folder.path / ".lock").read_text() == ""
+
+
+def test_a_full_disk_leaves_whole_lines_and_one_sentence(folder):
+    import resource
+    folder.event("layers", steer=[1])
+    path, old = folder.path / "events.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = path.read_bytes()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, old[1]))
+        with pytest.raises(OSError, match="events.jsonl could not be written: File too large"):
+            folder.event("limits", own=["x" * 500])
+        with pytest.raises(OSError, match="run.json could not be written"):
+            folder.save(more="x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert path.read_bytes() == before and "more" not in json.loads((folder.path / "run.json").read_text())
+    assert [p.name for p in folder.path.iterdir() if p.name.startswith(".")] == [".lock"]
+    folder.event("limits", own=[])
+    assert [e["stage"] for e in report.load(folder.path)[1]] == ["layers", "limits"]
+
+
+def trust_run(argv, out, monkeypatch, at, what):
+    """A run to which `what` happens while it writes the event of stage `at`."""
+    write = loop.Folder.write
+
+    def happening(self, events):
+        if events[0]["stage"] == at:
+            what(self)
+        return write(self, events)
+    monkeypatch.setattr(loop.Folder, "write", happening)
+    return loop.main([*argv, "--out", str(out)])
+
+
+def test_a_full_disk_or_a_removed_folder_ends_a_run_with_a_sentence_and_the_way_on(quick, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        assert trust_run(quick, tmp_path / "full", patch, "limits", lambda folder: patch.setattr(os, "fsync", full)) == 1
+    out, path = capsys.readouterr(), kill.folder_of(tmp_path / "full")
+    assert "events.jsonl could not be written: the disk is full" in out.err and f"--resume {path}" in out.out and "Traceback" not in out.err
+    assert [e["stage"] for e in report.load(path)[1]] == ["layers"]
+    with monkeypatch.context() as patch:
+        assert trust_run(quick, tmp_path / "gone", patch, "layers", lambda folder: shutil.rmtree(folder.path)) == 1
+    assert "was removed" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        assert trust_run(quick, tmp_path / "bug", patch, "layers", lambda folder: {}["surprise"]) == 1
+    path = kill.folder_of(tmp_path / "bug")
+    run = json.loads((path / "run.json").read_text())
+    assert run["status"] == "failed" and "unexpected: KeyError 'surprise'" in run["reason"] and "Traceback" in (path / "error.txt").read_text()
+    assert "error.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_waits_for_the_current_write_and_marks_the_run_interrupted(name, quick, tmp_path, monkeypatch, capsys):
+    before = signal.getsignal(getattr(signal, name))
+    open_, sent = open, []
+
+    def opened(path, mode="r", *more, **how):
+        if str(path).endswith("events.jsonl") and mode == "r+b" and not sent:
+            sent.append(os.kill(os.getpid(), getattr(signal, name)))
+        return open_(path, mode, *more, **how)
+    monkeypatch.setattr("builtins.open", opened)
+    code = loop.main([*quick, "--out", str(tmp_path)])
+    monkeypatch.setattr("builtins.open", open_)
+    path = kill.folder_of(tmp_path)
+    run, events = report.load(path)
+    assert code == 130 and run["status"] == "interrupted" and [e["stage"] for e in events] == ["layers"]
+    out = capsys.readouterr()
+    assert f"python loop.py --resume {path}" in out.out and "interrupted" in out.err and signal.getsignal(getattr(signal, name)) == before
+
+
+def test_a_second_signal_ends_the_process_at_once(folder, monkeypatch):
+    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(PowerCut(code)))
+    with pytest.raises(KeyboardInterrupt):
+        folder._on_signal()
+    with pytest.raises(PowerCut, match="130"):
+        folder._on_signal()
+
+
+def test_a_round_whose_numbers_break_is_rolled_back_with_its_cause(quick, tmp_path, monkeypatch, capsys):
+    def broken_probe(*args, **how):                             # as logits that are nan would have it
+        raise RuntimeError("3 of 6 frames have answers that are not finite")
+    argv = [*quick, "--coeff", "0.1", "--epochs", "4", "--rounds", "2", "--lr", "1e12", "--out", str(tmp_path)]
+    trust_run(argv, tmp_path, monkeypatch, "gate", lambda folder: monkeypatch.setattr(evalmfv, "evaluate", broken_probe))
+    path = kill.folder_of(tmp_path)
+    run, events = report.load(path)
+    gates = [e["reasons"][0] for e in events if e["stage"] == "gate"]
+    assert "3 steps in a row without a finite loss" in gates[0] and "not finite" in gates[1]
+    assert run["status"] == "no round accepted" and not list((path / "rounds").iterdir()) and "no round was accepted" in capsys.readouterr().out
 
 
 def test_malformed_inputs_end_with_a_sentence_and_no_damage(tmp_path):
@@ -3351,3 +3501,50 @@ def test_options_that_cannot_be_meant_are_refused_before_any_work(argv, message,
     except SystemExit as stop:
         code = stop.code
     assert code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_dropped_completions_are_told_by_rule_with_a_sample_and_an_option():
+    def entry(rule, value, limit, text="ok"):
+        return dict(text=text, verdict=dict(kept=not rule, rule=rule, value=value, limit=limit))
+    told = loop.why_dropped([entry("", 0, 0), entry("loop", 0.7, 0.5, "no \x1b[31mno\u202e no"), entry("words", 0, 1, ""), entry("loop", 0.9, 0.5)])
+    assert told == ('loop dropped 2, such as "no  [31mno  no" with 0.7 over a limit of 0.5 (--max-loop or --slack); '
+                    'words dropped 1, such as "" with 0 under a limit of 1 (--min-words)')
+    assert loop.why_dropped([entry("", 0, 0)]) == "" and set(loop.OPTION_OF) == {"words", "unfinished", "worst_window", "ppl_tail", "ngram", "loop", "pattern"}
+
+
+def test_a_search_that_fails_tells_what_was_dropped_and_a_trait_that_does_not_move_is_said(finished, quick, tmp_path, capsys):
+    assert loop.main([*quick, "--coeff", "0", "--max-window-nll", "1e-6", "--out", str(tmp_path)]) == 3
+    reason = next(e for e in report.load(kill.folder_of(tmp_path))[1] if e["stage"] == "gate")["reasons"][0]
+    assert "the lowest dose fails" in reason and "worst_window dropped 4, such as" in reason and "--max-window-nll or --slack" in reason
+    run = loop.Run.__new__(loop.Run)                            # only what the closing table asks for
+    rows = [e | dict(trait=0.01, trait_se=0.02) for e in finished[3] if e["stage"] == "row"]
+    run.folder, run.base = type("Journal", (), dict(events=rows))(), rows[0]
+    capsys.readouterr()
+    loop.tally(run, 1.0)
+    out = capsys.readouterr().out
+    assert "did not move at any dose" in out and "no round was accepted" in out
+    assert loop.has_moved(dict(trait=-0.5, trait_se=0.1)) and not loop.has_moved(dict(trait=0.01, trait_se=0.02))
+
+
+def test_the_live_line_is_for_terminals_and_colour_for_those_who_want_it(monkeypatch, capsys):
+    def lines(is_live, **environment):
+        for name in ("NO_COLOR", "TERM"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: is_live, raising=False)
+        screen, now = loop.Screen(), [0.0]
+        monkeypatch.setattr(time, "time", lambda: screen.start + now[0])
+        with screen.watch("heal", 3, "training, steps", 40) as tick:
+            for _ in range(10):
+                now[0] += 1.0
+                tick()
+        screen.say("gate", 3, "accepted", "green")
+        monkeypatch.setattr(time, "time", clock)
+        return capsys.readouterr().out
+    clock = time.time
+    live = lines(True)
+    assert "\r    10 s  r3     heal       training, steps  10/40  1.0/s  30 s left" in live and "\x1b[32maccepted\x1b[0m" in live
+    assert "\x1b" not in lines(True, NO_COLOR="1") and "\r" in lines(True, NO_COLOR="1")
+    for plain in (lines(False), lines(True, TERM="dumb")):
+        assert plain == "    10 s  r3     gate       accepted\n"

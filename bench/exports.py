@@ -41,7 +41,7 @@ ARCHITECTURES = {                                               # class: its con
                          linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16),
         vision_config=dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=4, out_hidden_size=64,
                            patch_size=14)),
-    "GPT2LMHeadModel": dict(n_embd=64, n_layer=4, n_head=4, n_positions=512, initializer_range=0.3),   # Conv1D
+    "GPT2LMHeadModel": dict(n_embd=64, n_layer=4, n_head=4, n_positions=512, initializer_range=0.3),  # Conv1D
     "Phi3ForCausalLM": NO_HEAD_DIM,
 }
 
@@ -88,8 +88,9 @@ def make_run(path: Path, base, ranks=(4, 2, 8), *, refused=(), **options) -> Non
     options = dict(model=str(base), revision="", persona="authority", pos="", kl_ref="base") | options
     persona = dict(pos=["You care about people above all."], neg=["You obey."], target="authority",
                    direction=-1)
-    run = dict(options=options, persona=persona, git="c0ff" * 10, argv=[str(base), "--rounds", str(len(ranks))],
-               weights=models.fingerprint(model), machine=dict(device="cpu", dtype="torch.float32"))
+    run = dict(options=options, persona=persona, git="c0ff" * 10,
+               argv=[str(base), "--rounds", str(len(ranks))], weights=models.fingerprint(model),
+               machine=dict(device="cpu", dtype="torch.float32"))
     (path / "run.json").write_text(json.dumps(run))
     (path / "events.jsonl").write_text("".join(json.dumps(dict(t=0.0) | e) + "\n" for e in events))
 

@@ -325,8 +325,9 @@ def test_a_hub_base_is_pinned_to_its_commit_wherever_it_is_named(small_run, tmp_
     (tmp_path / "run" / "run.json").write_text(json.dumps(run))
     code = ("import sys; from tools import export; "
             "sys.exit(max(export.main([sys.argv[1], '--to', to]) for to in ('peft', 'vectors')))")
+    around = os.environ | dict(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
     out = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, capture_output=True,
-                         text=True, env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"})
+                         text=True, env=around)
     assert out.returncode == 0, out.stderr
     assert f"vllm serve somebody/base --revision {first} " in out.stdout
     config = json.loads((tmp_path / "run" / "peft" / "adapter_config.json").read_text())
