@@ -215,7 +215,8 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
     trial = rows * sample * pace["read"] + 8 * pace["step"](rows) + pace["train"] * heal_batch / n_make
     if not quantize and device != "balanced" and 1.2 * max(peaks.values()) < free_bytes(place) and trial < TRIAL_SECONDS:
         real = getattr(kind, "from_config", kind)(config).to(place, number).eval()
-        cfg = heal.HealConfig(lr=1e-5, tau=None if reg == "nll" else 1e-3, reg=reg, epochs=epochs, heal_batch=heal_batch, pass_tokens=pass_tokens)
+        cfg = heal.HealConfig(lr=1e-5, tau=1e-3, reg=reg, epochs=epochs, heal_batch=heal_batch,
+                              pass_tokens=pass_tokens)
         pace = by_trial(real, lora.attach(real, r=r, alpha=alpha, layers=layers), rows=rows, length=sample, cfg=cfg, n_samples=n_make,
                         answer=answer)
         how = "by a trial of random weights here"
