@@ -400,7 +400,8 @@ def begin(run: Run, argv: list[str], values: dict, facts: dict, around: dict) ->
         rnd = folder.events[n]["round"]
         run.screen.say("gate", rnd, "decides otherwise with these options: the run goes on from here")
         folder.cut(n)
-    folder.save(status="running", reason="", command="python loop.py " + shlex.join(before["argv"]), **before)
+    command = "python loop.py " + shlex.join(before["argv"])
+    folder.save(**before | dict(status="running", reason="", command=command))
 
 
 def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:

@@ -88,7 +88,7 @@ def tiny_model(tok, seed=0, dtype=torch.float32, layers=4, d=32):
     return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
 
 
-# ==== heal.py: the barrier and the round ================================================================
+# ==== heal.py: the barrier and the round ==============================================================================
 
 def heal_case(dtype=torch.float32, history=0):
     """A tiny model, a stack with `history` folded rounds, seeded noise in the current round, six uneven samples."""
@@ -768,7 +768,7 @@ def test_heal_stands_alone_and_imports_the_standard_library_and_torch_only(tmp_p
                      "p95": ["0.049", "3.777", "77x"], "max": ["0.095", "8.081", "85x"]}
 
 
-# ==== lora.py: the gated accumulator ====================================================================
+# ==== lora.py: the gated accumulator ==================================================================================
 
 def lora_ids(n=3, T=12, V=262, seed=0):
     return torch.randint(6, V, (n, T), generator=torch.Generator().manual_seed(seed))       # [n, T]
@@ -1141,7 +1141,7 @@ def test_lora_runs_alone_in_an_empty_folder(tmp_path):
     assert "bit for bit: True" in out.stdout
 
 
-# ==== steer.py: vectors, hooks, generation, the filter, the dose ========================================
+# ==== steer.py: vectors, hooks, generation, the filter, the dose ======================================================
 
 STEER_WORDS = ["mercy", "justice", "kindness", "patience", "rescue", "people", "forever", "harbour", "gentle",
                "machine", "winter", "garden"]
@@ -1612,7 +1612,7 @@ def test_steer_the_layers_are_those_where_the_persona_is_first_read_strongly():
     assert steer.find_layers(model, tok, pos, neg, contexts, share=1.0)[0] == [strength.index(max(strength))]
 
 
-# ==== bench/: what the measurements rest on =============================================================
+# ==== bench/: what the measurements rest on ============================================================================
 
 def test_peak_bytes_counts_what_torch_held_at_once_temporaries_included():
     def by_hand():
@@ -1806,9 +1806,9 @@ def test_scoring_never_holds_the_logits_of_a_prompt_nor_more_than_its_budget(mon
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(want, got))
 
 
-# ==== evalmfv.py: the probe =============================================================================
+# ==== evalmfv.py: the probe ===========================================================================================
 
-# ---- evalmfv: equal to a naive reference ---------------------------------------------------------------
+# ---- evalmfv: equal to a naive reference -----------------------------------------------------------------------------
 
 MFV_PREFILL = ["This", " is wrong because", ' {"', "violation", '": "']          # five tokens that spell the prefill
 MFV_TEXTS = ["You see a man kick a dog.", "You see a cook who lies about the bill again and again.",
@@ -2035,7 +2035,7 @@ def test_an_answer_is_found_however_the_model_spells_the_prefill():
     assert evalmfv.find_answer(tok, [x, *prefill[:-1], care], pad) is None
 
 
-# ---- evalmfv: rows and metrics -------------------------------------------------------------------------
+# ---- evalmfv: rows and metrics ---------------------------------------------------------------------------------------
 
 
 def test_vignettes_are_read_from_our_rows_and_from_the_originals(tmp_path):
@@ -2160,7 +2160,7 @@ def test_free_text_falls_for_loops_and_for_noise_and_not_for_the_base():
         evalmfv.free_text(ids, nlls, [[]], [[]])
 
 
-# ==== models in: architectures, templates, loading, the plan ============================================
+# ==== models in: architectures, templates, loading, the plan =============================================================
 
 ARCH = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
             initializer_range=0.3, max_position_embeddings=2048)
@@ -2580,12 +2580,9 @@ def test_the_plan_counts_parameters_and_keys_and_values_as_the_model_has_them(na
     assert n["active"] == inside - idle
 
 
-# ==== the house: what is promised of every file =========================================================
+# ==== the house, the pocket world, the loop, the report ===============================================================
 
-CONCEPTS = ("steer", "heal", "lora", "evalmfv")
-TOOLS = sorted(p.stem for p in (ROOT / "tools").glob("*.py") if p.stem != "__init__")
-FOLDERS = (".", "tools", "tests", "bench", "pocket")
-SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
+CONCEPTS = ("steer", "heal", "lora", "evalmfv", "report")
 
 
 def imported(path):
@@ -2598,23 +2595,33 @@ def imported(path):
     return names
 
 
-@pytest.mark.parametrize("name", ["loop", *CONCEPTS, *(f"tools/{name}" for name in TOOLS)])
-def test_imports_go_one_way(name):
-    """Nested imports too: a higher room is not reached late either."""
-    rooms = {"loop", *CONCEPTS, *(f"tools.{tool}" for tool in TOOLS)}
-    allowed = {"loop": rooms, "evalmfv": {"steer"}}.get(name, set() if name in CONCEPTS else rooms - {"loop"})
-    packages = dict(heal={"torch"}, lora={"torch"}, steer={"torch", "transformers"}, evalmfv={"torch"})
-    optional = {"tools/export": {"gguf"}}                       # asked for, and refused with a sentence
-    found = imported(ROOT / f"{name}.py") - set(sys.stdlib_module_names)
-    assert found & rooms <= allowed, found & rooms - allowed
-    five = {"torch", "transformers", "safetensors", "numpy"} | optional.get(name, set())
-    assert found - rooms - {"tools"} <= packages.get(name, five), found
+def top_level(path):
+    """Modules that importing the file imports: not those that its main part asks for."""
+    body = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return {name for node in body for name in ([a.name.split(".")[0] for a in node.names] if isinstance(node, ast.Import) else [node.module.split(".")[0]])}
+
+
+def test_heal_imports_only_the_standard_library_and_torch():
+    assert imported(ROOT / "heal.py") - set(sys.stdlib_module_names) == {"torch"}
+
+
+@pytest.mark.parametrize("name", CONCEPTS)
+def test_a_concept_file_imports_no_project_file_and_nothing_beyond_the_five_packages(name):
+    assert top_level(ROOT / f"{name}.py") - set(sys.stdlib_module_names) <= {"torch", "transformers", "safetensors", "numpy", "jinja2"}
 
 
 def test_requirements_name_the_five_packages_and_no_others():
     lines = (ROOT / "requirements.txt").read_text().split()
-    five = ["numpy", "pytest", "safetensors", "torch", "transformers"]
-    assert sorted(line.split(">=")[0] for line in lines) == five
+    assert sorted(line.split(">=")[0] for line in lines) == ["numpy", "pytest", "safetensors", "torch", "transformers"]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("*/*.py")), ids=lambda p: p.name)
+def test_no_file_loads_pickles_or_remote_code(path):
+    if path.name == "test_all.py":
+        return
+    assert unsafe(path.read_text()) == [], path
+    assert not imported(path) & {"pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
+    assert path.parent.name == "bench" or "peft" not in imported(path)      # there it is measured
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("*/*.py")), ids=lambda p: p.name)
@@ -2630,11 +2637,10 @@ def unsafe(source):
     """What in a file could run code that came with a checkpoint, a run folder or a text."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.keyword):
-            is_on = getattr(node.value, "value", True)
-            always, on = ("weights_only", "allow_pickle"), ("trust_remote_code", "shell")
-            if node.arg in always or is_on and node.arg in on:
-                found.append(node.arg)
+        if isinstance(node, ast.keyword) and (node.arg in ("weights_only", "allow_pickle")
+                                              or node.arg == "trust_remote_code" and getattr(node.value, "value", True)   # left out, it asks the user
+                                              or node.arg == "shell" and getattr(node.value, "value", True)):
+            found.append(node.arg)
         elif isinstance(node, ast.Call):
             name, owner = getattr(node.func, "attr", getattr(node.func, "id", "")), getattr(getattr(node.func, "value", None), "id", "")
             if name in ("exec", "__import__") or (owner, name) in (("os", "system"), ("os", "popen"), ("torch", "load"), ("np", "load"), ("numpy", "load")) \
@@ -2643,17 +2649,8 @@ def unsafe(source):
     return found
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if p.name != "test_all.py"], ids=lambda p: p.name)
-def test_no_file_loads_pickles_or_remote_code(path):
-    assert unsafe(path.read_text()) == [], path
-    assert not imported(path) & {"pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
-    assert path.parent.name in ("bench", "tests") or "peft" not in imported(path)    # a peer there
-
-
-@pytest.mark.parametrize("source", [
-    "eval(x)", "exec('a')", "torch.load(p)", "f(trust_remote_code=True)", "run(c, shell=True)",
-    "run(c, shell=x)", "os.system(c)", "np.load(p)", "np.load(p, allow_pickle=True)",
-    "__import__(m)", "compile(a, b, c)"])
+@pytest.mark.parametrize("source", ["eval(x)", "exec('a')", "torch.load(p)", "f(trust_remote_code=True)", "run(c, shell=True)", "run(c, shell=x)", "os.system(c)",
+                                    "np.load(p)", "np.load(p, allow_pickle=True)", "__import__(m)", "compile(a, b, c)"])
 def test_the_check_for_unsafe_calls_sees_each_of_them(source):
     assert unsafe(source) and not unsafe("model.eval(); re.compile(p); run(c, shell=False); stack.load(p)")
 
@@ -2680,15 +2677,14 @@ def test_a_command_line_file_can_be_imported_alone_and_says_how_it_is_used(tmp_p
     assert "usage" in (out.stdout + out.stderr).lower() and "Traceback" not in out.stderr, out.stderr
 
 
-def test_help_is_quick_shows_ten_options_first_and_does_not_import_transformers():
-    code = ("import sys, loop\ntry: loop.parse(['--help'])\n"
-            "except SystemExit: print('transformers' in sys.modules)")
+def test_help_takes_three_seconds_at_most_and_does_not_import_transformers():
+    code = "import sys, loop\ntry: loop.parse(['--help'])\nexcept SystemExit: print('transformers' in sys.modules)"
     spent = []
-    for _ in range(2):                                          # the better of two: the first fills caches
+    for _ in range(2):                                          # the better of two: the first may fill the disk cache
         before = os.times()
         out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        after = os.times()                                      # of the processor, not by the clock
-        spent.append(sum(after[2:4]) - sum(before[2:4]))
+        after = os.times()                                      # of the processor: by the clock a busy machine would fail
+        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert out.stdout.splitlines()[-1] == "False", out.stdout[-200:] + out.stderr
     for group in ("loop: ", "steer: ", "lora: ", "heal: "):
         assert group in out.stdout
@@ -2715,28 +2711,7 @@ def test_the_readme_snippet_runs():
     assert out.returncode == 0, out.stderr
 
 
-def stale(text, is_ancestor):
-    """Commits that a page gives for its results and that are not in the history; none if it says that
-    they were not repeated since."""
-    commits = re.findall(r"at commit `?([0-9a-f]{7,40})", text)
-    return [c for c in commits if not is_ancestor(c) and "not repeated since" not in text]
-
-
-def test_results_in_the_docs_are_of_commits_of_this_history():
-    assert stale("at commit 1234567, at commit abcdef0", lambda c: c == "1234567") == ["abcdef0"]
-    assert stale("at commit abcdef0; not repeated since", lambda c: False) == []
-    shallow = ["git", "rev-parse", "--is-shallow-repository"]
-    if not shutil.which("git") or subprocess.run(shallow, cwd=ROOT, capture_output=True).stdout != b"false\n":
-        pytest.skip("no git here, or a shallow clone: the commits that the docs name cannot be checked")
-
-    def is_ancestor(commit):
-        ask = ["git", "merge-base", "--is-ancestor", commit, "HEAD"]
-        return subprocess.run(ask, cwd=ROOT, capture_output=True).returncode == 0
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        assert stale(path.read_text(), is_ancestor) == [], path.name
-
-
-# ---- the pocket world ----------------------------------------------------------------------------------
+# ---- the pocket world --------------------------------------------------------------------------------------------------
 
 
 def test_the_grammar_recognises_all_that_it_makes_and_no_salad():
@@ -2799,7 +2774,44 @@ def test_the_pocket_checkpoint_is_an_ordinary_small_chat_model():
     assert tok("any text: äöü 漢字 🙂", add_special_tokens=False)["input_ids"] and tok.unk_token is None
 
 
-# ==== loop.py: the rounds ===============================================================================
+# ---- the loop ----------------------------------------------------------------------------------------------------------
+
+TINY = ["--rounds", "1", "--n-make", "24", "--n-probe", "8", "--n-min", "4", "--n-text", "8", "--n-diary", "2", "--think-tokens", "4", "--epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def small_vignettes(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "vignettes.jsonl"
+    path.write_text("".join((ROOT / "data" / "vignettes.jsonl").read_text().splitlines(True)[::12]))
+    return path
+
+
+def run_loop(out, vignettes, *more):
+    code = loop.main([*TINY, "--vignettes", str(vignettes), "--out", str(out), *more])
+    folder = next(p.parent for p in sorted(Path(out).glob("*/run.json")))
+    return code, folder, *report.load(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_vignettes):
+    return run_loop(tmp_path_factory.mktemp("runs"), small_vignettes, "--no-gate")
+
+
+def test_one_round_writes_a_run_folder_that_needs_no_other_source(finished):
+    code, folder, run, events = finished
+    assert code == 0 and run["status"] == "accepted" and run["accepted"] == [0]
+    assert run["options"]["kl_agg"] == "rmse" and run["options"]["lr"] > 0 and "--no-gate" in run["command"] and run["versions"]["torch"] == torch.__version__
+    kinds = [e["kind"] for e in events if e["stage"] == "row"]
+    assert kinds == ["base", "prompted", "steered", "healed"]
+    made = [e for e in events if e["stage"] == "completion"]
+    assert len(made) == 24 and all({"ids", "text", "verdict"} <= set(e) for e in made) and all(e["verdict"]["kept"] or e["verdict"]["rule"] for e in made)
+    assert {e["stage"] for e in events} == {"layers", "limits", "row", "vector", "probe", "dose", "completion", "tau", "heal", "worst", "gate"}
+    for name in ("vectors", "adapter"):
+        assert (folder / "rounds" / "00" / f"{name}.safetensors").exists()
+    diary = (folder / "diary.md").read_text()
+    assert "**Night 0**" in diary and "**Day 0**" in diary and "**Base**" in diary
+    table = (folder.parent / "results.tsv").read_text().splitlines()
+    assert len(table) == 2 and len(table[0].split("\t")) == len(table[1].split("\t"))
 
 
 def test_the_saved_adapter_is_the_healed_model(finished, small_vignettes):
@@ -2817,26 +2829,25 @@ def test_the_saved_adapter_is_the_healed_model(finished, small_vignettes):
     assert rows["healed"]["nats"]["authority"] != rows["base"]["nats"]["authority"]
 
 
-def test_a_round_that_fails_its_gate_is_undone_and_the_run_says_so(small_vignettes, tmp_path, capsys):
-    code, record = common.run_loop(tmp_path, small_vignettes, "--lr", "1e-9", "--coh-floor", "1")
-    gates = [e for e in record.events if e["stage"] == "gate"]
-    assert code == 3 and record.run["status"] == "no round accepted" and record.accepted == []
-    assert len(gates) == 1 and gates[0]["reasons"][0].startswith(("trait", "coherence", "text"))
-    names = {p.name for p in (record.path / "rounds" / "00").iterdir()}
-    assert names == {"vectors.safetensors", "rejected.safetensors"}
-    assert "rolled back" in capsys.readouterr().out
-    assert "rolled back" in (record.path / "diary.md").read_text()
+def test_the_same_seed_gives_the_same_run_and_leaving_a_baseline_out_changes_no_other_number(finished, small_vignettes, tmp_path):
+    _, _, _, events = finished
+    _, _, _, again = run_loop(tmp_path, small_vignettes, "--no-gate", "--no-baselines")
+    def trait(events):
+        return [(e["kind"], e["trait"], e["text"]) for e in events if e["stage"] == "row" and e["kind"] != "prompted"]
+    assert trait(events) == trait(again)
 
 
-def test_a_search_without_an_answer_tells_what_was_dropped(small_vignettes, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(steer, "calibrate_limits", lambda *_: Limits(1e-6, 1.0, 1.0, 1.0))
-    argv = [x for x in common.TINY if x not in ("--coeff", "0.4")]
-    monkeypatch.setattr(common, "TINY", argv)
-    code, record = common.run_loop(tmp_path, small_vignettes)
-    reason = record.of("gate")["reasons"][0]
-    assert code == 3 and "the lowest dose fails" in reason and "--slack" in reason
-    assert "worst_window dropped" in reason
-    assert "no round was accepted" in capsys.readouterr().out
+def test_a_round_that_fails_its_gate_is_rolled_back_and_the_run_says_so(small_vignettes, tmp_path, capsys):
+    code, folder, run, events = run_loop(tmp_path, small_vignettes, "--lr", "1e-9", "--no-baselines", "--coh-floor", "1.0", "--target", "liberty")
+    assert code == 3 and run["status"] == "no round accepted" and not list((folder / "rounds").iterdir())
+    gates = [e for e in events if e["stage"] == "gate"]
+    assert len(gates) == 1 and not gates[0]["accepted"] and gates[0]["reasons"][0].startswith(("trait", "coherence", "text"))
+    assert "rolled back" in capsys.readouterr().out and "rolled back" in (folder / "diary.md").read_text()
+
+
+def test_a_search_without_an_answer_names_its_bound(small_vignettes, tmp_path, capsys):
+    code, _, run, _ = run_loop(tmp_path, small_vignettes, "--no-baselines", "--max-window-nll", "1e-6")
+    assert code == 3 and run["status"] == "no round accepted" and "coeff_min" in capsys.readouterr().out
 
 
 def test_the_gate_puts_absolute_floors_before_the_ratio():
@@ -2844,28 +2855,13 @@ def test_the_gate_puts_absolute_floors_before_the_ratio():
     def reasons(**day):
         return loop.gate(dict(trait=0.5, coherence=0.97, text=0.88) | day, base | {"trait": 0.3}, base, cfg)
     assert reasons() == []
-    for name, low in (("coherence", 0.5), ("text", 0.5), ("trait", 0.3)):
-        assert name in reasons(**{name: low})[0]
+    assert "coherence" in reasons(coherence=0.5)[0] and "text" in reasons(text=0.5)[0] and "trait" in reasons(trait=0.3)[0]
     assert reasons(trait=float("nan")) == ["trait not finite"]
     assert len(reasons(text=0.1, coherence=0.1, trait=-1)) == 3
 
 
-def test_gates_that_are_asked_again_stand_until_the_first_that_turns():
-    def event(stage, rnd, **more):
-        return dict(t=0, stage=stage, round=rnd) | more
-    events = [event("row", None, kind="base", trait=0.0, coherence=1.0, text=1.0)]
-    for rnd, (trait, text, accepted) in enumerate([(0.2, 1.0, True), (0.1, 0.97, False), (0.3, 0.96, True)]):
-        events += [event("row", rnd, kind="healed", trait=trait, coherence=1.0, text=text),
-                   event("gate", rnd, accepted=accepted)]
-    events += [event("gate", 3, accepted=False)]                # broke before its day: no option helps
-    def n(**options):
-        return loop.n_standing(files.Record(Path("."), {}, events, []), loop.LoopConfig(**options))
-    assert (n(), n(coh_floor=0.97), n(gate=False), n(coh_floor=1.0)) == (8, 6, 4, 6)
-
-
 def test_stages_have_seeds_of_their_own():
-    names = ("make", "heal", "probe")
-    seeds = {loop.stage_seed(s, r, name) for s in range(3) for r in range(3) for name in names}
+    seeds = {loop.stage_seed(s, r, name) for s in range(3) for r in range(3) for name in ("make", "heal", "probe")}
     assert len(seeds) == 27 and loop.stage_seed(1, 2, "make") == loop.stage_seed(1, 2, "make")
 
 
@@ -2879,34 +2875,7 @@ def test_bad_options_are_refused_with_a_sentence_before_any_work(argv, message, 
     except SystemExit as stop:
         code = stop.code
     err = capsys.readouterr().err
-    assert code == 2 and "Traceback" not in err
-    return err
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--rounds", "0"], "rounds"), (["--prompts", "nowhere.txt"], "nowhere.txt"),
-    (["--kl-agg", "x"], "kl-agg"),
-    (["--pos", "You are kind."], "--neg"), (["--persona", "pirate"], "authority, love"),
-    (["--coh-floor", "nan"], "coh_floor"), (["--kl_agg", "mean"], "kl_agg"),
-    (["--model", ""], "--model is empty"),
-    (["--vignettes", "nowhere.jsonl"], "nowhere.jsonl"), (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
-    (["--lam", "-1"], "lam"), (["--r", "0"], "r=0"), (["--steer-band", "0.9", "0.1"], "0.9"),
-    (["--reg", "nll", "--tau", "1"], "without a barrier"), (["--tau-scale", "nan"], "tau_scale=nan"),
-    (["--tau", "1", "--tau-scale", "2"], "leave one out"), (["--pos", "a", "--neg", "a"], "the same"),
-    (["--r", "999"], "more than the model's width 192"), (["--max-new-tokens", "2000"], "the model's 1024"),
-    (["--think-tokens", "2000"], "the model's 1024"), (["--out", __file__], "a file, not a folder"),
-    (["--resume", "x"], "not a run")])
-def test_options_that_cannot_be_meant_are_refused_before_any_work(argv, message, tmp_path, capsys):
-    assert message in refused(["--out", str(tmp_path), *argv], capsys) and not list(tmp_path.iterdir())
-
-
-def test_a_run_goes_on_with_its_own_options_only(finished, capsys):
-    path = str(finished[1].path)
-    err = refused(["--resume", path, "--kl-agg", "mean", "--seed", "3", "--n-make", "24"], capsys)
-    assert "configuration: seed is 0 there and 3 here, kl_agg is 'rmse' there and 'mean' here; leave" in err
-    assert "only grow" in refused(["--resume", path, "--patience", "2"], capsys)
-    cfg, scfg, *_ = loop.parse(["--resume", path, "--rounds", "9", "--gate", "--coh-floor", "0.9"])
-    assert (cfg.rounds, cfg.gate, cfg.coh_floor, scfg.n_make) == (9, True, 0.9, 24)
+    assert code == 2 and message in err and "Traceback" not in err and not list(tmp_path.iterdir())
 
 
 def test_the_persona_prompt_is_the_set_point_of_the_barrier(finished):
@@ -2918,47 +2887,31 @@ def test_the_persona_prompt_is_the_set_point_of_the_barrier(finished):
     persona = loop.load_persona(loop.LoopConfig())["pos"][0]
     kept = [e for e in events if e["stage"] == "completion" and e["verdict"]["kept"]]
     by_hand = []
-    for e in [e for e in record.completions(0) if e["verdict"]["kept"]]:    # one full forward each
-        fronts = steer.encode(tok, [given["train"][e["prompt"]]] * 2, [given["persona"]["pos"][0], ""])
-        logits = [model(torch.tensor([front + e["ids"]])).logits[0, len(front) - 1:-1] for front in fronts]
-        logp, logq = (x.double().log_softmax(-1) for x in logits)               # [n, V] each
+    for e in kept:                                              # one full forward each, and the KL written out
+        logp, logq = ((model(torch.tensor([front + e["ids"]])).logits[0, len(front) - 1:-1].double().log_softmax(-1))
+                      for front in (steer.encode(tok, [train[e["prompt"]]], [system])[0] for system in (persona, "")))
         by_hand.append(((logp.exp() * (logp - logq)).sum(-1) ** 2).mean().sqrt().item())
     assert tau["distance"] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-4)
     record = next(e for e in events if e["stage"] == "heal")
     assert record["tau"] == tau["tau"] and {"nll", "div", "fired"} <= set(record["steps"][0])
 
 
-def test_a_persona_of_two_sentences_has_a_trait_without_labels(small_vignettes, tmp_path):
-    personas = ["--pos", "You care about people above all.", "--neg", "You respect authority above all."]
-    code, record = common.run_loop(tmp_path, small_vignettes, "--no-gate", *personas)
-    rows = {row["kind"]: row for row in record.rows()}
-    assert code == 0 and rows["base"]["trait"] == 0 == rows["base"]["share"]
-    assert rows["prompted"]["share"] == 1
-    assert rows["prompted"]["trait"] > 0 and rows["steered"]["shift"] is None
-    assert rows["healed"]["share"] == pytest.approx(rows["healed"]["trait"] / rows["prompted"]["trait"])
+def test_arms_are_compared_at_the_same_round_and_where_they_first_reach_a_trait():
+    days = {-1: dict(trait=0.0, text=1.0), 0: dict(trait=0.4, text=0.9), 2: dict(trait=0.8, text=0.5), 3: dict(trait=0.6, text=0.1)}
+    assert arms.at_trait(days, 0.2, "text") == pytest.approx(0.95) and arms.at_trait(days, 0.6, "text") == pytest.approx(0.7)
+    assert arms.at_trait(days, 0.9, "text") is None
+    assert arms.cell([None, None], 2) == "not reached" and arms.cell([0.5, None], 2) == "0.500 (1 of 2)"
 
 
-def test_dropped_completions_are_told_by_rule_with_a_sample():
-    def entry(rule, value, limit, text="ok"):
-        return dict(text=text, verdict=dict(kept=not rule, rule=rule, value=value, limit=limit))
-    told = loop.why_dropped([entry("", 0, 0), entry("loop", 0.7, 0.5, "no \x1b[31mno\u202e no"),
-                             entry("words", 0, 1, ""), entry("loop", 0.9, 0.5)])
-    assert told == ('loop dropped 2, such as "no  [31mno  no" with 0.7 over a limit of 0.5; '
-                    'words dropped 1, such as "" with 0 under a limit of 1')
-    assert loop.why_dropped([entry("", 0, 0)]) == ""
+def test_two_arms_may_differ_in_one_field_only():
+    def record(**options):
+        return dict(options=dict(reg="kl_rev", kl_agg="rmse", seed=0, out="a", lam=5.0) | options, weights="w", items=[], versions={}, code="c")
+    assert arms.differing(record(), record(seed=1, out="b")) == set()
+    assert arms.differing(record(), record(kl_agg="mean")) == {"kl_agg"} and arms.differing(record(kl_agg="mean"), record(reg="nll")) == {"reg"}
+    assert arms.differing(record(), record(kl_agg="mean", lam=1.0)) == {"kl_agg", "lam"} and arms.differing(record(), record() | {"code": "d"}) == {"code"}
 
 
-def test_a_trait_that_does_not_move_is_said(finished, capsys):
-    _, record = finished
-    events = [e | dict(trait=0.01, trait_se=0.02) for e in record.rows()]
-    loop.tally(files.Record(record.path, record.run, events, []), 1.0)
-    out = capsys.readouterr().out
-    assert "did not move at any dose" in out and "no round was accepted" in out
-    assert loop.has_moved(dict(trait=-0.5, trait_se=0.1))
-    assert not loop.has_moved(dict(trait=0.1, trait_se=0.06))
-
-
-# ---- the benchmarks, at sizes whose times mean nothing -------------------------------------------------
+# ---- the benchmarks, at sizes whose times mean nothing -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["heal", "round"])
@@ -2980,7 +2933,7 @@ def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys):
         assert any(peer in key for key in [*result["memory"]["peak"], *result["memory"]["missing"]])
 
 
-# ---- what a round records ------------------------------------------------------------------------------
+# ---- the report --------------------------------------------------------------------------------------------------------
 
 ATTACKS = ['"><img src=x onerror=1>', "'><img src=http://127.0.0.1:PORT/stolen.png><script>top.pwned = 1</script>", "\x00nul \x1b[31mred\x1b[0m \x9b",
            "\u202egnp.exe\u2066 \u200f\u05e9\u05dc\u05d5\u05dd", "x" * 100_000, "</title></style></svg><svg onload='top.pwned = 2'>", "\ud800 lone \U000e0041 tag",
@@ -3089,154 +3042,7 @@ def test_the_worst_kept_answer_is_the_one_that_a_full_forward_finds(finished):
     assert worst["night"] == pytest.approx(night.tolist(), rel=1e-2, abs=1e-5)
 
 
-# ==== exports: what others serve, and chat ==============================================================
-
-import exports                                                  # noqa: E402  bench/exports.py: bases and runs made in code
-
-EXPORT_PROMPTS = [lora_ids(1, 9, seed=i)[0].tolist() for i in range(4)]
-EXPORT_CLASSES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "GPT2LMHeadModel")
-
-
-def export_model(name, ranks=(4, 2)):
-    """A base of this class in float32 and a stack on it with a folded round of noise for each rank."""
-    cls, ids = getattr(transformers, name), dict(vocab_size=262, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    args = exports.ARCHITECTURES[name]
-    torch.manual_seed(0)
-    model = cls(cls.config_class(**(args | {"text_config": args["text_config"] | ids} if "text_config" in args else args | ids))).eval()
-    base = copy.deepcopy(model)
-    stack = attach(model, r=ranks[0], alpha=6, layers=[1, 2])
-    for rnd, r in enumerate(ranks):                             # a rank of its own: through a file, as lora.restack does
-        pairs = {name: tuple(0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(rnd)) for shape in
-                             ((r, l.A.shape[1]), (len(l.B), r))) for name, l in stack.layers.items()}
-        stack._append([pairs])
-    return base, model, stack
-
-
-@pytest.fixture(scope="module")
-def exported(finished, tmp_path_factory):
-    """The tiny run's model in both forms: what `python lora.py export` writes and prints."""
-    out, said = tmp_path_factory.mktemp("exports"), io.StringIO()
-    with contextlib.redirect_stdout(said):
-        codes = [lora_py.main(["export", str(finished[1]), "--to", to, "--out", str(out / to)]) for to in ("peft", "merged")]
-    return out, codes, said.getvalue()
-
-
-@pytest.fixture(scope="module")
-def odd_runs(tmp_path_factory):
-    """Runs on bases of two classes in one file: a vision tower, and one that AutoModelForCausalLM loads as another class."""
-    found = {}
-    for name in ("Gemma3ForConditionalGeneration", "Qwen3_5ForConditionalGeneration"):
-        if not hasattr(transformers, name):
-            continue
-        folder = tmp_path_factory.mktemp(name)
-        exports.make_base(name, folder / "base")
-        exports.make_run(folder / "run", folder / "base")
-        found[name] = folder
-    return found
-
-
-@pytest.mark.parametrize("name", EXPORT_CLASSES)
-def test_export_peft_reads_our_adapter_as_the_same_model(name, tmp_path):
-    peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
-    base, model, stack = export_model(name)
-    check = stack.export_peft(tmp_path / "adapter", model, EXPORT_PROMPTS, base="somebody/base")
-    assert check["rank"] == 6 and check["effect_logit"] > 0.1
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "(?s).*adapter keys")  # "Found missing adapter keys" is how peft says it does nothing
-        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    ours, read = lora_py.logits_of(model, EXPORT_PROMPTS), lora_py.logits_of(theirs, EXPORT_PROMPTS)
-    with theirs.disable_adapter():
-        bare = lora_py.logits_of(theirs, EXPORT_PROMPTS)
-    assert lora_py.distance(ours, read)[0] < 1e-5 < 0.1 < lora_py.distance(read, bare)[0]
-    # and the other way: our reader on what peft itself writes
-    theirs.save_pretrained(tmp_path / "by_peft")
-    assert all(torch.allclose(B @ A, B2 @ A2, atol=1e-6) for (A, B), (A2, B2) in
-               zip(*(dict(sorted(lora_py.read_peft(tmp_path / d).items())).values() for d in ("adapter", "by_peft"))))
-
-
-def export_peft_twin(seed=0):
-    """Our LoRA and peft's on the same base with the same A and B: (our model, stack, peft model, its parameters in our order)."""
-    peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
-    model, stack = lora_case()
-    lora_noise(stack, seed, 0.1)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(stack.layers), lora_dropout=0.0)
-    theirs = peft.get_peft_model(tiny_model(tiny_tokenizer()), config).eval()
-    params = []
-    for name, l in stack.layers.items():
-        module = theirs.get_submodule(f"base_model.model.{name}")
-        for p, q in ((module.lora_A["default"].weight, l.A), (module.lora_B["default"].weight, l.B)):
-            p.data.copy_(q.data)
-            params.append(p)
-    return model, stack, theirs, params
-
-
-def test_export_our_lora_and_its_gradient_equal_pefts():
-    model, stack, theirs, params = export_peft_twin()
-    ids, grads = lora_ids(), []
-    for m, ps in ((model, stack.parameters()), (theirs, params)):
-        logits = m(input_ids=ids).logits
-        grads.append((logits, torch.autograd.grad(logits.log_softmax(-1)[..., 7].mean(), list(ps))))
-    assert torch.allclose(grads[0][0], grads[1][0], atol=1e-5)
-    assert max(g.abs().max() for g in grads[0][1]) > 1e-3
-    for ours, peers in zip(grads[0][1], grads[1][1]):
-        assert torch.allclose(ours, peers, atol=1e-5), (ours - peers).abs().max()
-
-
-def test_export_heal_alone_heals_a_peft_model_through_disable_adapter():
-    model, stack, theirs, params = export_peft_twin()
-    _, _, samples = heal_case()
-    cfg = HealConfig(lr=1e-2, epochs=2, val_share=0.3, kl_agg="rmse")
-    records = [heal(m, ps, samples, reference, cfg, tau=0.05, seed=3) for m, ps, reference in
-               ((model, stack.parameters(), heal_base(stack)), (theirs, params, theirs.disable_adapter))]
-    for ours, peers in zip(records[0]["steps"], records[1]["steps"]):
-        for key in ("nll", "div", "gnorm"):
-            assert ours[key] == pytest.approx(peers[key], abs=1e-5), (key, ours, peers)
-    assert records[0]["val_nll_after"] == pytest.approx(records[1]["val_nll_after"], abs=1e-5)
-    assert records[0]["fired_share"] > 0 and records[0]["nll_last"] < records[0]["nll_first"]
-    for p, q in zip(stack.parameters(), params):
-        assert torch.allclose(p, q, atol=1e-5), (p - q).abs().max()
-
-
-def test_export_gguf_is_byte_identical_to_the_gguf_packages_and_reads_back(tmp_path):
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install -r .ci/requirements.txt")
-    vectors = {layer: torch.randn(37, generator=torch.Generator().manual_seed(layer)) for layer in (3, 7, 11)}
-    notes = dict(operation="add", pos='["Sei \u00e4hnlich."]', model="")
-    steer.save_gguf(tmp_path / "ours.gguf", vectors, 0.3, "gemma3", notes)
-    writer = gguf.GGUFWriter(tmp_path / "theirs.gguf", "controlvector")
-    writer.add_string("controlvector.model_hint", "gemma3")
-    writer.add_uint32("controlvector.layer_count", 3)
-    for key, value in {**notes, "coeff": "0.3"}.items():
-        writer.add_string(f"steering.{key}", value)
-    for layer, v in vectors.items():
-        writer.add_tensor(f"direction.{layer}", (0.3 * v).numpy())
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
-    assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
-    found, fields = steer.read_gguf(tmp_path / "theirs.gguf")
-    assert all(torch.equal(found[layer], 0.3 * v) for layer, v in vectors.items()) and len(found) == 3 and fields["steering.pos"] == notes["pos"]
-
-
-def test_export_a_loaded_control_vector_at_scale_one_is_the_dose(tmp_path):
-    model, tok = steer_pair()
-    vectors, ids = steer_vectors(model), lora_ids()
-    steer.save_gguf(tmp_path / "v.gguf", vectors, 0.7, "llama", {})
-    steer.save_vectors(tmp_path / "v.safetensors", vectors, 0.7, dict(pos="[]"))
-    raw, coeff, notes = steer.read_vectors(tmp_path / "v.safetensors")
-    with steered(model, vectors, 0.7):
-        want = lora_logits(model, ids)
-    for found, dose in ((steer.read_gguf(tmp_path / "v.gguf")[0], 1.0), (raw, coeff)):
-        with steered(model, found, dose):
-            assert torch.equal(lora_logits(model, ids), want)
-    assert notes == {"pos": "[]"} and not torch.equal(want, lora_logits(model, ids))
-    with pytest.raises(ValueError, match="block 0"):
-        steer.save_gguf(tmp_path / "no.gguf", {0: vectors[1]}, 0.7, "llama", {})
-    with pytest.raises(ValueError, match="zero or not finite"):
-        steer.save_gguf(tmp_path / "no.gguf", vectors, 0.0, "llama", {})
-    with pytest.raises(ValueError, match="not a GGUF"):
-        steer.read_gguf(tmp_path / "v.safetensors")
-    assert sorted(os.listdir(tmp_path)) == ["v.gguf", "v.safetensors"]
-
-
-def test_export_a_rounds_vector_becomes_files_with_its_dose_and_persona_pair(finished, tmp_path, capsys):
+def test_the_report_shows_every_part_of_a_finished_run(finished):
     folder = finished[1]
     text = (folder / "report.html").read_text()
     tags = check_page(text)

@@ -367,7 +367,7 @@ def test_options_are_read_shown_and_recorded(capsys):
     args = options.tidy(vars(parser.parse_args(["--band", "0.1", "0.5", "--no-on"])))
     assert args == dict(n=3, band=(0.1, 0.5), how="", on=False)
     assert options.recorded(json.loads(json.dumps(args)), [Toy], "run") == args
-    shown = parser.format_help()
+    shown = parser.format_help().split("turned first")[1]
     assert shown.index("--n N") < shown.index("toy: a group") < shown.index("--band FROM TO")
     assert "100% of it (default: 3)" in shown
     for bad in (dict(n=True), dict(n="3"), dict(band=[1.0]), dict(how="b"), dict(on=None), dict(n=...)):
