@@ -7,17 +7,17 @@
 One round, on the student = base + folded rounds:
 
     vector   v = fit_vectors(student)              persona + minus persona -, where it is read
-    dose     coeff = find_dose(...)                the highest dose whose answers survive the filter
+    dose     coeff = find_dose(...)                the most trait of which enough answers survive the filter
     made     kept = [c for c in generate(student, v, coeff) if judge(c, base)]
     night    the steered student is measured
     heal     nll(kept) + lam * relu(D(student || base) - tau), and the round is folded
     day      the healed student is measured
-    gate     finite, coherent on two scores, more trait than the last accepted day; else the fold is undone
+    gate     finite, coherent, more trait than the last accepted day; else the fold is undone
 
 What depends on a model's scale is measured on the model itself and recorded: the filter's limits from the
 base's own answers, bare and prompted; tau from how far the persona prompt alone takes the base from itself,
-on the first kept answers; the steered blocks from where the persona is read; the dose by search; the learning
-rate from the width. An explicit number on the command line overrides it.
+on the first kept answers; steered blocks and dose by what they do; the temperature from the base's own nats;
+the learning rate from the width. An explicit number on the command line overrides it.
 
 Writes runs/<time>_<slug>/ (tools/folder.py says what is in it) and one line in runs/results.tsv. A run that
 was stopped at any point continues with the same numbers: python loop.py --resume RUN
@@ -44,6 +44,7 @@ from typing import Literal
 
 import torch
 
+import evalmfv
 import heal
 import lora
 import steer
@@ -56,6 +57,8 @@ from tools.student import Student, stage_seed, why_dropped
 from tools.table import has_moved, tally, to_results
 
 WORDS = ("plan", "chat", "export", "report")            # python loop.py WORD ...: tools/WORD.py
+QUICK = dict(rounds=2, n_vignettes=28, think_tokens=16, n_text=24, n_make=48, max_new_tokens=48, epochs=3)
+READABLE = 0.5              # base's probability on the probe's answers under which it reads another text than ours
 CODE = ("loop", "steer", "lora", "heal", "evalmfv", "tools/student", "tools/model", "tools/inputs")
 
 
@@ -83,7 +86,9 @@ class LoopConfig:
     coh_floor: float = opt(0.95, "lowest coherence that is accepted, as a share of the base's", 1e-6, 1)
     patience: int = opt(3, "stop after this many refused rounds in a row", 1, 1e6)
     think_tokens: int = opt(128, "tokens the model may think before the probe interrupts it", 1, 1e6)
-    n_text: int = opt(48, "sampled answers to held-out prompts behind the free-text coherence", 1, 1e6)
+    n_text: int = opt(48, "sampled answers to held-out prompts behind trait meter and text coherence", 2, 1e6)
+    n_vignettes: int = opt(0, "items of the probe, evenly spread through the file; 0 = all", 0, 1e6)
+    quick: bool = opt(False, "a preset for small machines: other defaults of " + ", ".join(QUICK))
     batch_size: int = opt(152, "rows of a batch of answers or probe frames, fewer without memory", 1, 1e6)
     out: str = opt("runs", "folder of the run folders")
     resume: str = opt("", "run folder to continue with its own options; those of the gate may change, "
@@ -116,6 +121,8 @@ def parse(argv=None) -> list:
             found = files.read_for_more(path).run.get("options")
             then = options.recorded(found, GROUPS, path) | {"resume": ""}
             args = vars(parser.parse_args(argv, argparse.Namespace(**then)))
+        elif args["quick"]:
+            args = vars(parser.parse_args(argv, argparse.Namespace(**QUICK)))
         if args["positional_model"] is not None:
             args["model"] = args["positional_model"]
         args = options.tidy(args)
@@ -139,29 +146,39 @@ def parse(argv=None) -> list:
 # ---- the gate ------------------------------------------------------------------------------------------
 
 
-def gate(now: dict, last: dict, base: dict, cfg: LoopConfig) -> list[str]:
-    """Why this day is not accepted; empty if it is. Absolute conditions come before the relative one."""
-    scores = ("trait", "coherence", "text")
+def is_readable(base: dict, prompted: dict, cfg: LoopConfig) -> bool:
+    """Does this model answer the probe? Else it has no say: neither bare nor prompted does the base pass it."""
+    return base["coherence"] >= READABLE and prompted["coherence"] >= cfg.coh_floor * base["coherence"]
+
+
+def gate(now: dict, last: dict, base: dict, prompted: dict, cfg: LoopConfig) -> list[str]:
+    """Why this day is not accepted, with the option that moves each reason; empty if it is. Floors come first."""
+    scores = ("persona_ratio", "trait", "coherence", "text")
     if bad := [name for name in scores if now[name] is None or not math.isfinite(now[name])]:
         return [f"{', '.join(bad)} not finite"]
-    reasons = []
-    for name in ("coherence", "text"):
+    reasons, reads = [], is_readable(base, prompted, cfg)
+    for name in ("coherence", "text") if reads else ("text",):
         floor = cfg.coh_floor * base[name]
         if now[name] < floor:
-            reasons.append(f"{name} {now[name]:.3f} under {floor:.3f} ({cfg.coh_floor:g} of the base's "
-                           f"{base[name]:.3f})")
-    if now["trait"] <= last["trait"]:
-        reasons.append(f"trait {now['trait']:+.3f} nats, no more than the last accepted {last['trait']:+.3f}")
+            reasons.append(f"{name} {now[name]:.3f} under {floor:.3f}, the base's {base[name]:.3f} times "
+                           f"--coh-floor {cfg.coh_floor:g}")
+    gain = torch.tensor(now["ratios"]).double() - torch.tensor(last["ratios"]).double()     # [n_text] paired
+    mean, se = gain.mean().item(), evalmfv.standard_error(gain).item()
+    by_probe = now["trait"] - last["trait"] if reads and now["shift"] else 0.0
+    if mean <= se and by_probe <= now["trait_se"]:
+        reasons.append(f"no movement beyond noise: persona_ratio {mean:+.3f} ± {se:.3f} nats per token over the "
+                       "last accepted day (a larger --n-text lowers the noise, --no-gate accepts all)")
     return reasons if cfg.gate else []
 
 
 def n_standing(record: Record, cfg: LoopConfig) -> int:
     """How many events stand if the gates are asked again with these options: all before the first to turn."""
-    last = base = record.of("row")
+    base, prompted = (next(iter(record.rows(kind)), None) for kind in ("base", "prompted"))
+    last = base
     for n, e in enumerate(record.events):
         days = [row for row in record.rows("healed") if row["round"] == e["round"]]
         if e["stage"] == "gate" and days:               # a round that broke before its day stays refused
-            if bool(gate(days[0], last, base, cfg)) == e["accepted"]:
+            if bool(gate(days[0], last, base, prompted, cfg)) == e["accepted"]:
                 return n
             last = days[0] if e["accepted"] else last
     return len(record.events)
@@ -179,13 +196,11 @@ class Run:
         self.hcfg = dataclasses.replace(hcfg, lr=0.2 / width if hcfg.lr is None else hcfg.lr)
         persona = given["persona"]
         self.read = model, tok, persona["pos"], persona["neg"], given["contexts"]
-        steered, strength = steer.find_layers(*self.read)
-        if scfg.steer_band:
-            steered = steer.band(n_blocks, *scfg.steer_band)
-        self.layers = dict(steer=steered, lora=steer.band(n_blocks, *lcfg.lora_band), strength=strength)
-        self.stack = lora.attach(model, r=lcfg.r, alpha=lcfg.alpha, layers=self.layers["lora"], seed=cfg.seed)
+        self.bands = [steer.band(n_blocks, *scfg.steer_band)] if scfg.steer_band else steer.bands_of(n_blocks)
+        self.adapted = steer.band(n_blocks, *lcfg.lora_band)
+        self.stack = lora.attach(model, r=lcfg.r, alpha=lcfg.alpha, layers=self.adapted, seed=cfg.seed)
         with self.stack.gated(0, 0):                    # what every round's vector is compared with
-            self.origin = steer.fit_vectors(*self.read, steered)
+            self.origin = steer.fit_vectors(*self.read, sorted({k for band in self.bands for k in band}))
         sampling = {name: getattr(scfg, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
         self.student = Student(model, tok, self.stack, self.screen, **given, seed=cfg.seed, n_text=cfg.n_text,
                                think_tokens=cfg.think_tokens,
@@ -194,12 +209,28 @@ class Run:
     # ---- what needs no round
 
     def measure_base(self) -> None:
-        self.folder.once("layers", None, lambda: self.layers)
-        event = self.folder.once("limits", None, lambda: self.student.calibrate(self.scfg.n_make, self.scfg))
+        student, scfg = self.student, self.scfg
+        event = self.folder.once("limits", None, lambda: student.calibrate(scfg.n_make, scfg.temperature))
         self.limits, self.own = steer.Limits(**event["limits"]), (event["own_ids"], event["own_nll"])
-        self.screen.say("limits", None, "  ".join(f"{k} {v:.3g}" for k, v in event["limits"].items()))
+        student.sampling["temperature"] = event["temperature"]
+        self.screen.say("limits", None, "  ".join(f"{k} {v:.3g}" for k, v in event["limits"].items())
+                        + f"  temperature {event['temperature']:g} (the base's own {event['nll']:.2f} nats)")
         self.base = self.row("base", None, "base")
-        self.row("prompted", None, "prompted", system=self.student.persona["pos"][0])
+        self.prompted = self.row("prompted", None, "prompted", system=student.persona["pos"][0])
+        if not is_readable(self.base, self.prompted, self.cfg):
+            self.screen.say("probe", None, f"warning: this model does not answer the probe (coherence "
+                            f"{self.base['coherence']:.3f}): its profile means little, and it has no say in the "
+                            "gate; the trait is persona_ratio", "yellow")
+        event = self.folder.once("layers", None, lambda: self.chosen() | dict(lora=self.adapted))
+        self.steered_at = event["steer"]
+        self.screen.say("layers", None, f"steer {self.steered_at}, the most trait of {len(self.bands)} bands")
+
+    def chosen(self) -> dict:
+        """Which blocks are steered: {steer, trials}."""
+        if len(self.bands) == 1:
+            return dict(steer=self.bands[0], trials=[])
+        with self.stack.gated(0, 0):
+            return self.student.band(self.bands, self.origin, self.limits)
 
     def row(self, kind: str, rnd: int | None, label: str, **how) -> dict:
         """A row of the table, from the journal or measured now."""
@@ -208,9 +239,10 @@ class Run:
         def measure():
             row = self.student.measured(kind, rnd, label, own=self.own, base=there.get("base"),
                                         prompted=there.get("prompted"), **how)
-            self.screen.say(kind, rnd, f"trait {row['trait']:+.3f} nats (se {row['trait_se']:.3f})  "
-                            f"coherence {row['coherence']:.4f}  "
-                            f"text {row['text']:.3f} (se {row['text_se']:.3f})")
+            share = "-" if row["share"] is None else f"{row['share']:+.2f} (se {row['share_se']:.2f})"
+            probe = f"  probe {row['trait']:+.3f} nats" if row["shift"] else ""
+            self.screen.say(kind, rnd, f"share {share}  ratio {row['persona_ratio']:+.3f}{probe}  "
+                            f"coherence {row['coherence']:.3f}  text {row['text']:.3f}")
             return row
         return self.folder.once("row", rnd, measure, kind=kind)
 
@@ -236,7 +268,7 @@ class Run:
             self.night(rnd)
             once("heal", rnd, lambda: self.heal(rnd))
             day = self.day(rnd, n_before)
-            reasons = gate(day, self.folder.record.last_day, self.base, self.cfg)
+            reasons = gate(day, self.folder.record.last_day, self.base, self.prompted, self.cfg)
             # --------------------------------------------------------------------------------------------
         except torch.OutOfMemoryError as error:         # batches were halved already
             raise RuntimeError(f"out of memory in round {rnd}: {error}") from None
@@ -269,18 +301,20 @@ class Run:
 
     def vector(self, rnd: int) -> dict:
         """The persona's vectors on the student as it is."""
-        vectors = steer.fit_vectors(*self.read, self.layers["steer"])
+        vectors = steer.fit_vectors(*self.read, self.steered_at)
         self.save(rnd, "vectors", {f"layer.{k}": v for k, v in vectors.items()})
         return dict(norm={k: v.norm() for k, v in vectors.items()},
                     cosine={k: torch.cosine_similarity(v, self.origin[k], dim=0) for k, v in vectors.items()})
 
     def dose(self, rnd: int) -> dict:
-        """The highest dose that survives, and all that were tried: [{coeff, survive, ppl}]."""
+        """The dose with the most trait of which enough survives, and all that were tried: [{coeff, ratio, survive}]."""
         vectors, coeff, trials, last = self.steering(rnd)["vectors"], self.scfg.coeff, [], []
         if coeff is None:
-            survive = self.student.survival(rnd, vectors, self.limits, trials, last)
+            tries = self.student.tries(rnd, self.limits, vectors, trials, last)
             try:
-                coeff, _ = steer.find_dose(survive, min_survive=self.scfg.min_survive)
+                coeff, _, bound = steer.find_dose(tries, min_survive=self.scfg.min_survive)
+                if bound:
+                    self.screen.say("dose", rnd, f"warning: the search ended on its bound, {bound}", "yellow")
             except RuntimeError as error:
                 raise RuntimeError(f"{error}. {why_dropped(last)}") from error
         self.save(rnd, "vectors", {f"layer.{k}": v for k, v in vectors.items()}, coeff=repr(coeff))
@@ -298,15 +332,14 @@ class Run:
         self.screen.say("filter", rnd, f"dose {steering['coeff']:.3f}  kept {kept}{rules}")
         if len(made) - dropped.total() < n_min:
             raise RuntimeError(f"{kept} completions passed the filter at dose {steering['coeff']:.3f}, need "
-                               f"{n_min}; raise --n-make or --slack. {why_dropped(made)}")
+                               f"{n_min}; raise --n-make. {why_dropped(made)}")
         return dict(completions=made)
 
     def night(self, rnd: int) -> None:
         row = self.row("steered", rnd, f"steered, night {rnd}", **self.steering(rnd))
         if not has_moved(row):
-            self.screen.say("steered", rnd, f"warning: this moves the trait by {row['trait']:+.3f} nats (se "
-                            f"{row['trait_se']:.3f}), which may be nothing; try another persona or "
-                            "--steer-band", "yellow")
+            self.screen.say("steered", rnd, f"warning: this moves the trait by {row['moved']:+.3f} nats per token "
+                            f"(se {row['moved_se']:.3f}), which may be nothing; try clearer persona texts", "yellow")
 
     def tau(self, rnd: int, kept: list[steer.Completion]) -> float:
         """The barrier's set point in nats, calibrated in the first round that gets here."""
@@ -406,7 +439,8 @@ def begin(run: Run, argv: list[str], values: dict, facts: dict, around: dict) ->
 
 def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
     """Runs the rounds, prints the table, returns the exit code: 0 if a round was accepted, 3 if none was."""
-    given = inputs.load(cfg.persona, prompts=cfg.prompts, vignettes=cfg.vignettes, pos=cfg.pos, neg=cfg.neg)
+    given = inputs.load(cfg.persona, prompts=cfg.prompts, vignettes=cfg.vignettes, pos=cfg.pos, neg=cfg.neg,
+                        model=cfg.model, n_vignettes=cfg.n_vignettes)
     notes = given.pop("notes")
     files.check_out(Path(cfg.resume or cfg.out))
     date = files.read(cfg.resume).run.get("date", "") if cfg.resume else models.today()
@@ -428,9 +462,9 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         around = files.surroundings(model, CODE) | dict(commit=models.commit_of(model))
         begin(run, argv, values | {"resume": ""}, plain(facts), around)
         print(folder.run["command"])
-        n_trained, adapted = sum(p.numel() for p in run.stack.parameters()), run.layers["lora"]
+        n_trained, adapted = sum(p.numel() for p in run.stack.parameters()), run.adapted
         screen.say("model", None, f"{cfg.model}: {len(steer.blocks(model))} blocks of width "
-                   f"{width}, {str(model.dtype).removeprefix('torch.')}, steer {run.layers['steer']}, lora "
+                   f"{width}, {str(model.dtype).removeprefix('torch.')}, lora "
                    f"{adapted[0]}-{adapted[-1]} rank {lcfg.r}, {n_trained:,} trained parameters")
         for note in [*notes, *models.template_notes(tok), run.stack.note]:
             if note:

@@ -182,9 +182,10 @@ class Student:
                    **self.share(kind, ratios, base, prompted),
                    diary=[dict(prompt=self.held_out[c.prompt], text=c.text, coherence=share)
                           for c, share in zip(diary, told["per_item"])])
+        moved = ratios - torch.tensor(base["ratios"]).double() if base else 0 * ratios  # [n_text]  paired
+        row |= dict(moved=moved.mean(), moved_se=evalmfv.standard_error(moved))
         if self.persona["target"] is None:              # no foundation: the trait is the ratio's move
-            moved = ratios - torch.tensor(base["ratios"]).double() if base else 0 * ratios          # [n_text]
-            return row | dict(trait=moved.mean(), trait_se=evalmfv.standard_error(moved), shift=None)
+            return row | dict(trait=row["moved"], trait_se=row["moved_se"], shift=None)
         move = evalmfv.shift(probe, (base or row)["probe"], self.persona["target"], self.persona["direction"])
         return row | dict(trait=move["trait"] + 0.0, trait_se=move["se"], shift=move)   # -0.0 + 0.0 is 0.0
 
