@@ -25,12 +25,10 @@ was stopped at any point continues with the same numbers: python loop.py --resum
 Exit codes: 0 a round was accepted, 1 the run died (run.json says why), 2 bad usage, 3 no round was accepted,
 130 interrupted.
 """
-import argparse
 import dataclasses
 import importlib
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -52,6 +50,7 @@ from heal import check_ranges, opt
 from tools import folder as files
 from tools import inputs, model as models, options
 from tools.folder import Folder, Record, RunDied, one_line, plain
+from tools.rounds import Rounds
 from tools.screen import Screen
 from tools.student import Student, stage_seed, why_dropped
 from tools.table import has_moved, tally, to_results
@@ -109,38 +108,20 @@ FREE = ("rounds", "patience", "gate", "coh_floor")      # what a run that contin
 
 
 def parse(argv=None) -> list:
-    """The dataclasses of all rooms as one command line."""
-    parser = options.parser(GROUPS, FIRST, description=__doc__.split("\n")[0], prog="loop.py",
-                            usage="python loop.py [MODEL] [--option value ...]",
-                            epilog="; ".join(f"python loop.py {word} --help" for word in WORDS))
-    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
-    args = vars(parser.parse_args(argv))
+    """The dataclasses of all rooms as one command line; exits with 2 and a sentence for what cannot be meant."""
+    how = dict(prog="loop.py", usage="python loop.py [MODEL] [--option value ...]",
+               description=__doc__.split("\n")[0],
+               epilog="; ".join(f"python loop.py {word} --help" for word in WORDS))
     try:
-        then, path = {}, args["resume"]
-        if path:                                        # what is not given now stays as it was
-            found = files.read_for_more(path).run.get("options")
-            then = options.recorded(found, GROUPS, path) | {"resume": ""}
-            args = vars(parser.parse_args(argv, argparse.Namespace(**then)))
-        elif args["quick"]:
-            args = vars(parser.parse_args(argv, argparse.Namespace(**QUICK)))
-        if args["positional_model"] is not None:
-            args["model"] = args["positional_model"]
-        args = options.tidy(args)
-        if names := [k for k in then if args[k] != then[k] and k not in (*FREE, "out", "resume")]:
-            differ = ", ".join(f"{k} is {then[k]!r} there and {args[k]!r} here" for k in names)
-            raise ValueError(f"--resume {path}: that run has another configuration: {differ}; leave these "
-                             "out, or start a new run without --resume")
-        if less := [k for k in ("rounds", "patience") if then and args[k] < then[k]]:
-            name = less[0]
-            raise ValueError(f"--{name} {args[name]}: that run has {then[name]}, which may only grow")
-        configs = [cls(**{f.name: args[f.name] for f in fields(cls)}) for cls in GROUPS]
+        args = options.command(GROUPS, FIRST, FREE, argv, preset=QUICK, **how,
+                               recorded_of=lambda path: files.read_for_more(path).run.get("options"))
         if args["tau"] is not None and args["reg"] == "nll":
             raise ValueError("--reg nll and --tau: without a barrier there is no tau; leave one out")
         if args["tau"] is not None and args["tau_scale"] != LoopConfig.tau_scale:
             raise ValueError("--tau and --tau-scale: the scale is for a calibrated tau; leave one out")
+        return [cls(**{f.name: args[f.name] for f in fields(cls)}) for cls in GROUPS]
     except (ValueError, OSError) as error:
-        parser.error(one_line(error))
-    return configs
+        options.parser(GROUPS, FIRST, **how).error(one_line(error))
 
 
 # ---- the gate ------------------------------------------------------------------------------------------
@@ -192,6 +173,7 @@ class Run:
 
     def __init__(self, cfg, scfg, lcfg, hcfg, model, tok, folder: Folder, given: dict):
         self.cfg, self.scfg, self.folder, self.screen = cfg, scfg, folder, folder.screen
+        self.rounds = Rounds(folder)
         n_blocks, width = len(steer.blocks(model)), model.config.get_text_config().hidden_size
         self.hcfg = dataclasses.replace(hcfg, lr=0.2 / width if hcfg.lr is None else hcfg.lr)
         persona = given["persona"]
@@ -229,8 +211,7 @@ class Run:
         """Which blocks are steered: {steer, trials}."""
         if len(self.bands) == 1:
             return dict(steer=self.bands[0], trials=[])
-        with self.stack.gated(0, 0):
-            return self.student.band(self.bands, self.origin, self.limits)
+        return self.student.band(self.bands, self.origin)
 
     def row(self, kind: str, rnd: int | None, label: str, **how) -> dict:
         """A row of the table, from the journal or measured now."""
@@ -257,7 +238,7 @@ class Run:
         once, stack, n_before, reasons = self.folder.once, self.stack, self.stack.n_rounds, []
         if past := self.folder.recall("gate", rnd):     # it ended in an earlier sitting
             if past["accepted"]:
-                self.load_round(rnd)
+                self.stack.load_tensors(self.rounds.adapter(rnd))
             return past
         try:
             # ---- one round: each stage reads what it needs from the events and files of those before ---
@@ -278,37 +259,19 @@ class Run:
             if stack.n_rounds > n_before:
                 stack.unfold()
             stack.drop()
-        return once("gate", rnd, lambda: self.settled(rnd, reasons))
-
-    def path(self, rnd: int, name: str) -> Path:
-        return self.folder.path / "rounds" / f"{rnd:02d}" / f"{name}.safetensors"
-
-    def save(self, rnd: int, name: str, tensors: dict, **notes) -> None:
-        with self.folder.writing(self.path(rnd, name)):
-            self.path(rnd, name).parent.mkdir(exist_ok=True)
-            files.save_tensors(self.path(rnd, name), tensors, notes)
-
-    def load_round(self, rnd: int) -> None:
-        path = self.path(rnd, "adapter")                # renamed, if refused and then killed
-        path = path if path.exists() else self.path(rnd, "rejected")
-        self.stack.load_tensors(files.read_tensors(path)[0])
-
-    def steering(self, rnd: int) -> dict:
-        """{vectors, coeff} of a round whose dose is settled."""
-        tensors, notes = files.read_tensors(self.path(rnd, "vectors"))
-        return dict(vectors={int(name.removeprefix("layer.")): v for name, v in tensors.items()},
-                    coeff=float(notes.get("coeff", "nan")))
+        return once("gate", rnd, lambda: self.rounds.settle(rnd, not reasons)
+                    or dict(accepted=not reasons, reasons=reasons))
 
     def vector(self, rnd: int) -> dict:
         """The persona's vectors on the student as it is."""
         vectors = steer.fit_vectors(*self.read, self.steered_at)
-        self.save(rnd, "vectors", {f"layer.{k}": v for k, v in vectors.items()})
+        self.rounds.save_vectors(rnd, vectors)
         return dict(norm={k: v.norm() for k, v in vectors.items()},
                     cosine={k: torch.cosine_similarity(v, self.origin[k], dim=0) for k, v in vectors.items()})
 
     def dose(self, rnd: int) -> dict:
         """The dose with the most trait of which enough survives, and all that were tried: [{coeff, ratio, survive}]."""
-        vectors, coeff, trials, last = self.steering(rnd)["vectors"], self.scfg.coeff, [], []
+        vectors, coeff, trials, last = self.rounds.steering(rnd)["vectors"], self.scfg.coeff, [], []
         if coeff is None:
             tries = self.student.tries(rnd, self.limits, vectors, trials, last)
             try:
@@ -317,12 +280,12 @@ class Run:
                     self.screen.say("dose", rnd, f"warning: the search ended on its bound, {bound}", "yellow")
             except RuntimeError as error:
                 raise RuntimeError(f"{error}. {why_dropped(last)}") from error
-        self.save(rnd, "vectors", {f"layer.{k}": v for k, v in vectors.items()}, coeff=repr(coeff))
+        self.rounds.save_vectors(rnd, vectors, coeff=repr(coeff))
         return dict(coeff=coeff, trials=trials)
 
     def made(self, rnd: int) -> dict:
         """Steered answers to the training prompts, each with the filter's verdict."""
-        steering, student, n_min = self.steering(rnd), self.student, self.scfg.n_min
+        steering, student, n_min = self.rounds.steering(rnd), self.student, self.scfg.n_min
         made = student.answers(student.spread(self.scfg.n_make), "make", rnd, **steering)
         made = student.judged(made, self.limits)
         dropped = Counter(e["verdict"]["rule"] for e in made if not e["verdict"]["kept"])
@@ -336,7 +299,7 @@ class Run:
         return dict(completions=made)
 
     def night(self, rnd: int) -> None:
-        row = self.row("steered", rnd, f"steered, night {rnd}", **self.steering(rnd))
+        row = self.row("steered", rnd, f"steered, night {rnd}", **self.rounds.steering(rnd))
         if not has_moved(row):
             self.screen.say("steered", rnd, f"warning: this moves the trait by {row['moved']:+.3f} nats per token "
                             f"(se {row['moved_se']:.3f}), which may be nothing; try clearer persona texts", "yellow")
@@ -369,11 +332,11 @@ class Run:
                                pad_id=student.pad_id, seed=stage_seed(cfg.seed, rnd, "heal"),
                                spectral=stack.spectral if hcfg.spectral else None)
         self.say_healed(rnd, record)
-        worst = student.worst_kept(samples, reference, **self.steering(rnd), reg=hcfg.reg,
+        worst = student.worst_kept(samples, reference, **self.rounds.steering(rnd), reg=hcfg.reg,
                                    pass_tokens=hcfg.pass_tokens)
         event = dict(record, norm=stack.norm(), singular=stack.singular_values(), worst=worst)
         stack.fold()
-        self.save(rnd, "adapter", stack.tensors([stack.n_rounds - 1]))
+        self.rounds.save(rnd, "adapter", stack.tensors([stack.n_rounds - 1]))
         return event
 
     def say_healed(self, rnd: int, record: dict) -> None:
@@ -391,16 +354,8 @@ class Run:
 
     def day(self, rnd: int, n_before: int) -> dict:
         if self.stack.n_rounds == n_before:             # healed in an earlier sitting
-            self.load_round(rnd)
+            self.stack.load_tensors(self.rounds.adapter(rnd))
         return self.row("healed", rnd, f"day {rnd}")
-
-    def settled(self, rnd: int, reasons: list[str]) -> dict:
-        """The adapter's file gets the name that the gate gives it."""
-        old, new = [self.path(rnd, name) for name in ("adapter", "rejected")][::1 if reasons else -1]
-        if old.exists():
-            with self.folder.writing(new):
-                os.replace(old, new)
-        return dict(accepted=not reasons, reasons=reasons)
 
 
 # ---- the loop ------------------------------------------------------------------------------------------
@@ -501,12 +456,26 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
     return 0 if record.accepted else 3
 
 
+def plan(argv: list[str]) -> int:
+    """What a run with these options, or those of a RUN folder, would need; reads no weights."""
+    from tools import plan as planner
+    if argv and (Path(argv[0]) / "run.json").is_file():
+        values = options.recorded(files.read(argv[0]).run.get("options"), GROUPS, argv[0])
+    else:
+        values = {f.name: getattr(c, f.name) for c in parse(argv) for f in fields(c)}
+    given = {name: values[name] for name in ("persona", "prompts", "vignettes", "pos", "neg", "model", "n_vignettes")}
+    print(*planner.plan(inputs.load(**given), **{k: values[k] for k in planner.OPTIONS}), sep="\n")
+    return 0
+
+
 def main(argv=None) -> int:
     for stream in (sys.stdout, sys.stderr):             # a model does not care about the terminal's alphabet
         if hasattr(stream, "reconfigure"):              # a notebook's streams have no alphabet to set
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["plan"]:
+            return plan(argv[1:])
         if argv[:1] and argv[0] in WORDS:
             return importlib.import_module(f"tools.{argv[0]}").main(argv[1:])
         return loop(*parse(argv), argv)

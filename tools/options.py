@@ -51,6 +51,31 @@ def tidy(args: dict) -> dict:
     return args
 
 
+def command(groups, first: tuple, free: tuple, argv, *, preset: dict, recorded_of, **how) -> dict:
+    """Every option's value, from the command line; with --quick others are left at `preset`, with --resume RUN at
+    those of the run, of which only `free` may differ. recorded_of(path) -> options of that run's record.
+    A usage error ends the process with 2; ValueError says what contradicts what."""
+    made = parser(groups, first, **how)
+    made.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
+    args, then = vars(made.parse_args(argv)), {}
+    path = args["resume"]
+    if path:                                            # what is not given now stays as it was
+        then = recorded(recorded_of(path), groups, path) | {"resume": ""}
+        args = vars(made.parse_args(argv, argparse.Namespace(**then)))
+    elif args["quick"]:
+        args = vars(made.parse_args(argv, argparse.Namespace(**preset)))
+    model = args.pop("positional_model")
+    args = tidy(args if model is None else args | dict(model=model))
+    if names := [k for k in then if args[k] != then[k] and k not in (*free, "out", "resume")]:
+        differ = ", ".join(f"{k} is {then[k]!r} there and {args[k]!r} here" for k in names)
+        raise ValueError(f"--resume {path}: that run has another configuration: {differ}; leave these out, or "
+                         "start a new run without --resume")
+    if less := [k for k in ("rounds", "patience") if then and args[k] < then[k]]:
+        name = less[0]
+        raise ValueError(f"--{name} {args[name]}: that run has {then[name]}, which may only grow")
+    return args
+
+
 def recorded(options, groups, path) -> dict:
     """The options of the run in `path`, checked as if they had been typed; ValueError if one cannot be."""
     def fits(value, kind) -> bool:

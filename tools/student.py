@@ -17,11 +17,7 @@ import steer
 from tools.folder import inert, plain
 from tools.screen import Screen
 
-N_DIARY = 6                 # held-out prompts answered greedily for the diary: as many as a reader reads
-N_PROBE = 24                # answers per dose of the search: enough to tell .8 from .95 survival
-TEMPERATURES = 1.0, 0.7, 0.5            # the highest at which the base keeps to itself is sampled at
-CALM = 1.25                 # nats per token of its own answers that a model bears: embedded .36 at 1.0, SmolLM2
-                            # 1.90 at 1.0 (broken to a reader) and 1.18 at .7; drawn from these two models
+N_DIARY = 6                 # held-out prompts answered greedily for the diary: as many as a reader readsN_FORESEE, N_TOKENS = 8, 24 # answers and their tokens that the search of the band reads: exact means, so few do
 
 
 def stage_seed(seed: int, rnd: int, stage: str) -> int:
@@ -114,11 +110,11 @@ class Student:
     def calibrate(self, n: int, temperature: float | None) -> dict:
         """The sampling temperature and the filter's limits, from n answers of the base to training prompts and n
         of the prompted base. `own_ids`, `own_nll`: both, what free text is held against."""
-        for self.sampling["temperature"] in [temperature] if temperature else TEMPERATURES:
+        for self.sampling["temperature"] in [temperature] if temperature else steer.TEMPERATURES:
             own = self.answers(self.spread(n), "own", None)
             with self.stack.gated(0, 0):
                 calm = torch.cat(steer.token_nll(self.model, own, pad_id=self.pad_id)).mean().item()
-            if calm <= CALM:
+            if calm <= steer.MAX_NLL:
                 break
         # the trait itself is no incoherence: what the prompted base says must pass the filter too
         voiced = self.answers(self.spread(n), "own", None, system=self.persona["pos"][0])
@@ -128,6 +124,24 @@ class Student:
                     own=[c.text for c in own], voiced=[c.text for c in voiced],
                     own_ids=[c.ids for c in own + voiced], own_nll=nlls)
 
+    def band(self, bands: list[list[int]], vectors: dict) -> dict:
+        """Which blocks to steer, by what steering there would make the base say next: {steer, limit, trials}.
+
+        The damage that is allowed is a tenth more nats than the base's own, or the persona prompt's if that is more.
+        """
+        users, persona = self.spread(N_FORESEE), self.persona
+        answers = [dataclasses.replace(c, ids=c.ids[:N_TOKENS]) for c in self.answers(users, "band", None)]
+
+        def foresee(cells):
+            with self.stack.gated(0, 0):
+                return evalmfv.foresee(self.model, self.tok, answers, users, persona["meter_pos"],
+                                       persona["meter_neg"], vectors, cells)
+        (_, own), (_, prompted) = foresee([])
+        limit = max(1.1 * own, prompted)
+        chosen, ranked = steer.find_band(lambda cells: foresee(cells)[2:], bands, limit)
+        return dict(steer=chosen, limit=limit,
+                    trials=[dict(band=band, ratio=effect, coeff=dose) for band, effect, dose in ranked])
+
     def tries(self, rnd: int, limits: steer.Limits, vectors: dict, trials: list, last: list):
         """What `steer.find_dose` asks: of each dose, the trait of its answers that pass the filter, and their share.
 
@@ -136,7 +150,7 @@ class Student:
         """
         rng = torch.Generator().manual_seed(stage_seed(self.seed, rnd, "probed prompts"))
         order = torch.randperm(len(self.train), generator=rng).tolist()
-        probed = [self.train[i] for i in order[:N_PROBE]]
+        probed = [self.train[i] for i in order[:steer.N_PROBE]]
         n, seed = len(probed), stage_seed(self.seed, rnd, "probe")
 
         def try_doses(coeffs):
