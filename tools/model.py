@@ -265,7 +265,7 @@ def try_out(name: str, model, tok, dtype: torch.dtype) -> None:
     ids, attn, position_ids = steer.left_pad([rows[1][:-1], rows[0][:-1]], most, steer.device_of(model))         # [2, T] each
     nothing = {last: torch.zeros(model.config.get_text_config().hidden_size)}
     with named_errors(name, f"the architecture {kind} cannot be steered and decoded in batches"), steer.steered(model, nothing, 1.0):
-        forward, cache = steer.cached_forward(model, ids.shape[1] + 1)
+        forward, cache = steer.cached_forward(model)
         forward(ids, attn, position_ids)
         cache.reorder_cache(torch.tensor([1], device=ids.device))           # the longer row leaves
         token = torch.tensor([rows[0][-1:]], device=ids.device)             # [1, 1]

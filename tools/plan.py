@@ -140,7 +140,7 @@ def by_trial(model, stack, *, rows: int, length: int, cfg: heal.HealConfig, n_sa
     @torch.no_grad()
     def decode(batch):
         ids = torch.randint(vocab, (batch, length), device=device)              # [B, T]
-        forward, _ = steer.cached_forward(model, length + 4)
+        forward, _ = steer.cached_forward(model)
         times, attn = [], torch.ones(batch, length + 4, dtype=torch.long, device=device)         # [B, T + 4]
         for i in range(5):                                      # the prompt, then four tokens
             past, start = (0, time.perf_counter()) if i == 0 else (length + i - 1, time.perf_counter())
@@ -193,7 +193,7 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
     longest = max(map(tokens_of, persona["pos"] + persona["neg"])) + max(map(tokens_of, prompts))
     asked = [tokens_of(evalmfv.question(v["text"], evalmfv.FOUNDATIONS)) for v in inputs["vignettes"]]
     n_rows = 2 + 2 * rounds                                                         # of the table
-    search = [] if coeff else [3 * steer.N_PROBE] + [steer.N_PROBE] * (steer.DOSE_STEPS - 1)
+    search = [] if coeff else [4 * steer.N_PROBE] + [2 * steer.N_PROBE] * 3      # as find_dose asks, a bound not met
     batches = [n_make] * 2 + rounds * (search + [n_make]) + n_rows * [n_text, N_DIARY]     # answers asked for at once
     n_answers, n_frames = sum(batches), 2 * len(asked) * n_rows
     n_steps = rounds * epochs * math.ceil(n_make / heal_batch)

@@ -18,6 +18,8 @@ from tools.folder import inert, plain
 from tools.screen import Screen
 
 N_DIARY = 6                 # held-out prompts answered greedily for the diary: as many as a reader readsN_FORESEE, N_TOKENS = 8, 24 # answers and their tokens that the search of the band reads: exact means, so few do
+N_FORESEE, N_TOKENS = 8, 24 # answers, and their tokens, that the search of the band reads: exact means need few
+
 
 
 def stage_seed(seed: int, rnd: int, stage: str) -> int:
@@ -93,7 +95,7 @@ class Student:
         users, persona = [prompts[c.prompt % len(prompts)] for c in completions], self.persona
         with self.stack.gated(0, 0):
             return evalmfv.persona_ratio(self.model, self.tok, completions, users, persona["meter_pos"],
-                                         persona["meter_neg"], quoted=[*persona["pos"], *persona["neg"]])
+                                         persona["meter_neg"])
 
     def judged(self, completions, limits: steer.Limits, prompts=None) -> list[dict]:
         """Each completion with its verdict, as it stands in the journal."""
