@@ -57,7 +57,8 @@ from tools.table import has_moved, tally, to_results
 
 WORDS = ("plan", "chat", "export", "report")            # python loop.py WORD ...: tools/WORD.py
 QUICK = dict(rounds=2, n_vignettes=28, think_tokens=16, n_text=24, n_make=48, max_new_tokens=48, epochs=3)
-READABLE = 0.5              # base's probability on the probe's answers under which it reads another text than ours
+KEPT_LEAST = 0.25           # share of a round's answers that must pass the filter: less is no data
+READABLE = 0.5              # least probability of the base on the probe's answers: else it answers something else
 CODE = ("loop", "steer", "lora", "heal", "evalmfv", "tools/student", "tools/model", "tools/inputs")
 
 
@@ -108,7 +109,7 @@ FREE = ("rounds", "patience", "gate", "coh_floor")      # what a run that contin
 
 
 def parse(argv=None) -> list:
-    """The dataclasses of all rooms as one command line; exits with 2 and a sentence for what cannot be meant."""
+    """The dataclasses of all rooms as one command line; exits with 2 for what cannot be meant."""
     how = dict(prog="loop.py", usage="python loop.py [MODEL] [--option value ...]",
                description=__doc__.split("\n")[0],
                epilog="; ".join(f"python loop.py {word} --help" for word in WORDS))
@@ -128,12 +129,12 @@ def parse(argv=None) -> list:
 
 
 def is_readable(base: dict, prompted: dict, cfg: LoopConfig) -> bool:
-    """Does this model answer the probe? Else it has no say: neither bare nor prompted does the base pass it."""
+    """Does the base answer the probe, bare and prompted? Else it has no say in the gate."""
     return base["coherence"] >= READABLE and prompted["coherence"] >= cfg.coh_floor * base["coherence"]
 
 
 def gate(now: dict, last: dict, base: dict, prompted: dict, cfg: LoopConfig) -> list[str]:
-    """Why this day is not accepted, with the option that moves each reason; empty if it is. Floors come first."""
+    """Why this day is not accepted, each reason with the option that moves it; floors come first."""
     scores = ("persona_ratio", "trait", "coherence", "text")
     if bad := [name for name in scores if now[name] is None or not math.isfinite(now[name])]:
         return [f"{', '.join(bad)} not finite"]
@@ -147,8 +148,8 @@ def gate(now: dict, last: dict, base: dict, prompted: dict, cfg: LoopConfig) -> 
     mean, se = gain.mean().item(), evalmfv.standard_error(gain).item()
     by_probe = now["trait"] - last["trait"] if reads and now["shift"] else 0.0
     if mean <= se and by_probe <= now["trait_se"]:
-        reasons.append(f"no movement beyond noise: persona_ratio {mean:+.3f} ± {se:.3f} nats per token over the "
-                       "last accepted day (a larger --n-text lowers the noise, --no-gate accepts all)")
+        reasons.append(f"no movement beyond noise: persona_ratio {mean:+.3f} ± {se:.3f} nats per token over "
+                       "the last accepted day (a larger --n-text lowers the noise, --no-gate accepts all)")
     return reasons if cfg.gate else []
 
 
@@ -183,7 +184,7 @@ class Run:
         self.stack = lora.attach(model, r=lcfg.r, alpha=lcfg.alpha, layers=self.adapted, seed=cfg.seed)
         with self.stack.gated(0, 0):                    # what every round's vector is compared with
             self.origin = steer.fit_vectors(*self.read, sorted({k for band in self.bands for k in band}))
-        sampling = {name: getattr(scfg, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
+        sampling = {name: getattr(scfg, name) for name in ("max_new_tokens", "temperature", "top_p")}
         self.student = Student(model, tok, self.stack, self.screen, **given, seed=cfg.seed, n_text=cfg.n_text,
                                think_tokens=cfg.think_tokens,
                                sampling=sampling | dict(batch_size=cfg.batch_size))
@@ -201,8 +202,8 @@ class Run:
         self.prompted = self.row("prompted", None, "prompted", system=student.persona["pos"][0])
         if not is_readable(self.base, self.prompted, self.cfg):
             self.screen.say("probe", None, f"warning: this model does not answer the probe (coherence "
-                            f"{self.base['coherence']:.3f}): its profile means little, and it has no say in the "
-                            "gate; the trait is persona_ratio", "yellow")
+                            f"{self.base['coherence']:.3f}): its profile means little, and it has no say in "
+                            "the gate; the trait is persona_ratio", "yellow")
         event = self.folder.once("layers", None, lambda: self.chosen() | dict(lora=self.adapted))
         self.steered_at = event["steer"]
         self.screen.say("layers", None, f"steer {self.steered_at}, the most trait of {len(self.bands)} bands")
@@ -270,7 +271,7 @@ class Run:
                     cosine={k: torch.cosine_similarity(v, self.origin[k], dim=0) for k, v in vectors.items()})
 
     def dose(self, rnd: int) -> dict:
-        """The dose with the most trait of which enough survives, and all that were tried: [{coeff, ratio, survive}]."""
+        """The dose with the most trait of which enough survives, and all [{coeff, ratio, survive}]."""
         vectors, coeff, trials, last = self.rounds.steering(rnd)["vectors"], self.scfg.coeff, [], []
         if coeff is None:
             tries = self.student.tries(rnd, self.limits, vectors, trials, last)
@@ -285,7 +286,8 @@ class Run:
 
     def made(self, rnd: int) -> dict:
         """Steered answers to the training prompts, each with the filter's verdict."""
-        steering, student, n_min = self.rounds.steering(rnd), self.student, self.scfg.n_min
+        steering, student = self.rounds.steering(rnd), self.student
+        n_min = math.ceil(KEPT_LEAST * self.scfg.n_make)
         made = student.answers(student.spread(self.scfg.n_make), "make", rnd, **steering)
         made = student.judged(made, self.limits)
         dropped = Counter(e["verdict"]["rule"] for e in made if not e["verdict"]["kept"])
@@ -301,8 +303,9 @@ class Run:
     def night(self, rnd: int) -> None:
         row = self.row("steered", rnd, f"steered, night {rnd}", **self.rounds.steering(rnd))
         if not has_moved(row):
-            self.screen.say("steered", rnd, f"warning: this moves the trait by {row['moved']:+.3f} nats per token "
-                            f"(se {row['moved_se']:.3f}), which may be nothing; try clearer persona texts", "yellow")
+            self.screen.say("steered", rnd, f"warning: this moves the trait by {row['moved']:+.3f} nats per "
+                            f"token (se {row['moved_se']:.3f}), which may be nothing; try clearer persona texts",
+                            "yellow")
 
     def tau(self, rnd: int, kept: list[steer.Completion]) -> float:
         """The barrier's set point in nats, calibrated in the first round that gets here."""
@@ -463,7 +466,8 @@ def plan(argv: list[str]) -> int:
         values = options.recorded(files.read(argv[0]).run.get("options"), GROUPS, argv[0])
     else:
         values = {f.name: getattr(c, f.name) for c in parse(argv) for f in fields(c)}
-    given = {name: values[name] for name in ("persona", "prompts", "vignettes", "pos", "neg", "model", "n_vignettes")}
+    names = ("persona", "prompts", "vignettes", "pos", "neg", "model", "n_vignettes")
+    given = {name: values[name] for name in names}
     print(*planner.plan(inputs.load(**given), **{k: values[k] for k in planner.OPTIONS}), sep="\n")
     return 0
 

@@ -59,17 +59,13 @@ class SteerConfig:
         None, "dose (multiples of v); default: the most effect that survives the filter", 1e-6, 1e6)
     min_survive: float = opt(0.9, "share of a dose's answers that must pass the filter", 1e-6, 1)
     n_make: int = opt(64, "completions sampled per round", 1, 1e6)
-    n_min: int = opt(16, "completions that must pass the filter, else the round has no data", 1, 1e6)
     max_new_tokens: int = opt(64, "longest completion (tokens)", 1, 1e6)
     temperature: float | None = opt(
         None, "sampling temperature; default: the highest that the model can bear", 1e-6, 1e6)
     top_p: float = opt(0.95, "sample from the smallest set of tokens with this total probability", 1e-6, 1)
-    top_k: int = opt(64, "sample from this many most likely tokens; 0 = all", 0, 1e9)
 
     def __post_init__(self):
         check_ranges(self)
-        if self.n_min > self.n_make:
-            raise ValueError(f"n_min={self.n_min}: expected at most n_make={self.n_make}")
         if self.steer_band:
             band(1, *self.steer_band)
 

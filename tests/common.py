@@ -18,7 +18,7 @@ TEMPLATE = ("<|bos|>{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}
             "{% if not (loop.last and continue_final_message) %}<|end|>{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 # a run of one round and a few seconds, whose dose is not searched
-TINY = ("--rounds 1 --n-make 24 --n-min 4 --n-text 8 --think-tokens 4 --epochs 1 --coeff 0.4 "
+TINY = ("--rounds 1 --n-make 24 --n-text 8 --think-tokens 4 --epochs 1 --coeff 0.4 "
         "--max-new-tokens 32").split()
 
 
@@ -48,16 +48,16 @@ def tiny_model(tok, seed=0, dtype=torch.float32, layers=4, d=32):
 
 def few_vignettes(folder: Path, every: int = 12) -> Path:
     path = folder / "vignettes.jsonl"
-    path.write_text("".join((ROOT / "data" / "vignettes.jsonl").read_text().splitlines(True)[::every]))
+    path.write_text("".join((ROOT / "pocket" / "data" / "vignettes.jsonl").read_text().splitlines(True)[::every]))
     return path
 
 
 def small_data(work: Path) -> Path:
-    """Few contexts and vignettes instead of those of data/, for this process; returns the vignettes' path."""
+    """Few contexts and vignettes instead of those of pocket/data/, for this process; returns the vignettes' path."""
     from tools import inputs
-    inputs.DATA = shutil.copytree(ROOT / "data", work / "data")
-    contexts = json.loads((inputs.DATA / "contexts.json").read_text())
-    (inputs.DATA / "contexts.json").write_text(json.dumps(contexts[:6]))
+    inputs.POCKET = shutil.copytree(ROOT / "pocket" / "data", work / "data")
+    contexts = json.loads((inputs.POCKET / "contexts.json").read_text())
+    (inputs.POCKET / "contexts.json").write_text(json.dumps(contexts[:6]))
     return few_vignettes(work, 24)
 
 

@@ -52,8 +52,8 @@ def tidy(args: dict) -> dict:
 
 
 def command(groups, first: tuple, free: tuple, argv, *, preset: dict, recorded_of, **how) -> dict:
-    """Every option's value, from the command line; with --quick others are left at `preset`, with --resume RUN at
-    those of the run, of which only `free` may differ. recorded_of(path) -> options of that run's record.
+    """Every option's value, from the command line; with --quick others are left at `preset`, with --resume
+    RUN at those of the run, of which only `free` may differ. recorded_of(path) -> options of that run's record.
     A usage error ends the process with 2; ValueError says what contradicts what."""
     made = parser(groups, first, **how)
     made.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
@@ -68,8 +68,8 @@ def command(groups, first: tuple, free: tuple, argv, *, preset: dict, recorded_o
     args = tidy(args if model is None else args | dict(model=model))
     if names := [k for k in then if args[k] != then[k] and k not in (*free, "out", "resume")]:
         differ = ", ".join(f"{k} is {then[k]!r} there and {args[k]!r} here" for k in names)
-        raise ValueError(f"--resume {path}: that run has another configuration: {differ}; leave these out, or "
-                         "start a new run without --resume")
+        raise ValueError(f"--resume {path}: that run has another configuration: {differ}; leave these out, "
+                         "or start a new run without --resume")
     if less := [k for k in ("rounds", "patience") if then and args[k] < then[k]]:
         name = less[0]
         raise ValueError(f"--{name} {args[name]}: that run has {then[name]}, which may only grow")

@@ -17,8 +17,8 @@ import steer
 from tools.folder import inert, plain
 from tools.screen import Screen
 
-N_DIARY = 6                 # held-out prompts answered greedily for the diary: as many as a reader readsN_FORESEE, N_TOKENS = 8, 24 # answers and their tokens that the search of the band reads: exact means, so few do
-N_FORESEE, N_TOKENS = 8, 24 # answers, and their tokens, that the search of the band reads: exact means need few
+N_DIARY = 6                 # held-out prompts answered greedily for the diary: as many as a reader reads
+N_FORESEE, N_TOKENS = 8, 24             # answers that the search of the band reads: exact means need few
 
 
 
@@ -84,7 +84,7 @@ class Student:
         return [dataclasses.replace(c, prompt_ids=fronts[c.prompt % len(fronts)]) for c in completions]
 
     def yardstick(self, completions, prompts) -> list[torch.Tensor]:
-        """Nats per token [n_i] under the mixture of the untouched base's two prompts, bare and the persona's."""
+        """Nats per token [n_i] under the mixture of the base's two prompts, bare and the persona's."""
         with self.stack.gated(0, 0):
             return steer.mixture_nll(*(steer.token_nll(self.model, self.under(system, completions, prompts),
                                                        pad_id=self.pad_id)
@@ -110,8 +110,8 @@ class Student:
                                  e["text"]) for e in judged if e["verdict"]["kept"]]
 
     def calibrate(self, n: int, temperature: float | None) -> dict:
-        """The sampling temperature and the filter's limits, from n answers of the base to training prompts and n
-        of the prompted base. `own_ids`, `own_nll`: both, what free text is held against."""
+        """The sampling temperature and the filter's limits, from n answers of the base to training prompts
+        and n of the prompted base. `own_ids`, `own_nll`: both, what free text is held against."""
         for self.sampling["temperature"] in [temperature] if temperature else steer.TEMPERATURES:
             own = self.answers(self.spread(n), "own", None)
             with self.stack.gated(0, 0):
@@ -129,7 +129,7 @@ class Student:
     def band(self, bands: list[list[int]], vectors: dict) -> dict:
         """Which blocks to steer, by what steering there would make the base say next: {steer, limit, trials}.
 
-        The damage that is allowed is a tenth more nats than the base's own, or the persona prompt's if that is more.
+        What it may cost is a tenth more nats than the base's own, or the persona prompt's if that is more.
         """
         users, persona = self.spread(N_FORESEE), self.persona
         answers = [dataclasses.replace(c, ids=c.ids[:N_TOKENS]) for c in self.answers(users, "band", None)]
@@ -145,7 +145,7 @@ class Student:
                     trials=[dict(band=band, ratio=effect, coeff=dose) for band, effect, dose in ranked])
 
     def tries(self, rnd: int, limits: steer.Limits, vectors: dict, trials: list, last: list):
-        """What `steer.find_dose` asks: of each dose, the trait of its answers that pass the filter, and their share.
+        """What `steer.find_dose` asks of each dose: the trait of the answers that pass, and their share.
 
         All doses of a step are one batch with the same draws. Appends {coeff, ratio, survive} to trials, and
         keeps the answers at the last dose in `last`.
@@ -161,7 +161,7 @@ class Student:
                 tried = steer.generate(self.model, self.tok, probed * len(coeffs), vectors=vectors, n_draws=n,
                                        coeffs=[coeff for coeff in coeffs for _ in probed], seed=seed,
                                        **self.sampling)
-            found, ratios = self.judged(tried, limits, probed), self.ratios(tried, probed)          # ratios [n]
+            found, ratios = self.judged(tried, limits, probed), self.ratios(tried, probed)      # ratios [n]
             for i, coeff in enumerate(coeffs):
                 last[:] = found[i * n:(i + 1) * n]
                 passed = torch.tensor([e["verdict"]["kept"] for e in last])                         # [n] bool
@@ -206,7 +206,7 @@ class Student:
         return row | dict(trait=move["trait"] + 0.0, trait_se=move["se"], shift=move)   # -0.0 + 0.0 is 0.0
 
     def share(self, kind: str, ratios, base: dict | None, prompted: dict | None) -> dict:
-        """Where a row lies between the base, 0, and the persona prompt, 1; None where the prompt moves nothing."""
+        """Where a row lies between base, 0, and persona prompt, 1; None where the prompt moves nothing."""
         if kind == "base":
             return dict(share=0.0, share_se=0.0)
         ends = [ratios if row is None else torch.tensor(row["ratios"]).double() for row in (base, prompted)]

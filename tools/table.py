@@ -13,7 +13,8 @@ def shown(x: float | None, se: float | None, spec: str = "+.2f") -> str:
 
 def tally(record: Record, seconds: float) -> None:
     """The closing table and the verdict in a sentence: the meter's share first, the probe beside it."""
-    rows, final, nights, has_probe = record.rows(), record.last_day, record.rows("steered"), record.rows()[0]["shift"]
+    rows, final, nights = record.rows(), record.last_day, record.rows("steered")
+    has_probe = rows[0]["shift"]
     print("\n| row | dose | share of the prompt | persona_ratio, nats per token |"
           + " probe's trait, nats | off-target |" * bool(has_probe) + " coherence | text | |")
     print("|" + "---|" * (9 if has_probe else 7))
@@ -30,7 +31,8 @@ def tally(record: Record, seconds: float) -> None:
             f"{final['share']:.0%} ± {final['share_se']:.0%} of the persona prompt's trait")
         of_steering = ""
         if nights and nights[0]["moved"] > 0:
-            of_steering = f", {final['moved'] / nights[0]['moved']:.0%} of steering's in round {nights[0]['round']}"
+            part = final["moved"] / nights[0]["moved"]
+            of_steering = f", {part:.0%} of steering's in round {nights[0]['round']}"
         probe = f"; probe: trait {final['trait']:+.3f} nats" if has_probe else ""
         print(f"\nfinal: {final['label']}: {share}{of_steering}, text coherence "
               f"{final['text'] / rows[0]['text']:.1%} of the base's{probe}, {seconds:.0f} s")
@@ -38,8 +40,8 @@ def tally(record: Record, seconds: float) -> None:
         print(f"\nfinal: no round was accepted, the model is the base still, {seconds:.0f} s")
     if nights and not any(map(has_moved, nights)):
         best = max(nights, key=lambda row: abs(row["moved"]))
-        print(f"The trait did not move at any dose: steering's largest move is {best['moved']:+.3f} nats per token (se "
-              f"{best['moved_se']:.3f}). This model does not read the persona: try clearer texts of both sides.")
+        print(f"The trait did not move at any dose: steering's largest move is {best['moved']:+.3f} nats per "
+              f"token (se {best['moved_se']:.3f}). This model does not read the persona: try clearer texts of both sides.")
     elif record.accepted and final["moved"] < -2 * final["moved_se"]:
         print("The trait moved the wrong way: answers sound less like the persona than the base's do.")
 
@@ -50,7 +52,8 @@ def to_results(record: Record, seconds: float) -> None:
     keys = ("model", "persona", "pos", "reg", "kl_agg", "kl_ref", "seed", "rounds", "gate")
     night = next(iter(record.rows("steered")), {})
     line = {"run": record.path.name, **{k: values[k] for k in keys},
-            **{k: final.get(k) for k in ("label", "share", "share_se", "persona_ratio", "trait", "coherence", "text")},
+            **{k: final.get(k) for k in ("label", "share", "share_se", "persona_ratio", "trait", "coherence",
+                                     "text")},
             "steered": night.get("share"), "seconds": round(seconds)}
     path, lines = record.path.parent / "results.tsv", ["\t".join(line)]
     if path.exists():
