@@ -53,12 +53,12 @@ from tools.folder import Folder, Record, RunDied, one_line, plain
 from tools.rounds import Rounds
 from tools.screen import Screen
 from tools.student import Student, stage_seed, why_dropped
-from tools.table import has_moved, tally, to_results
+from tools.table import has_moved, show, tally, to_results
 
 WORDS = ("plan", "chat", "export", "report")            # python loop.py WORD ...: tools/WORD.py
 QUICK = dict(rounds=2, n_vignettes=28, think_tokens=16, n_text=24, n_make=48, max_new_tokens=48, epochs=3)
 KEPT_LEAST = 0.25           # share of a round's answers that must pass the filter: less is no data
-READABLE = 0.5              # least probability of the base on the probe's answers: else it answers something else
+READABLE = 0.5              # least probability of the base on the probe's answers: below, it says other
 CODE = ("loop", "steer", "lora", "heal", "evalmfv", "tools/student", "tools/model", "tools/inputs")
 
 
@@ -79,12 +79,15 @@ class LoopConfig:
     vignettes: str = opt("", "the probe's items, ours or the original's rows; empty = data/vignettes.jsonl")
     rounds: int = opt(8, "rounds of steer, filter, heal, fold, eval", 1, 1e6)
     seed: int = opt(0, "every stage draws from its own generator, seeded by (seed, round, stage)")
+    teacher: Literal["steer", "prompt", "both"] = opt(
+        "steer", "whose answers are learned: the steered student's, those under the persona prompt (a rival), "
+        "or both on top of one another")
     kl_ref: Literal["base", "prev"] = opt("base", "the barrier's reference: the base, or the student before")
     tau_scale: float = opt(1.5, "tau = this times the persona prompt's distance from the base; take less "
                            "with --kl-ref prev", 1e-6, 1e6)
     gate: bool = opt(True, "undo a round that fails its gate; --no-gate accepts every finite round")
     coh_floor: float = opt(0.95, "lowest coherence that is accepted, as a share of the base's", 1e-6, 1)
-    patience: int = opt(3, "stop after this many refused rounds in a row", 1, 1e6)
+    patience: int = opt(2, "stop after this many refused rounds in a row", 1, 1e6)
     think_tokens: int = opt(128, "tokens the model may think before the probe interrupts it", 1, 1e6)
     n_text: int = opt(48, "sampled answers to held-out prompts behind trait meter and text coherence", 2, 1e6)
     n_vignettes: int = opt(0, "items of the probe, evenly spread through the file; 0 = all", 0, 1e6)
@@ -179,6 +182,7 @@ class Run:
         self.hcfg = dataclasses.replace(hcfg, lr=0.2 / width if hcfg.lr is None else hcfg.lr)
         persona = given["persona"]
         self.read = model, tok, persona["pos"], persona["neg"], given["contexts"]
+        self.system = "" if cfg.teacher == "steer" else persona["pos"][0]
         self.bands = [steer.band(n_blocks, *scfg.steer_band)] if scfg.steer_band else steer.bands_of(n_blocks)
         self.adapted = steer.band(n_blocks, *lcfg.lora_band)
         self.stack = lora.attach(model, r=lcfg.r, alpha=lcfg.alpha, layers=self.adapted, seed=cfg.seed)
@@ -273,8 +277,10 @@ class Run:
     def dose(self, rnd: int) -> dict:
         """The dose with the most trait of which enough survives, and all [{coeff, ratio, survive}]."""
         vectors, coeff, trials, last = self.rounds.steering(rnd)["vectors"], self.scfg.coeff, [], []
-        if coeff is None:
-            tries = self.student.tries(rnd, self.limits, vectors, trials, last)
+        if self.cfg.teacher == "prompt":
+            coeff = 0.0
+        elif coeff is None:
+            tries = self.student.tries(rnd, self.limits, vectors, trials, last, system=self.system)
             try:
                 coeff, _, bound = steer.find_dose(tries, min_survive=self.scfg.min_survive)
                 if bound:
@@ -288,7 +294,7 @@ class Run:
         """Steered answers to the training prompts, each with the filter's verdict."""
         steering, student = self.rounds.steering(rnd), self.student
         n_min = math.ceil(KEPT_LEAST * self.scfg.n_make)
-        made = student.answers(student.spread(self.scfg.n_make), "make", rnd, **steering)
+        made = student.answers(student.spread(self.scfg.n_make), "make", rnd, system=self.system, **steering)
         made = student.judged(made, self.limits)
         dropped = Counter(e["verdict"]["rule"] for e in made if not e["verdict"]["kept"])
         kept = f"{len(made) - dropped.total()}/{len(made)}"
@@ -301,11 +307,12 @@ class Run:
         return dict(completions=made)
 
     def night(self, rnd: int) -> None:
-        row = self.row("steered", rnd, f"steered, night {rnd}", **self.rounds.steering(rnd))
+        what = dict(steer="steered", prompt="prompted", both="steered and prompted")[self.cfg.teacher]
+        row = self.row("steered", rnd, f"{what}, night {rnd}", system=self.system, **self.rounds.steering(rnd))
         if not has_moved(row):
             self.screen.say("steered", rnd, f"warning: this moves the trait by {row['moved']:+.3f} nats per "
-                            f"token (se {row['moved_se']:.3f}), which may be nothing; try clearer persona texts",
-                            "yellow")
+                            f"token (se {row['moved_se']:.3f}), which may be nothing; try clearer persona "
+                            "texts", "yellow")
 
     def tau(self, rnd: int, kept: list[steer.Completion]) -> float:
         """The barrier's set point in nats, calibrated in the first round that gets here."""
@@ -362,15 +369,6 @@ class Run:
 
 
 # ---- the loop ------------------------------------------------------------------------------------------
-
-
-def show(path: Path, screen: Screen) -> None:
-    """What a reader sees of the run so far. It can be made again from the journal, so it never ends a run."""
-    from tools import report
-    try:
-        report.write(path)
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        screen.say("report", None, f"not written: {type(error).__name__}: {one_line(error)}", "yellow")
 
 
 def begin(run: Run, argv: list[str], values: dict, facts: dict, around: dict) -> None:

@@ -57,8 +57,8 @@ class SteerConfig:
         None, "first and last depth steered (shares of the number of blocks); default: by effect", 0, 1)
     coeff: float | None = opt(
         None, "dose (multiples of v); default: the most effect that survives the filter", 1e-6, 1e6)
-    min_survive: float = opt(0.9, "share of a dose's answers that must pass the filter", 1e-6, 1)
-    n_make: int = opt(64, "completions sampled per round", 1, 1e6)
+    min_survive: float = opt(0.5, "share of a dose's answers that must pass the filter", 1e-6, 1)
+    n_make: int = opt(128, "completions sampled per round", 1, 1e6)
     max_new_tokens: int = opt(64, "longest completion (tokens)", 1, 1e6)
     temperature: float | None = opt(
         None, "sampling temperature; default: the highest that the model can bear", 1e-6, 1e6)

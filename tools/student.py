@@ -144,7 +144,7 @@ class Student:
         return dict(steer=chosen, limit=limit,
                     trials=[dict(band=band, ratio=effect, coeff=dose) for band, effect, dose in ranked])
 
-    def tries(self, rnd: int, limits: steer.Limits, vectors: dict, trials: list, last: list):
+    def tries(self, rnd: int, limits: steer.Limits, vectors: dict, trials: list, last: list, *, system=""):
         """What `steer.find_dose` asks of each dose: the trait of the answers that pass, and their share.
 
         All doses of a step are one batch with the same draws. Appends {coeff, ratio, survive} to trials, and
@@ -158,9 +158,9 @@ class Student:
         def try_doses(coeffs):
             n_passes = self.sampling["max_new_tokens"]
             with self.screen.watch("dose", rnd, f"{len(coeffs)} doses, tokens", n_passes, self.model):
-                tried = steer.generate(self.model, self.tok, probed * len(coeffs), vectors=vectors, n_draws=n,
-                                       coeffs=[coeff for coeff in coeffs for _ in probed], seed=seed,
-                                       **self.sampling)
+                tried = steer.generate(self.model, self.tok, probed * len(coeffs), system=system, n_draws=n,
+                                       vectors=vectors, coeffs=[coeff for coeff in coeffs for _ in probed],
+                                       seed=seed, **self.sampling)
             found, ratios = self.judged(tried, limits, probed), self.ratios(tried, probed)      # ratios [n]
             for i, coeff in enumerate(coeffs):
                 last[:] = found[i * n:(i + 1) * n]

@@ -1,5 +1,9 @@
-"""Table: what a run prints at its end, and its line of results.tsv."""
-from tools.folder import Record, write_whole
+"""Table: what a run shows of itself: the closing table, its line of results.tsv, its report."""
+from pathlib import Path
+
+from tools import report
+from tools.folder import Record, one_line, write_whole
+from tools.screen import Screen
 
 
 def has_moved(row: dict) -> bool:
@@ -41,7 +45,7 @@ def tally(record: Record, seconds: float) -> None:
     if nights and not any(map(has_moved, nights)):
         best = max(nights, key=lambda row: abs(row["moved"]))
         print(f"The trait did not move at any dose: steering's largest move is {best['moved']:+.3f} nats per "
-              f"token (se {best['moved_se']:.3f}). This model does not read the persona: try clearer texts of both sides.")
+              f"token (se {best['moved_se']:.3f}). The model does not read the persona: try clearer texts.")
     elif record.accepted and final["moved"] < -2 * final["moved_se"]:
         print("The trait moved the wrong way: answers sound less like the persona than the base's do.")
 
@@ -61,3 +65,11 @@ def to_results(record: Record, seconds: float) -> None:
     lines = [x for x in lines if x.split("\t")[0] != record.path.name]
     cells = (" ".join(str(v).split()) if v is not None else "" for v in line.values())
     write_whole(path, ("\n".join([*lines, "\t".join(cells)]) + "\n").encode(errors="backslashreplace"))
+
+
+def show(path: Path, screen: Screen) -> None:
+    """What a reader sees of the run so far. It can be made again from the journal, so it never ends a run."""
+    try:
+        report.write(path)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        screen.say("report", None, f"not written: {type(error).__name__}: {one_line(error)}", "yellow")
