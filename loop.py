@@ -56,7 +56,7 @@ from tools.student import Student, stage_seed, why_dropped
 from tools.table import has_moved, show, tally, to_results
 
 WORDS = ("plan", "chat", "export", "report")            # python loop.py WORD ...: tools/WORD.py
-QUICK = dict(rounds=2, n_vignettes=28, think_tokens=16, n_text=24, n_make=48, max_new_tokens=48, epochs=3)
+QUICK = dict(rounds=2, n_vignettes=28, think_tokens=16, n_text=24, n_make=48, max_new_tokens=40, epochs=3)
 KEPT_LEAST = 0.25           # share of a round's answers that must pass the filter: less is no data
 READABLE = 0.5              # least probability of the base on the probe's answers: below, it says other
 CODE = ("loop", "steer", "lora", "heal", "evalmfv", "tools/student", "tools/model", "tools/inputs")
@@ -80,7 +80,7 @@ class LoopConfig:
     rounds: int = opt(8, "rounds of steer, filter, heal, fold, eval", 1, 1e6)
     seed: int = opt(0, "every stage draws from its own generator, seeded by (seed, round, stage)")
     teacher: Literal["steer", "prompt", "both"] = opt(
-        "steer", "whose answers are learned: the steered student's, those under the persona prompt (a rival), "
+        "steer", "whose answers are learned: the steered student's, those under the persona prompt (rival), "
         "or both on top of one another")
     kl_ref: Literal["base", "prev"] = opt("base", "the barrier's reference: the base, or the student before")
     tau_scale: float = opt(1.5, "tau = this times the persona prompt's distance from the base; take less "
@@ -308,7 +308,8 @@ class Run:
 
     def night(self, rnd: int) -> None:
         what = dict(steer="steered", prompt="prompted", both="steered and prompted")[self.cfg.teacher]
-        row = self.row("steered", rnd, f"{what}, night {rnd}", system=self.system, **self.rounds.steering(rnd))
+        steering = self.rounds.steering(rnd)
+        row = self.row("steered", rnd, f"{what}, night {rnd}", system=self.system, **steering)
         if not has_moved(row):
             self.screen.say("steered", rnd, f"warning: this moves the trait by {row['moved']:+.3f} nats per "
                             f"token (se {row['moved_se']:.3f}), which may be nothing; try clearer persona "

@@ -28,10 +28,11 @@ from torch import Tensor, nn
 
 N_PROBE = 24                # answers per dose of the search: enough to tell .8 from .95 survival
 TEMPERATURES = 1.0, 0.7, 0.5        # the default is the first at which the base's own answers cost it at
-MAX_NLL = 1.25                      # most so many nats per token; SmolLM2-135M at 1.0: 1.9, and much nonsense
+MAX_NLL = 1.5                       # most so many nats per token; SmolLM2-135M at 1.0: 1.9, and much nonsense
 WINDOW = 8                  # tokens of the running window over nll: a clause
 KEEP = 0.95                 # share of the base's own answers that is within the limits, all rules together
 SLACK = 0.2                 # room above that, for prompts and draws not seen: of the nats, or of the way to 1
+MOST_LOOP = 0.5             # highest limit on loops: a base that loops by itself is no yardstick for them
 RULES = "worst_window", "loop"
 SENTINEL = "ZZuniq_Sentinel_ZZ"                     # shows where a template puts the words it is given
 
@@ -184,7 +185,7 @@ def calibrate_limits(base: list[dict]) -> Limits:
     unusual = (x < x[:, None]).double().mean(1).amax(1)                                     # [n]
     usual = unusual.argsort(stable=True)[:math.ceil(KEEP * len(base))]                      # [KEEP * n]
     worst_window, loop = x[usual].amax(0).tolist()
-    return Limits(worst_window=(1 + SLACK) * worst_window, loop=loop + SLACK * (1 - loop))
+    return Limits(worst_window=(1 + SLACK) * worst_window, loop=min(loop + SLACK * (1 - loop), MOST_LOOP))
 
 
 def judge(completions: list[Completion], nlls: list[Tensor], limits: Limits, *, patterns=()) -> list[Verdict]:

@@ -2395,7 +2395,7 @@ def test_a_run_goes_on_with_its_own_options_only(finished, capsys):
     path = str(finished[1].path)
     err = refused(["--resume", path, "--kl-agg", "mean", "--seed", "3", "--n-make", "24"], capsys)
     assert "configuration: seed is 0 there and 3 here, kl_agg is 'rmse' there and 'mean' here; leave" in err
-    assert "only grow" in refused(["--resume", path, "--patience", "2"], capsys)
+    assert "only grow" in refused(["--resume", path, "--patience", "1"], capsys)
     cfg, scfg, *_ = loop.parse(["--resume", path, "--rounds", "9", "--gate", "--coh-floor", "0.9"])
     assert (cfg.rounds, cfg.gate, cfg.coh_floor, scfg.n_make) == (9, True, 0.9, 24)
 
@@ -2417,7 +2417,8 @@ def test_the_persona_prompt_is_the_set_point_of_the_barrier(finished):
 
 
 def test_a_persona_of_two_sentences_has_a_trait_without_labels(small_vignettes, tmp_path):
-    personas = ["--pos", "You care about people above all.", "--neg", "You respect authority above all."]
+    personas = ["--pos", "You feel the pain of others and you refuse to cause it, even when you are ordered to.",
+                "--neg", "You honor those in charge and you do your duty, even when someone suffers from it."]
     code, record = common.run_loop(tmp_path, small_vignettes, "--no-gate", "--n-text", "24", *personas)
     rows = {row["kind"]: row for row in record.rows()}
     assert code == 0 and rows["base"]["trait"] == 0 == rows["base"]["share"] and rows["prompted"]["share"] == 1
@@ -2608,7 +2609,7 @@ def test_help_is_quick_shows_ten_options_first_and_does_not_import_transformers(
     at = [out.stdout.index(title) for title in titles]
     assert at == sorted(at) and out.stdout[at[0]:at[1]].count("\n  --") == 10 == len(loop.FIRST)
     options = {f.name for cls in loop.GROUPS for f in dataclasses.fields(cls)}
-    assert len(options) <= 46 and not re.search(r"--\w+_", out.stdout)
+    assert len(options) <= 48 and not re.search(r"--\w+_", out.stdout)
     assert min(spent) < 3, spent
 
 

@@ -4,8 +4,7 @@
 
 A gate that keeps what reads higher on 48 answers keeps some luck too. Here the same adapters answer held-out
 prompts with other random numbers (--n answers, one seed for all rows), base and prompt beside them. For the
-embedded model also `lean` (the world's stance of an answer, -2 care .. +2 authority, or -2 machine .. +2 love)
-and `grammar` (share of its sentences that the grammar could have made): oracles that no run sees.
+embedded model also `lean` (the world's stance of an answer, -2 care .. +2 authority; -2 machine .. +2 love) and `grammar` (share of its sentences that the grammar could have made): oracles that no run sees.
 """
 import argparse
 import json
@@ -27,7 +26,8 @@ FRESH = 987_654_321                                     # no stage of a run draw
 def answers(model, tok, record, users: list[str], **how) -> list[steer.Completion]:
     options = record.run["options"]
     return steer.generate(model, tok, users, seed=FRESH, top_p=options["top_p"],
-                          temperature=record.of("limits")["temperature"], max_new_tokens=options["max_new_tokens"], **how)
+                          temperature=record.of("limits")["temperature"],
+                          max_new_tokens=options["max_new_tokens"], **how)
 
 
 def check(path: str, n: int) -> list[dict]:

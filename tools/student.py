@@ -18,6 +18,7 @@ from tools.folder import inert, plain
 from tools.screen import Screen
 
 N_DIARY = 6                 # held-out prompts answered greedily for the diary: as many as a reader reads
+N_TRIAL = 16                # answers that tell whether the base bears a temperature
 N_FORESEE, N_TOKENS = 8, 24             # answers that the search of the band reads: exact means need few
 
 
@@ -113,11 +114,12 @@ class Student:
         """The sampling temperature and the filter's limits, from n answers of the base to training prompts
         and n of the prompted base. `own_ids`, `own_nll`: both, what free text is held against."""
         for self.sampling["temperature"] in [temperature] if temperature else steer.TEMPERATURES:
-            own = self.answers(self.spread(n), "own", None)
+            trial = self.answers(self.spread(min(n, N_TRIAL)), "temperature", None)
             with self.stack.gated(0, 0):
-                calm = torch.cat(steer.token_nll(self.model, own, pad_id=self.pad_id)).mean().item()
+                calm = torch.cat(steer.token_nll(self.model, trial, pad_id=self.pad_id)).mean().item()
             if calm <= steer.MAX_NLL:
                 break
+        own = self.answers(self.spread(n), "own", None)
         # the trait itself is no incoherence: what the prompted base says must pass the filter too
         voiced = self.answers(self.spread(n), "own", None, system=self.persona["pos"][0])
         nlls = self.yardstick(own + voiced, self.train)
