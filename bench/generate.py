@@ -64,7 +64,8 @@ def cases(model, tok, n: int):
     it."""
     persona = json.loads((HERE.parent / "pocket" / "data" / "personas.json").read_text("utf-8"))["authority"]
     contexts = json.loads((HERE.parent / "pocket" / "data" / "contexts.json").read_text(encoding="utf-8"))
-    prompts = json.loads((HERE.parent / "pocket" / "data" / "prompts.json").read_text("utf-8"))["authority"]["train"]
+    prompts = json.loads((HERE.parent / "pocket" / "data" / "prompts.json").read_text("utf-8"))
+    prompts = prompts["authority"]["train"]
     layers, _ = steer.find_layers(model, tok, persona["pos"], persona["neg"], contexts[:16])
     vectors = steer.fit_vectors(model, tok, persona["pos"], persona["neg"], contexts[:16], layers)
     return [prompts[i // 3 % len(prompts)] for i in range(n)], [(0.1, 0.25,

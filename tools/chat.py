@@ -20,8 +20,9 @@ from tools import export, folder
 from tools import model as models
 
 HELP = """Each line is asked on its own: the model remembers nothing of the lines before.
-/help shows this; the end of input (Ctrl-D) or Ctrl-C leaves. Options of the command: --compare shows base, persona prompt
-and this day side by side, --round K an earlier day, --dial 0..2 turns what was learnt down or up, --temperature T samples.
+/help shows this; the end of input (Ctrl-D) or Ctrl-C leaves. Options of the command: --compare shows base,
+persona prompt and this day side by side, --round K an earlier day, --dial 0..2 turns what was learnt down or
+up, --temperature T samples.
 Prompts that the run never trained on:"""
 
 
@@ -109,8 +110,8 @@ def main(argv: list[str]) -> int:
     opts, persona = run.get("options", {}), run.get("persona", {})
     known = {name: opts[name] for name in ("revision", "dtype", "device", "quantize") if name in opts}
     model, tok = models.load(opts.get("model", "pocket"), **known, date=run.get("date", ""))
-    stack, day = export.restack(model,
-                                list(files.values())), f"day {max(files)}" + (f", dial {args.dial:g}" if args.dial != 1 else "")
+    stack = export.restack(model, list(files.values()))
+    day = f"day {max(files)}" + (f", dial {args.dial:g}" if args.dial != 1 else "")
     columns = {day: (args.dial, "")}                            # name -> scale of all rounds, system prompt
     if args.compare:
         columns = {"base": (0, ""), "prompted": (0, persona["pos"][0])} | columns

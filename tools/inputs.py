@@ -40,7 +40,8 @@ def check_text(where: str, text) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{where}: half a surrogate pair, which no tokenizer can take: {text[:60]!a}") from None
+        raise ValueError(f"{where}: half a surrogate pair, which no tokenizer can take: "
+                         f"{text[:60]!a}") from None
     return text
 
 
@@ -99,7 +100,8 @@ def load_persona(persona: str, pos: str = "", neg: str = "", data: Path = DATA) 
         try:
             re.compile(pattern)
         except (re.error, TypeError, RecursionError, OverflowError) as error:
-            raise ValueError(f"{where}: {pattern!r} of its patterns is no regular expression ({error})") from None
+            raise ValueError(f"{where}: {pattern!r} of its patterns is no regular expression "
+                             f"({error})") from None
     (pos, meter_pos), (neg, meter_neg) = halves(texts["pos"]), halves(texts["neg"])
     return dict(name=name, pos=pos, neg=neg, meter_pos=meter_pos, meter_neg=meter_neg, target=target,
                 direction=direction, prompts=found.get("prompts"),

@@ -83,8 +83,8 @@ def named_errors(name: str, what: str = "", *, revision: str = "", device: str =
 def placed(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """Where the base goes and as what. ValueError if this machine has no such device."""
     try:
-        place = torch.device(device if device not in ("auto",
-                                                      "balanced") else "cuda" if torch.cuda.is_available() else "cpu")
+        is_free = device in ("auto", "balanced")
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if is_free else device)
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:     # an AssertionError where torch was built without CUDA
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
@@ -195,7 +195,8 @@ def load_tokenizer(name: str, where: str, same: dict, date: str = ""):
             file = cached_file(where, "chat_template.json", revision=same["revision"],
                                _raise_exceptions_for_missing_entries=False,
                                _raise_exceptions_for_connection_errors=False)
-            tok.chat_template = json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"] if file else None
+            tok.chat_template = json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"] \
+                if file else None
     if not tok.chat_template:
         raise ValueError(f"model {name!r} has no chat template: a persona needs one; try its -it or "
                          "-Instruct sibling")
@@ -299,18 +300,23 @@ def try_out(name: str, model, tok, dtype: torch.dtype) -> None:
         raise refusal(name, f"its tokenizer writes token {most}, the model has {n_tokens}")
     with named_errors(name, f"the architecture {kind}"):
         last = len(steer.blocks(model)) - 1
-        alone = model(input_ids=torch.tensor(rows[:1], device=steer.device_of(model)), logits_to_keep=1).logits[0, -1].float()   # [V]
-    ids, attn, position_ids = steer.left_pad([rows[1][:-1], rows[0][:-1]], most, steer.device_of(model))         # [2, T] each
+        alone = model(input_ids=torch.tensor(rows[:1], device=steer.device_of(model)),
+                      logits_to_keep=1).logits[0, -1].float()               # [V]
+    both = [rows[1][:-1], rows[0][:-1]]
+    ids, attn, position_ids = steer.left_pad(both, most, steer.device_of(model))            # [2, T] each
     nothing = {last: torch.zeros(model.config.get_text_config().hidden_size)}
     with named_errors(name,
-                      f"the architecture {kind} cannot be steered and decoded in batches"), steer.steered(model, nothing, 1.0):
+                      f"the architecture {kind} cannot be steered and decoded in batches"), \
+            steer.steered(model, nothing, 1.0):
         forward, cache = steer.cached_forward(model)
         forward(ids, attn, position_ids)
         cache.reorder_cache(torch.tensor([1], device=ids.device))           # the longer row leaves
         token = torch.tensor([rows[0][-1:]], device=ids.device)             # [1, 1]
-        logits = forward(token, torch.cat([attn[1:], torch.ones_like(token)], 1), position_ids[1:, -1:] + 1)[0, -1].float()      # [V]
+        attn = torch.cat([attn[1:], torch.ones_like(token)], 1)             # [1, T + 1]
+        logits = forward(token, attn, position_ids[1:, -1:] + 1)[0, -1].float()             # [V]
     if not (alone.isfinite().all() and logits.isfinite().all()):
-        hint = "its weights are broken: download it again" if dtype == torch.float32 else "try --dtype float32"
+        is_exact = dtype == torch.float32
+        hint = "its weights are broken: download it again" if is_exact else "try --dtype float32"
         raise ValueError(f"model {name!r}: its first logits are not finite in "
                          f"{str(dtype).removeprefix('torch.')}; {hint}")
     likeness = torch.cosine_similarity(alone - alone.mean(), logits - logits.mean(), dim=0)

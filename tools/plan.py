@@ -258,6 +258,8 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
     seconds = sum(parts.values())
     spell = f"{seconds / 3600:.1f} hours" if seconds > 7200 else f"{math.ceil(seconds / 60)} minutes"
     shares = "  ".join(f"{part} {x / seconds:.0%}" for part, x in parts.items())
+    spell = f"{seconds / 3600:.1f} hours" if seconds > 7200 else f"{math.ceil(seconds / 60)} minutes"
+    shares = "  ".join(f"{part} {x / seconds:.0%}" for part, x in parts.items())
     name, modules = str(number).removeprefix("torch."), sorted({name.rsplit(".",
                                                                             1)[-1] for name in stack.layers})
     lines = {
@@ -274,8 +276,7 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
         "work": f"{n_answers:,} answers, {n_frames:,} probe frames, {n_steps:,} training steps; thousands "
                 "of tokens: decoded "
                 f"{decoded / 1e3:,.0f}  read {read / 1e3:,.0f}  trained {rounds * trained / 1e3:,.0f}",
-        "time": f"about {f'{seconds / 3600:.1f} hours' if seconds > 7200 else f'{math.ceil(seconds / 60)} minutes'} on this "
-                f"{place.type}, {how}: " + "  ".join(f"{part} {x / seconds:.0%}" for part, x in parts.items()),
+        "time": f"about {spell} on this {place.type}, {how}: {shares}",
         "assumed": f"every round accepted, every answer {answer} tokens long, four characters to a token, "
                    "attention to all of the text"}
     return [f"{word:9s} {line}" for word, line in lines.items() if line]
