@@ -20,6 +20,7 @@ import heal
 import lora
 import steer
 from tools import model as models
+from tools import search
 
 N_DIARY = 6           # held-out prompts that each row of the table answers greedily beside its n_text samples
 N_READS = 3      # passes over each answer that score it: the base's nll, and the persona's and its opposite's
@@ -206,7 +207,7 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
         n, n_blocks = sizes(made), len(steer.blocks(made))
     if r > n["d"]:
         raise ValueError(f"--r {r}: more than the model's width {n['d']}, which a rank cannot pass")
-    layers = steer.band(n_blocks, *lora_band)
+    layers = search.band(n_blocks, *lora_band)
     stack = lora.attach(made, r=r, alpha=alpha, layers=layers)
     n_trained = sum(p.numel() for p in stack.parameters())
 
@@ -218,9 +219,9 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
     asked = [tokens_of(evalmfv.question(v["text"], evalmfv.FOUNDATIONS)) for v in inputs["vignettes"]]
     n_rows = 2 + 2 * rounds                                                         # of the table
     # as find_dose asks, a bound not met
-    search = [] if coeff else [4 * steer.N_PROBE] + [2 * steer.N_PROBE] * 3
+    searched = [] if coeff else [4 * search.N_PROBE] + [2 * search.N_PROBE] * 3
     # answers asked for at once
-    batches = [n_make] * 2 + rounds * (search + [n_make]) + n_rows * [n_text, N_DIARY]
+    batches = [n_make] * 2 + rounds * (searched + [n_make]) + n_rows * [n_text, N_DIARY]
     n_answers, n_frames = sum(batches), 2 * len(asked) * n_rows
     n_steps = rounds * epochs * math.ceil(n_make / heal_batch)
     decoded = n_answers * answer + n_frames * think_tokens
