@@ -66,7 +66,7 @@ def cases(model, tok, n: int):
     contexts = json.loads((HERE.parent / "pocket" / "data" / "contexts.json").read_text(encoding="utf-8"))
     prompts = json.loads((HERE.parent / "pocket" / "data" / "prompts.json").read_text("utf-8"))
     prompts = prompts["authority"]["train"]
-    layers, _ = steer.find_layers(model, tok, persona["pos"], persona["neg"], contexts[:16])
+    layers = steer.band(len(steer.blocks(model)), 0.76, 0.8)
     vectors = steer.fit_vectors(model, tok, persona["pos"], persona["neg"], contexts[:16], layers)
     return [prompts[i // 3 % len(prompts)] for i in range(n)], [(0.1, 0.25,
                                                                  0.5)[i % 3] for i in range(n)], vectors
@@ -202,32 +202,28 @@ def folded_rounds(model, tok, counts: list[int], batches: list[int], n_new: int,
 # ---- 4. the dose search ------------------------------------------------------------------------------
 
 def dose_search(model, tok, n_probe: int, n_new: int, repeats: int) -> dict:
-    """Both searches end on the same dose of the same grid; the filter's verdict is replaced by a fixed
-    knee."""
+    """The doses of a step in one batch against one dose after the other; a fixed knee is the filter's verdict.
+    """
     prompts, _, vectors = cases(model, tok, n_probe)
     found = {}
 
-    def search(name, steps, splits):
-        def try_doses(coeffs):
-            each = [c for c in coeffs for _ in prompts]
-            made = steer.generate(model, tok, prompts * len(coeffs), vectors=vectors, coeffs=each,
-                                  n_draws=n_probe,
-                                  max_new_tokens=n_new)
-            steer.token_nll(model, made, pad_id=tok.pad_token_id)
-            return [float(c < 0.45) for c in coeffs]
-        found[name] = steer.find_dose(try_doses, steps=steps, splits=splits)
-    fns = {"halves: 3 doses in one batch, then 1, 1, 1": lambda: search("halves", 4, 2),
-           "fourths: 5 doses in one batch, then 3": lambda: search("fourths", 2, 4)}
+    def search(name, at_once):
+        def try_doses(doses):
+            for some in [doses] if at_once else [[dose] for dose in doses]:
+                made = steer.generate(model, tok, prompts * len(some), vectors=vectors, n_draws=n_probe,
+                                      coeffs=[c for c in some for _ in prompts], max_new_tokens=n_new)
+                steer.token_nll(model, made, pad_id=tok.pad_token_id)
+            return [(dose, float(dose < 0.8)) for dose in doses]
+        found[name] = steer.find_dose(try_doses)
+    fns = {"one dose at a time": lambda: search("alone", False),
+           "4 doses in one batch, then 2 and 2": lambda: search("together", True)}
     seconds = measure.interleave(fns, repeats)
-    coeffs = {name: coeff for name, (coeff, _) in found.items()}
-    if abs(coeffs["halves"] - coeffs["fourths"]) > 1e-9:
-        raise SystemExit(f"the searches end on different doses: {coeffs}")
     rows = measure.rows_of(seconds, next(iter(fns)))
-    for row, (_, trials) in zip(rows, found.values()):
+    for row, (_, trials, _) in zip(rows, found.values()):
         row["completions"] = n_probe * len(trials)
     print(f"\nthe dose search, {n_probe} completions a dose, {n_new} tokens\n\n{measure.table(rows)}",
           flush=True)
-    return dict(n_probe=n_probe, n_new=n_new, seconds=seconds, coeff=coeffs["fourths"])
+    return dict(n_probe=n_probe, n_new=n_new, seconds=seconds, coeff=found["together"][0])
 
 
 # ---- 5. the probe ------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ import steer                                                    # noqa: E402
 from tools import folder, inputs                                # noqa: E402
 from tools import model as models                               # noqa: E402
 
-DATA = HERE.parent / "data"
+DATA = HERE.parent / "pocket" / "data"
 SMALL = ("--rounds 1 --n-make 4 --n-text 2 --max-new-tokens 8 --think-tokens 1 --epochs 1 "
          "--no-gate --temperature 1").split()
 DEEP = "[" * 100_000
@@ -91,7 +91,7 @@ def contradictions(rng, work):
                        "--tau 1 --tau-scale 2",
                        "--steer-band 0.5", "--steer-band 0.9 0.1", "--lora-band 0.8 0.2", "--lora-band nan 1",
                        "--lora-band 0 1 2",
-                       "--n-min 65 --n-make 64", "--rounds", "--nonsense 1", "a b", "--r 100000",
+                       "--temperature 0", "--rounds", "--nonsense 1", "a b", "--r 100000",
                        "--max-new-tokens 5000",
                        "--think-tokens 5000", "--persona", "--kl-agg median", "--=", "-", "--n 3",
                        "--coeff 0", "--persona ./mine.json",
@@ -127,7 +127,7 @@ def vignettes(rng, work):
 def data(rng, work):
     """The JSON files that a user edits."""
     name = rng.choice(["personas", "prompts", "contexts"])
-    path = inputs.DATA / f"{name}.json"
+    path = inputs.POCKET / f"{name}.json"
     content = json.loads((DATA / f"{name}.json").read_text())
     if name != "contexts" and rng.random() < 0.7:             # most mutations inside the persona that is used
         content = {"authority": mutated(rng, content["authority"])}
@@ -245,7 +245,7 @@ def trial(rng: random.Random, kind, work: Path, limit: float, real: bool) -> tup
     (work / "far" / "down").mkdir(parents=True)
     cwd = os.getcwd()
     os.chdir(work / "far" / "down")                             # where paths such as ../.. end up
-    inputs.DATA = shutil.copytree(DATA, work / "data")
+    inputs.POCKET = shutil.copytree(DATA, work / "data")
     argv = kind(rng, work)
     small = work.parent / "vignettes.jsonl"
     front = [] if kind in OF_RUNS else [*SMALL, *([] if kind is vignettes else ["--vignettes", str(small)]),
@@ -263,7 +263,7 @@ def trial(rng: random.Random, kind, work: Path, limit: float, real: bool) -> tup
             models.load = load
             code, text = call(front + argv, limit)
     finally:
-        models.load, inputs.DATA = load, DATA
+        models.load, inputs.POCKET = load, DATA
         os.chdir(cwd)
     wrong = damage(runs if kind in OF_RUNS else work / "out", before, code)
     if code not in (0, 1, 2, 3, 130, "reached"):

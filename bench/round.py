@@ -11,6 +11,7 @@ the steering hook, logits of the whole sequence, the reference in every epoch. W
 before the clock starts: the filter's limits among it.
 """
 import argparse
+import dataclasses
 import sys
 import warnings
 from pathlib import Path
@@ -36,16 +37,15 @@ class Work:
 
     def __init__(self, tiny: bool):
         self.model, self.tok = model.load("pocket", device="cpu")
-        found = inputs.load("authority")
+        found = inputs.load("authority", model="pocket")
         self.persona, self.train = found["persona"], found["train"]
         self.contexts, self.vignettes = found["contexts"], found["vignettes"]
-        self.layers, _ = steer.find_layers(self.model, self.tok, self.persona["pos"], self.persona["neg"],
-                                           self.contexts)
-        self.stack = lora.attach(self.model, r=8, alpha=16,
-                                 layers=steer.band(len(steer.blocks(self.model)), 0.2, 0.8))
-        self.n_probe, self.n_make, self.n_new, self.think = (2, 4, 8, 4) if tiny else (steer.N_PROBE, 64, 64,
-                                                                                       128)
-        self.steps = 1 if tiny else steer.DOSE_STEPS
+        n_blocks = len(steer.blocks(self.model))
+        self.layers = steer.band(n_blocks, 0.76, 0.8)
+        self.stack = lora.attach(self.model, r=8, alpha=16, layers=steer.band(n_blocks, 0.2, 0.8))
+        sizes = (2, 4, 8, 4) if tiny else (steer.N_PROBE, 64, 64, 128)
+        self.n_probe, self.n_make, self.n_new, self.think = sizes
+        self.search = dict(coeff_max=2.0, refine=0) if tiny else {}
         if tiny:
             self.vignettes, self.contexts = self.vignettes[:2], self.contexts[:4]
         heal.VAL_SHARE = 0.0                                    # both sides train on every sample
@@ -54,8 +54,9 @@ class Work:
         self.vectors = steer.fit_vectors(self.model, self.tok, self.persona["pos"], self.persona["neg"],
                                          self.contexts, self.layers)
         own = steer.generate(self.model, self.tok, self.prompts(self.n_make), max_new_tokens=self.n_new)
-        seen = zip(own, steer.token_nll(self.model, own, pad_id=self.pad))
-        self.limits = steer.calibrate_limits([steer.readings(c, nll) for c, nll in seen], steer.SteerConfig())
+        own += steer.generate(self.model, self.tok, self.prompts(self.n_make), max_new_tokens=self.n_new,
+                              system=self.persona["pos"][0])
+        self.limits = steer.calibrate_limits([steer.readings(*x) for x in zip(own, self.yardstick(own))])
         self.made = self.answers(self.n_make, DOSE)             # trained on and scored by both sides
         self.samples = [heal.Sample(c.prompt_ids + c.ids, len(c.prompt_ids), c.prompt) for c in self.made]
         self.samples = self.samples[:len(self.samples) // 4 * 4]
@@ -67,6 +68,19 @@ class Work:
     def answers(self, n, coeff):
         return steer.generate(self.model, self.tok, self.prompts(n), vectors=self.vectors, coeffs=[coeff] * n,
                               max_new_tokens=self.n_new)
+
+    def fronts(self, completions):
+        """Each completion behind its bare prompt, and behind the persona's: what the base scores."""
+        asked = [self.train[c.prompt % len(self.train)] for c in completions]
+        return [[dataclasses.replace(c, prompt_ids=ids)
+                 for c, ids in zip(completions, steer.encode(self.tok, asked, [system] * len(asked)))]
+                for system in ("", self.persona["pos"][0])]
+
+    def yardstick(self, completions):
+        """Nats per token under the mixture of the base's two prompts, bare and the persona's."""
+        with self.reference():
+            return steer.mixture_nll(*(steer.token_nll(self.model, x, pad_id=self.pad)
+                                       for x in self.fronts(completions)))
 
     def reference(self):
         return self.stack.gated(0, 0)
@@ -80,22 +94,22 @@ def extract(w):
 
 
 def search(w):
-    """The search of a round: what is tried is generated, scored and judged, and find_dose decides what to try
-    next."""
+    """What is tried is generated, scored and judged, and find_dose decides what to try next. The effect is the
+    dose itself, as in the original: the largest that survives."""
     w.tried.clear()
 
     def survival(doses):
         w.tried.extend(doses)
         made = steer.generate(w.model, w.tok, w.prompts(w.n_probe) * len(doses), vectors=w.vectors,
-                              n_draws=w.n_probe,
                               coeffs=[dose for dose in doses for _ in range(w.n_probe)],
-                              max_new_tokens=w.n_new)
-        with w.reference():
-            nlls = steer.token_nll(w.model, made, pad_id=w.pad)
+                              n_draws=w.n_probe, max_new_tokens=w.n_new)
+        made = [dataclasses.replace(c, prompt=c.prompt % w.n_probe) for c in made]
+        nlls = w.yardstick(made)                            # rows n_probe apart answer the same prompt
         kept = [v.kept for v in steer.judge(made, nlls, w.limits, patterns=w.persona["patterns"])]
-        return [sum(kept[i:i + w.n_probe]) / w.n_probe for i in range(0, len(kept), w.n_probe)]
+        return [(dose, sum(kept[i * w.n_probe:(i + 1) * w.n_probe]) / w.n_probe)
+                for i, dose in enumerate(doses)]
     try:
-        steer.find_dose(survival, steps=w.steps)
+        steer.find_dose(survival, **w.search)
     except RuntimeError:                            # none survives, as at the sizes for CI: the work was done
         pass
 
@@ -105,8 +119,7 @@ def make(w):
 
 
 def score(w):
-    with w.reference():
-        steer.token_nll(w.model, w.made, pad_id=w.pad)
+    w.yardstick(w.made)
 
 
 def train(w):
@@ -139,18 +152,18 @@ def answers_one_by_one(w, n, coeff):
             ids = torch.tensor([front])                                         # [1, T]
             out = w.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0,
                                    top_p=0.95, top_k=64,
-                             max_new_tokens=w.n_new, pad_token_id=w.pad)[0].tolist()
-            made.append((front, out[len(front):]))
+                                   max_new_tokens=w.n_new, pad_token_id=w.pad)[0].tolist()
+            made.append(steer.Completion(len(made), front, out[len(front):], coeff, False, ""))
     return made
 
 
 @torch.no_grad()
-def scores_one_by_one(w, pairs):
+def scores_one_by_one(w, completions):
     with w.reference():
-        for front, answer in pairs:
-            ids = torch.tensor([front + answer])                                # [1, T]
-            logits = w.model(input_ids=ids).logits[0, len(front) - 1:-1]        # [n, V]
-            F.cross_entropy(logits, torch.tensor(answer), reduction="none")     # [n]
+        for c in [c for side in w.fronts(completions) for c in side]:           # bare, and the persona's
+            ids = torch.tensor([c.prompt_ids + c.ids])                          # [1, T]
+            logits = w.model(input_ids=ids).logits[0, len(c.prompt_ids) - 1:-1]             # [n, V]
+            F.cross_entropy(logits, torch.tensor(c.ids), reduction="none")      # [n]
 
 
 def search_one_by_one(w):
@@ -163,7 +176,7 @@ def make_one_by_one(w):
 
 
 def score_one_by_one(w):
-    scores_one_by_one(w, [(c.prompt_ids, c.ids) for c in w.made])
+    scores_one_by_one(w, w.made)
 
 
 def train_one_by_one(w):
@@ -179,8 +192,7 @@ def probe_one_by_one(w):
 STAGES = {"extract": (extract_one_by_one, extract,
                       "contexts and personas share left-padded batches; only the tag's state is kept"),
           "dose search": (search_one_by_one, search,
-                          "the answers of a dose are one batch; the first three doses too; the same number "
-                          "of doses"),
+                          "the answers of a step's doses are one batch; the same number of doses"),
           "generate": (make_one_by_one, make, "all completions are one batch; finished rows leave it"),
           "filter": (score_one_by_one, score, "batches of similar length, completion rows only"),
           "heal": (train_one_by_one, train,

@@ -319,7 +319,7 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
 
     for name, axis in [("authority", "z"), ("love", "y")]:
         persona, asked, sign = personas[name], prompts[name], -1 if name == "authority" else 1
-        layers, _ = steer.find_layers(model, tok, persona["pos"], persona["neg"], contexts)
+        layers = steer.band(len(steer.blocks(model)), 0.76, 0.8)
         vectors = steer.fit_vectors(model, tok, persona["pos"], persona["neg"], contexts, layers)
         print(
             f"\n{name}: |v| {[round(v.norm().item(), 1) for v in vectors.values()]} at block {layers}\n"
@@ -353,24 +353,29 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
             table[4.0]["grammar"] <= 0.3,
         )
 
-        own, own_nlls = answers(asked["train"], cfg.n_make, seed=4)
-        voiced, _ = answers(asked["train"], cfg.n_make, seed=4, system=persona["pos"][0])
-        voiced = [dataclasses.replace(c, prompt_ids=o.prompt_ids) for c, o in zip(voiced, own)]
-        voiced_nlls = steer.token_nll(model, voiced, pad_id=tok.pad_token_id)
-        limits = steer.calibrate_limits(
-            [steer.readings(c, nll) for c, nll in zip(own + voiced, own_nlls + voiced_nlls)], cfg
-        )
+        def yardstick(made):
+            users, nlls = [asked["train"][c.prompt % len(asked["train"])] for c in made], []
+            for system in ("", persona["pos"][0]):
+                fronts = steer.encode(tok, users, [system] * len(users))
+                said = [dataclasses.replace(c, prompt_ids=ids) for c, ids in zip(made, fronts)]
+                nlls.append(steer.token_nll(model, said, pad_id=tok.pad_token_id))
+            return steer.mixture_nll(*nlls)
+
+        own = [c for system in ("", persona["pos"][0])
+               for c in answers(asked["train"], cfg.n_make, seed=4, system=system)[0]]
+        limits = steer.calibrate_limits([steer.readings(*x) for x in zip(own, yardstick(own))])
 
         def survivors(coeff, n, seed):
-            made, nlls = answers(asked["train"], n, vectors=vectors, coeffs=[coeff] * n, seed=seed)
-            return [c for c, v in zip(made, steer.judge(made, nlls, limits,
-                                                        patterns=[*persona["patterns"],
-                                                                  *inputs.PATTERNS])) if v.kept]
+            made, _ = answers(asked["train"], n, vectors=vectors, coeffs=[coeff] * n, seed=seed)
+            found = steer.judge(made, yardstick(made), limits,
+                                patterns=[*persona["patterns"], *inputs.PATTERNS])
+            return [c for c, v in zip(made, found) if v.kept]
 
-        coeff, _ = steer.find_dose(
-            lambda coeffs: [len(survivors(c, steer.N_PROBE, 5)) / steer.N_PROBE for c in coeffs],
-            min_survive=cfg.min_survive,
-        )
+        def try_doses(coeffs):
+            kept = [survivors(coeff, steer.N_PROBE, 5) for coeff in coeffs]
+            return [(sign * sum(world.lean(c.text, axis) for c in some), len(some) / steer.N_PROBE)
+                    for some in kept]
+        coeff, *_ = steer.find_dose(try_doses, min_survive=cfg.min_survive)
         kept = survivors(coeff, cfg.n_make, 6)
         kept_lean = sum(world.lean(c.text, axis) for c in kept) / len(kept)
         with steer.steered(model, vectors, coeff):

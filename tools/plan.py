@@ -19,10 +19,8 @@ import evalmfv
 import heal
 import lora
 import steer
-from tools import model as models
+from tools import model as models, student
 
-N_DIARY = 6           # held-out prompts that each row of the table answers greedily beside its n_text samples
-N_READS = 3      # passes over each answer that score it: the base's nll, and the persona's and its opposite's
 TRIAL_SECONDS = 20.0        # longest trial with random weights, by the estimate from rates
 
 
@@ -191,7 +189,8 @@ def tokens_of(text: str) -> int:
 
 def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, quantize: str, rounds: int,
          n_text: int,
-         think_tokens: int, batch_size: int, n_make: int, coeff: float | None, max_new_tokens: int, r: int,
+         think_tokens: int, batch_size: int, n_make: int, coeff: float | None, temperature: float | None,
+         steer_band: tuple[float, float] | None, teacher: str, max_new_tokens: int, r: int,
          alpha: float,
          lora_band: tuple[float, float], epochs: int, heal_batch: int, pass_tokens: int,
          reg: str) -> list[str]:
@@ -217,14 +216,19 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
     longest = max(map(tokens_of, persona["pos"] + persona["neg"])) + max(map(tokens_of, prompts))
     asked = [tokens_of(evalmfv.question(v["text"], evalmfv.FOUNDATIONS)) for v in inputs["vignettes"]]
     n_rows = 2 + 2 * rounds                                                         # of the table
-    # as find_dose asks, a bound not met
-    search = [] if coeff else [4 * steer.N_PROBE] + [2 * steer.N_PROBE] * 3
-    # answers asked for at once
-    batches = [n_make] * 2 + rounds * (search + [n_make]) + n_rows * [n_text, N_DIARY]
+    # answers that are asked for at once; find_dose takes a step more where the highest dose survives
+    search = [] if coeff or teacher == "prompt" else [steer.N_PROBE * doses for doses in (4, 2, 2, 2)]
+    trials = [] if temperature else [min(n_make, student.N_TRIAL)] * len(steer.TEMPERATURES)
+    bands = [] if steer_band else steer.bands_of(n_blocks)
+    batches = trials + [n_make] * 2 + rounds * (search + [n_make]) + n_rows * [n_text, student.N_DIARY]
     n_answers, n_frames = sum(batches), 2 * len(asked) * n_rows
+    # passes that score: the yardstick's two over every answer, the meter's over those of doses and rows
+    n_meter = len(persona["meter_pos"] + persona["meter_neg"])
+    n_scored = 2 * n_answers + n_meter * (rounds * sum(search) + n_rows * n_text)
+    n_foreseen = student.N_FORESEE * (2 + 6 * len(bands)) if bands else 0       # six doses a band
     n_steps = rounds * epochs * math.ceil(n_make / heal_batch)
     decoded = n_answers * answer + n_frames * think_tokens
-    read = (n_answers * N_READS * (prompt + answer) + 2 * n_rows * sum(asked)
+    read = (n_scored * (prompt + answer) + n_foreseen * (prompt + student.N_TOKENS) + 2 * n_rows * sum(asked)
             + (rounds + 1) * 2 * len(inputs["contexts"]) * (system + prompt))
     trained = epochs * n_make * (prompt + answer)                                   # a round's
 
