@@ -18,7 +18,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
