@@ -64,6 +64,19 @@ class Work:
         return steer.generate(self.model, self.tok, self.prompts(n), vectors=self.vectors, coeffs=[coeff] * n,
                               max_new_tokens=self.n_new)
 
+    def fronts(self, completions):
+        """Each completion behind its bare prompt, and behind the persona's: what the base scores."""
+        asked = [self.train[c.prompt % len(self.train)] for c in completions]
+        return [[dataclasses.replace(c, prompt_ids=ids)
+                 for c, ids in zip(completions, steer.encode(self.tok, asked, [system] * len(asked)))]
+                for system in ("", self.persona["pos"][0])]
+
+    def yardstick(self, completions):
+        """Nats per token under the mixture of the base's two prompts, bare and the persona's."""
+        with self.reference():
+            return steer.mixture_nll(*(steer.token_nll(self.model, x, pad_id=self.pad)
+                                       for x in self.fronts(completions)))
+
     def reference(self):
         return self.stack.gated(0, 0)
 
@@ -147,18 +160,18 @@ def answers_one_by_one(w, n, coeff):
             ids = torch.tensor([front])                                         # [1, T]
             out = w.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0,
                                    top_p=0.95, top_k=64,
-                             max_new_tokens=w.n_new, pad_token_id=w.pad)[0].tolist()
-            made.append((front, out[len(front):]))
+                                   max_new_tokens=w.n_new, pad_token_id=w.pad)[0].tolist()
+            made.append(steer.Completion(len(made), front, out[len(front):], coeff, False, ""))
     return made
 
 
 @torch.no_grad()
-def scores_one_by_one(w, pairs):
+def scores_one_by_one(w, completions):
     with w.reference():
-        for front, answer in pairs:
-            ids = torch.tensor([front + answer])                                # [1, T]
-            logits = w.model(input_ids=ids).logits[0, len(front) - 1:-1]        # [n, V]
-            F.cross_entropy(logits, torch.tensor(answer), reduction="none")     # [n]
+        for c in [c for side in w.fronts(completions) for c in side]:           # bare, and the persona's
+            ids = torch.tensor([c.prompt_ids + c.ids])                          # [1, T]
+            logits = w.model(input_ids=ids).logits[0, len(c.prompt_ids) - 1:-1]             # [n, V]
+            F.cross_entropy(logits, torch.tensor(c.ids), reduction="none")      # [n]
 
 
 def search_one_by_one(w):
@@ -171,7 +184,7 @@ def make_one_by_one(w):
 
 
 def score_one_by_one(w):
-    scores_one_by_one(w, [(c.prompt_ids, c.ids) for c in w.made])
+    scores_one_by_one(w, w.made)
 
 
 def train_one_by_one(w):
@@ -187,8 +200,7 @@ def probe_one_by_one(w):
 STAGES = {"extract": (extract_one_by_one, extract,
                       "contexts and personas share left-padded batches; only the tag's state is kept"),
           "dose search": (search_one_by_one, search,
-                          "the answers of a dose are one batch; the first three doses too; the same number "
-                          "of doses"),
+                          "the answers of a step's doses are one batch; the same number of doses"),
           "generate": (make_one_by_one, make, "all completions are one batch; finished rows leave it"),
           "filter": (score_one_by_one, score, "batches of similar length, completion rows only"),
           "heal": (train_one_by_one, train,

@@ -190,7 +190,8 @@ def tokens_of(text: str) -> int:
 
 def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, quantize: str, rounds: int,
          n_text: int,
-         think_tokens: int, batch_size: int, n_make: int, coeff: float | None, max_new_tokens: int, r: int,
+         think_tokens: int, batch_size: int, n_make: int, coeff: float | None, temperature: float | None,
+         steer_band: tuple[float, float] | None, teacher: str, max_new_tokens: int, r: int,
          alpha: float,
          lora_band: tuple[float, float], epochs: int, heal_batch: int, pass_tokens: int,
          reg: str) -> list[str]:
@@ -221,6 +222,10 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
     # answers asked for at once
     batches = [n_make] * 2 + rounds * (searched + [n_make]) + n_rows * [n_text, N_DIARY]
     n_answers, n_frames = sum(batches), 2 * len(asked) * n_rows
+    # passes that score: the yardstick's two over every answer, the meter's over those of doses and rows
+    n_meter = len(persona["meter_pos"] + persona["meter_neg"])
+    n_scored = 2 * n_answers + n_meter * (rounds * sum(search) + n_rows * n_text)
+    n_foreseen = student.N_FORESEE * (2 + 6 * len(bands)) if bands else 0       # six doses a band
     n_steps = rounds * epochs * math.ceil(n_make / heal_batch)
     decoded = n_answers * answer + n_frames * think_tokens
     n_meter = len(persona["meter_pos"]) + len(persona["meter_neg"])
