@@ -296,7 +296,7 @@ def main() -> None:
                         help="run what passes the checks")
     parser.add_argument("--verbose", action="store_true", help="print the sentence that every case ends with")
     args = parser.parse_args()
-    steer.N_PROBE = 2                                           # small, as all else
+    search.N_PROBE = 2                                           # small, as all else
     work, begin = Path(tempfile.mkdtemp(prefix="malformed-")), time.time()
     prepare(work)
     outcomes, failed = {kind.__name__: Counter() for kind in KINDS}, 0

@@ -93,7 +93,7 @@ def embedded(model, tok, n_contexts: int) -> tuple[dict, list[int], dict]:
     import steer
     from tools import inputs
     given = inputs.load("authority", model="pocket")
-    layers = steer.band(len(steer.blocks(model)), 0.76, 0.8)            # what a run's search finds on pocket
+    layers = band(len(steer.blocks(model)), 0.76, 0.8)            # what a run's search finds on pocket
     persona, contexts = given["persona"], given["contexts"][:n_contexts]
     return given, layers, steer.fit_vectors(model, tok, persona["pos"], persona["neg"], contexts, layers)
 
