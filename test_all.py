@@ -6,6 +6,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import io
@@ -18,6 +19,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 

@@ -3,7 +3,6 @@ import importlib
 import importlib.util
 import json
 import random
-import sys
 import time
 from pathlib import Path
 

@@ -19,6 +19,7 @@ import heal
 import lora
 import steer
 from tools import model as models
+from tools import search
 from tools.student import N_DIARY, N_FORESEE, N_TOKENS, N_TRIAL
 
 N_WORST = 6                 # passes over each kept answer around healing: persona distance, worst of the kept
@@ -217,16 +218,16 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
     asked = [tokens_of(evalmfv.question(v["text"], evalmfv.FOUNDATIONS)) for v in inputs["vignettes"]]
     n_rows = 2 + 2 * rounds                                                         # of the table
     # as find_dose asks while its bound is not met
-    search = [] if coeff else [4 * search.N_PROBE] + [2 * search.N_PROBE] * 3
+    searched = [] if coeff else [4 * search.N_PROBE] + [2 * search.N_PROBE] * 3
     measured = n_rows * [n_text, N_DIARY]
     batches = ([min(n_make, N_TRIAL)] * len(search.TEMPERATURES) + [n_make] * 2 + [N_FORESEE]
-               + rounds * (search + [n_make]) + measured)  # answers asked for at once
+               + rounds * (searched + [n_make]) + measured)  # answers asked for at once
     n_answers, n_frames = sum(batches), 2 * len(asked) * n_rows
     n_steps = rounds * epochs * math.ceil(n_make / heal_batch)
     decoded = n_answers * answer + n_frames * think_tokens
     n_meter = len(persona["meter_pos"]) + len(persona["meter_neg"])
     short, long = prompt + answer, system + prompt + answer  # tokens, bare and prompted
-    n_metered = rounds * sum(search) + n_rows * n_text
+    n_metered = rounds * sum(searched) + n_rows * n_text
     n_foreseen = N_FORESEE * (2 + n_meter + 6 * len(search.bands_of(n_blocks)))      # six doses of each band
     read = (n_answers * (prompt + short + long) + n_metered * n_meter * long        # asked, scored, metered
             + rounds * N_WORST * n_make * short + n_foreseen * (prompt + N_TOKENS) + 2 * n_rows * sum(asked)
