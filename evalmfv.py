@@ -495,3 +495,5 @@ if __name__ == "__main__":
               f"nats {out['nats'][f]:+.3f} +- {out['nats_se'][f]:.3f}")
     print(f"coherence {out['coherence']:.4f} +- {out['coherence_se']:.4f}   "
           f"frames: natural {out['n_natural']}, forced {out['n_forced']}, closed {out['n_closed']}")
+    if out["coherence"] < 0.5:
+        print("warning: the answers hold less than half of the probability: the probe cannot read this model")
