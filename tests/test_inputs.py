@@ -61,9 +61,9 @@ def test_a_persona_of_ones_own_needs_two_texts_and_holds_the_patterns_of_all(tmp
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"pos": ["You adore cats."], "neg": "You hate cats."}))
     found = inputs.load(str(path))
-    assert found["persona"] == dict(name="mine", pos=["You adore cats."], neg=["You hate cats."], target=None,
-                                    direction=None,
-                                    patterns=list(inputs.PATTERNS))
+    assert found["persona"] == dict(name="mine", pos=["You adore cats."], neg=["You hate cats."],
+                                    meter_pos=["You adore cats."], meter_neg=["You hate cats."],
+                                    target=None, direction=None, patterns=list(inputs.PATTERNS))
     data = json.loads((ROOT / "data" / "prompts.json").read_text())
     assert set(found["train"]) == {q for side in data.values() for q in side["train"]}
     assert not set(found["train"]) & set(found["held_out"])
@@ -109,7 +109,7 @@ def test_a_persona_that_is_not_there_or_is_none_is_refused(how, message):
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"foundation": "care"}', "line 2: has no 'text'"),
+    ('{"foundation": "care"}', "line 2: no 'text'"),
     ('{"text": "", "foundation": "care"}', "line 2: text is ''"), ("{", "line 2"), ("[" * 9999, "line 2"),
     ('{"text": "a", "foundation": ["care"]}', "line 2: foundation"),
     ('{"text": "a", "foundation": "care", "label": {"care": 1}}', "line 2: label lacks")])
