@@ -1,8 +1,6 @@
-"""Make the pocket model: a Hugging Face checkpoint small enough for git, trained from nothing on world.py's
-micro-world.
+"""Make the pocket model: a checkpoint small enough for git, trained from nothing on world.py's micro-world.
 
-    python pocket/make_pocket.py                 corpus, tokenizer, training, data files, gates: 20 minutes on
-    two cores
+    python pocket/make_pocket.py    corpus, tokenizer, training, data files, gates: 20 minutes on two cores
     python pocket/make_pocket.py --gates-only    measure the shipped checkpoint again
     python pocket/make_pocket.py --data-only     write pocket/data/ again
 
@@ -129,8 +127,8 @@ def train(
             rows = make_rows(tok, rng, 50 * batch)
         i = step % 50 * batch
         for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / 80,
-                                   0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = lr * min((step + 1) / 80, 0.02 + 0.98 * cosine)
         n_long = int((rows[0][i : i + batch] != tok.pad_token_id).sum(1).max())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = loss_of(model, rows[0][i : i + batch, :n_long], rows[1][i : i + batch, :n_long])
@@ -155,7 +153,7 @@ def train(
     )
 
 
-# ---- pocket/data/: plain files, drawn from the same world and never trained on where the loop measures
+# ---- pocket/data/: plain files, drawn from the same world and never trained on where the loop measures -----
 
 ABOUT = {
     "authority": ("care", "authority", "authority", -1, r"\bI am someone who\b"),
@@ -174,8 +172,8 @@ def make_data(folder: Path) -> None:
         return list(found)
 
     ask = {
-        "authority": lambda held: world.dilemma(rng, held)[0] if rng.random() < 0.7 else world.scene(rng,
-                                                                                                     held),
+        "authority": lambda held: (world.dilemma(rng, held)[0] if rng.random() < 0.7
+                                   else world.scene(rng, held)),
         "love": lambda held: world.feeling(rng, held),
     }
     personas = {
@@ -184,7 +182,7 @@ def make_data(folder: Path) -> None:
             neg=world.PERSONAS[neg][:3],
             target=target,
             direction=direction,
-            patterns=[narration],                   # those that hold for every persona are in tools/inputs.py
+            patterns=[narration],  # those that hold for every persona are in tools/inputs.py
         )
         for name, (pos, neg, target, direction, narration) in ABOUT.items()
     }
@@ -220,7 +218,7 @@ def make_data(folder: Path) -> None:
     (folder / "vignettes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-# ---- gates: is it a good student? --------------------------------------------------------------------
+# ---- gates: is it a good student? --------------------------------------------------------------------------
 
 
 def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
@@ -319,7 +317,7 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
 
     for name, axis in [("authority", "z"), ("love", "y")]:
         persona, asked, sign = personas[name], prompts[name], -1 if name == "authority" else 1
-        layers = steer.band(len(steer.blocks(model)), 0.76, 0.8)
+        layers = steer.band(n_blocks, 0.76, 0.8)                # what a run's search finds
         vectors = steer.fit_vectors(model, tok, persona["pos"], persona["neg"], contexts, layers)
         print(
             f"\n{name}: |v| {[round(v.norm().item(), 1) for v in vectors.values()]} at block {layers}\n"
@@ -354,28 +352,35 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
         )
 
         def yardstick(made):
-            users, nlls = [asked["train"][c.prompt % len(asked["train"])] for c in made], []
+            """Nats per token under the base's two prompts, bare and the persona's."""
+            users = [asked["train"][c.prompt % len(asked["train"])] for c in made]
+            sides = []
             for system in ("", persona["pos"][0]):
                 fronts = steer.encode(tok, users, [system] * len(users))
-                said = [dataclasses.replace(c, prompt_ids=ids) for c, ids in zip(made, fronts)]
-                nlls.append(steer.token_nll(model, said, pad_id=tok.pad_token_id))
-            return steer.mixture_nll(*nlls)
+                behind = [dataclasses.replace(c, prompt_ids=front) for c, front in zip(made, fronts)]
+                sides.append(steer.token_nll(model, behind, pad_id=tok.pad_token_id))
+            return steer.mixture_nll(*sides)
 
-        own = [c for system in ("", persona["pos"][0])
-               for c in answers(asked["train"], cfg.n_make, seed=4, system=system)[0]]
-        limits = steer.calibrate_limits([steer.readings(*x) for x in zip(own, yardstick(own))])
+        own, _ = answers(asked["train"], cfg.n_make, seed=4)
+        voiced, _ = answers(asked["train"], cfg.n_make, seed=4, system=persona["pos"][0])
+        limits = steer.calibrate_limits(list(map(steer.readings, own + voiced, yardstick(own + voiced))))
+        patterns = [*persona["patterns"], *inputs.PATTERNS]
 
         def survivors(coeff, n, seed):
             made, _ = answers(asked["train"], n, vectors=vectors, coeffs=[coeff] * n, seed=seed)
-            found = steer.judge(made, yardstick(made), limits,
-                                patterns=[*persona["patterns"], *inputs.PATTERNS])
-            return [c for c, v in zip(made, found) if v.kept]
+            verdicts = steer.judge(made, yardstick(made), limits, patterns=patterns)
+            return [c for c, verdict in zip(made, verdicts) if verdict.kept]
 
         def try_doses(coeffs):
-            kept = [survivors(coeff, steer.N_PROBE, 5) for coeff in coeffs]
-            return [(sign * sum(world.lean(c.text, axis) for c in some), len(some) / steer.N_PROBE)
-                    for some in kept]
-        coeff, *_ = steer.find_dose(try_doses, min_survive=cfg.min_survive)
+            found = []
+            for coeff in coeffs:
+                alive = survivors(coeff, steer.N_PROBE, 5)
+                users = [asked["train"][c.prompt % len(asked["train"])] for c in alive]
+                ratio = evalmfv.persona_ratio(model, tok, alive, users, persona["pos"], persona["neg"])
+                found.append((ratio.mean().item() if alive else -math.inf, len(alive) / steer.N_PROBE))
+            return found
+
+        coeff, _, _ = steer.find_dose(try_doses, min_survive=cfg.min_survive)
         kept = survivors(coeff, cfg.n_make, 6)
         kept_lean = sum(world.lean(c.text, axis) for c in kept) / len(kept)
         with steer.steered(model, vectors, coeff):
