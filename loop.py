@@ -183,7 +183,9 @@ class Run:
         persona = given["persona"]
         self.read = model, tok, persona["pos"], persona["neg"], given["contexts"]
         self.system = "" if cfg.teacher == "steer" else persona["pos"][0]
-        self.bands = [search.band(n_blocks, *scfg.steer_band)] if scfg.steer_band else search.bands_of(n_blocks)
+        self.bands = search.bands_of(n_blocks)
+        if scfg.steer_band:
+            self.bands = [search.band(n_blocks, *scfg.steer_band)]
         self.adapted = search.band(n_blocks, *lcfg.lora_band)
         self.stack = lora.attach(model, r=lcfg.r, alpha=lcfg.alpha, layers=self.adapted, seed=cfg.seed)
         with self.stack.gated(0, 0):                    # what every round's vector is compared with
@@ -210,13 +212,12 @@ class Run:
                             "the gate; the trait is persona_ratio", "yellow")
         event = self.folder.once("layers", None, lambda: self.chosen() | dict(lora=self.adapted))
         self.steered_at = event["steer"]
-        self.screen.say("layers", None, f"steer {self.steered_at}, the most trait of {len(self.bands)} bands")
+        self.screen.say("layers", None, f"steer {self.steered_at}, the best of {len(self.bands)} bands")
 
     def chosen(self) -> dict:
         """Which blocks are steered: {steer, trials}."""
-        if len(self.bands) == 1:
-            return dict(steer=self.bands[0], trials=[])
-        return self.student.band(self.bands, self.origin)
+        given = dict(steer=self.bands[0], trials=[])
+        return given if len(self.bands) == 1 else self.student.band(self.bands, self.origin)
 
     def row(self, kind: str, rnd: int | None, label: str, **how) -> dict:
         """A row of the table, from the journal or measured now."""

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import io
@@ -18,6 +19,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -37,17 +39,15 @@ import heal as heal_py                                          # noqa: E402
 import loop                                                     # noqa: E402
 import lora as lora_py                                          # noqa: E402
 import steer                                                    # noqa: E402
-import world                                                    # noqa: E402
 from common import tiny_model, tiny_tokenizer                   # noqa: E402
-from evalmfv import FOUNDATIONS, persona_ratio, persona_share       # noqa: E402
+from evalmfv import FOUNDATIONS       # noqa: E402
 from heal import (AGGREGATES, HealConfig, Passes, Sample, aggregate, divergences, forward_kl,  # noqa: E402
                   heal, lr_factor, naive_losses, reverse_kl, split, token_losses)
 from lora import LoraConfig, attach                             # noqa: E402
-from steer import (Completion, Limits, SteerConfig, band, bands_of, calibrate_limits, choose,  # noqa: E402
-                   find_band, find_dose, fit_vectors, generate, judge, readings, render, repeats, steered,
-                   token_nll)
+from steer import (Completion, Limits, SteerConfig, calibrate_limits, choose, fit_vectors, generate,  # noqa: E402
+                   judge, readings, render, repeats, steered, token_nll)
 from tools import folder as files                               # noqa: E402
-from tools import inputs                                        # noqa: E402
+from tools import inputs, search                                # noqa: E402
 from tools import model as models                               # noqa: E402
 
 torch.set_num_threads(1)                              # small models: a second thread costs more
@@ -1503,65 +1503,6 @@ def test_the_embedded_models_limits_pass_its_answers_and_drop_salad_loops_and_fo
 
 # ---- steer: the dose, the band, the options
 
-def test_find_band_takes_the_most_effect_within_the_limit_whatever_dose_it_takes():
-    cells = {((1,), 1.0): (1.0, 0.1), ((1,), 2.0): (3.0, 0.9), ((2,), 1.0): (0.5, 0.1), ((2,), 2.0): (2.0, 0.5),
-             ((3,), 1.0): (9.0, 2.0), ((3,), 2.0): (9.0, 3.0)}
-
-    def try_cells(asked):
-        return [cells[tuple(band), dose] for band, dose in asked]
-    chosen, ranked = steer.find_band(try_cells, [[1], [2], [3]], 0.5, doses=(1.0, 2.0))
-    assert (chosen, ranked) == ([2], [([1], 1.0, 1.0), ([2], 2.0, 2.0)])        # not the third, at any dose
-    with pytest.raises(RuntimeError, match="every band does more damage than 0.05"):
-        steer.find_band(try_cells, [[1], [2]], 0.05, doses=(1.0, 2.0))
-
-
-def steer_doses(effect, survive):
-    batches = []
-
-    def try_doses(doses):
-        batches.append(len(doses))
-        return [(effect(dose), survive(dose)) for dose in doses]
-    return *find_dose(try_doses), batches
-
-
-@pytest.mark.parametrize("peak", [0.7, 3.0, 20.0])
-def test_find_dose_finds_a_peak_below_or_above_one_wherever_the_filter_lets_it(peak):
-    dose, trials, bound, batches = steer_doses(lambda x: -math.log(x / peak) ** 2, lambda x: float(x < 40))
-    assert abs(math.log2(dose / peak)) < 0.26 and bound == "" and batches[0] == 4   # within a quarter octave
-    assert dose == max(trials, key=lambda t: (t[2] >= 0.5, t[1]))[0]
-
-
-def test_find_dose_of_a_rising_effect_stops_where_answers_no_longer_survive():
-    dose, trials, bound, _ = steer_doses(math.log, lambda x: 1 / (1 + (x / 5) ** 8))
-    assert 5 / 2 ** 0.5 < dose <= 5 and bound == "" and max(d for d, _, _ in trials) >= 8
-
-
-def test_find_dose_says_which_bound_it_hit_and_that_nothing_survives():
-    assert steer_doses(lambda x: -x, lambda x: 1.0)[::2][0] == 0.25
-    assert steer_doses(lambda x: -x, lambda x: 1.0)[2] == "coeff_min"
-    dose, _, bound, _ = steer_doses(lambda x: x, lambda x: 1.0)
-    assert bound == "coeff_max" and 16 < dose <= 64
-    with pytest.raises(RuntimeError, match="no dose survives: at 0.25, 20% of answers pass the filter, need 50%"):
-        steer_doses(lambda x: x, lambda x: 0.2)
-    dose, _, _, _ = steer_doses(lambda x: x, lambda x: float(0.9 < x < 1.1))       # not monotone: one island
-    assert 0.9 < dose < 1.1
-
-
-def test_band_is_every_block_whose_depth_overlaps():
-    assert band(7, 0.45, 0.55) == [3] and band(34, 0.45, 0.55) == [15, 16, 17, 18]
-    assert band(100, 0.45, 0.55) == list(range(45, 55)) and band(10, 0.0, 1.0) == list(range(10))
-    assert all(band(n, 0.5, 0.501) for n in range(1, 200))
-    for lo, hi in ((0.5, 0.5), (0.6, 0.5), (-0.1, 0.5), (0.5, 1.1)):
-        with pytest.raises(ValueError, match="depth band"):
-            band(7, lo, hi)
-
-
-def test_candidate_bands_are_side_by_side_within_the_model():
-    for n in (1, 4, 7, 30, 34):
-        found = steer.bands_of(n)
-        flat = [i for each in found for i in each]
-        assert flat == list(range(flat[0], flat[-1] + 1)) and flat[-1] < n
-
 
 def test_options_out_of_range_are_refused_by_name():
     for bad in (dict(coeff=-1.0), dict(coeff=math.nan), dict(min_survive=0.0), dict(top_p=0.0),
@@ -2345,7 +2286,7 @@ def test_ids_go_to_the_embedding_and_nothing_asks_the_model_for_one_device(monke
     def nowhere(self):
         raise AssertionError("a model that is spread over devices has no .device")
     monkeypatch.setattr(type(model), "device", property(nowhere))
-    layers, _ = steer.find_layers(model, tok, "kind", "cruel", STEER_PROMPTS)
+    layers = [1]
     made = generate(model, tok, STEER_PROMPTS, vectors=fit_vectors(model, tok, "kind", "cruel", STEER_PROMPTS, layers),
                     coeffs=[0.5] * len(STEER_PROMPTS), max_new_tokens=4)
     token_nll(model, made)
@@ -2419,7 +2360,7 @@ def test_a_base_in_four_bits_is_adapted_and_its_gates_at_zero_are_the_base():
 def test_the_saved_adapter_is_the_healed_model(finished, small_vignettes):
     _, record = finished
     model, tok = models.load("pocket")
-    stack = lora_py.attach(model, r=8, alpha=16.0, layers=steer.band(len(steer.blocks(model)), 0.2, 0.8))
+    stack = lora_py.attach(model, r=8, alpha=16.0, layers=search.band(len(steer.blocks(model)), 0.2, 0.8))
     vignettes = evalmfv.load_vignettes(small_vignettes)
     for kind in ("base", "healed"):
         again = evalmfv.evaluate(model, tok, vignettes, think_tokens=4, batch_size=152)["nats"]

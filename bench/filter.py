@@ -17,6 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
 
 import steer                                                    # noqa: E402
 import world                                                    # noqa: E402
+from tools import search                                        # noqa: E402
 from tools import inputs, model as models                       # noqa: E402
 
 FOREIGN = ["el gato duerme en la cocina", "wir gehen heute nicht nach Hause", "je ne sais pas pourquoi",
@@ -67,7 +68,7 @@ def main(argv=None) -> None:
     model, tok = models.load(args.model)
     given = inputs.load(args.persona, model=args.model)
     persona, contexts = given["persona"], given["contexts"][:48]
-    layers = steer.band(len(steer.blocks(model)), *((0.76, 0.8) if is_pocket else (0.5, 0.6)))
+    layers = search.band(len(steer.blocks(model)), *((0.76, 0.8) if is_pocket else (0.5, 0.6)))
     vectors = steer.fit_vectors(model, tok, persona["pos"], persona["neg"], contexts, layers)
 
     def answers(side, seed, system="", dose=0.0):

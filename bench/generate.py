@@ -26,6 +26,7 @@ import evalmfv                                                  # noqa: E402
 import lora                                                     # noqa: E402
 import measure                                                  # noqa: E402
 import steer                                                    # noqa: E402
+from tools.search import band, find_dose  # noqa: E402
 from plot import svg_lines                                      # noqa: E402
 
 D512 = dict(model_type="llama", hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
@@ -151,7 +152,7 @@ def dense(model, stack):
 def folded_rounds(model, tok, counts: list[int], batches: list[int], n_new: int, repeats: int) -> dict:
     """Decoding and the student's forward in a heal step (4 samples of 96 tokens) with R rounds of rank 8
     behind gates."""
-    layers = steer.band(len(steer.blocks(model)), 0.2, 0.8)
+    layers = band(len(steer.blocks(model)), 0.2, 0.8)
     stack = lora.attach(model, r=8, alpha=16, layers=layers)
     decode = {b: decoding(model, tok, b, n_new) for b in batches}
     ids = torch.randint(10, 2000, (4, 96), generator=torch.Generator().manual_seed(0))      # [B, T]
@@ -207,7 +208,7 @@ def dose_search(model, tok, n_probe: int, n_new: int, repeats: int) -> dict:
                                       coeffs=[c for c in some for _ in prompts], max_new_tokens=n_new)
                 steer.token_nll(model, made, pad_id=tok.pad_token_id)
             return [(c, float(c < 1.2)) for c in coeffs]
-        found[name] = steer.find_dose(try_doses)
+        found[name] = find_dose(try_doses)
     fns = {"one dose at a time": lambda: search("one dose at a time", False),
            "the doses of a step in one batch": lambda: search("the doses of a step in one batch", True)}
     seconds = measure.interleave(fns, repeats)

@@ -29,9 +29,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import loop                                                     # noqa: E402
-import steer                                                    # noqa: E402
 from tools import folder, inputs                                # noqa: E402
 from tools import model as models                               # noqa: E402
+from tools import search                                        # noqa: E402
 
 DATA = HERE.parent / "pocket" / "data"              # of the model that all cases run
 SMALL = ("--rounds 1 --n-make 4 --n-text 2 --max-new-tokens 8 --think-tokens 1 --epochs 1 --no-gate "
@@ -296,7 +296,7 @@ def main() -> None:
                         help="run what passes the checks")
     parser.add_argument("--verbose", action="store_true", help="print the sentence that every case ends with")
     args = parser.parse_args()
-    steer.N_PROBE = 2                                           # small, as all else
+    search.N_PROBE = 2                                           # small, as all else
     work, begin = Path(tempfile.mkdtemp(prefix="malformed-")), time.time()
     prepare(work)
     outcomes, failed = {kind.__name__: Counter() for kind in KINDS}, 0

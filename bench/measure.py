@@ -92,8 +92,9 @@ def embedded(model, tok, n_contexts: int) -> tuple[dict, list[int], dict]:
     """(what inputs.load gives for authority in the embedded model's world, steered blocks, their vectors)."""
     import steer
     from tools import inputs
+    from tools.search import band
     given = inputs.load("authority", model="pocket")
-    layers = steer.band(len(steer.blocks(model)), 0.76, 0.8)            # what a run's search finds on pocket
+    layers = band(len(steer.blocks(model)), 0.76, 0.8)            # what a run's search finds on pocket
     persona, contexts = given["persona"], given["contexts"][:n_contexts]
     return given, layers, steer.fit_vectors(model, tok, persona["pos"], persona["neg"], contexts, layers)
 

@@ -4,7 +4,7 @@
     python bench/round.py --tiny            seconds, for CI
 
 Both sides do the same work: the same contexts, prompts, training samples, optimiser steps and probe frames,
-and a search for a dose: ours is steer.find_dose with its answers judged, theirs tries as many doses as ours
+and a search for a dose: ours is find_dose with its answers judged, theirs tries as many doses as ours
 did and scores each answer. The original's structure, written by us from a description: everything one at a
 time (a context, a completion, an nll, a sample, a probe frame), decoding by transformers' generate() under
 the steering hook, logits of the whole sequence, the reference in every epoch. What both sides share runs once
@@ -28,6 +28,7 @@ import lora  # noqa: E402
 import steer  # noqa: E402
 from measure import embedded, seconds_of, table, write_json  # noqa: E402
 from tools import model  # noqa: E402
+from tools.search import N_PROBE, band, find_dose  # noqa: E402
 
 DOSE = 0.487  # of the answers that both sides score and train on
 
@@ -40,9 +41,9 @@ class Work:
         given, self.layers, self.vectors = embedded(self.model, self.tok, 4 if tiny else 96)
         self.persona, self.train, self.contexts, self.vignettes = (
             given[key] for key in ("persona", "train", "contexts", "vignettes"))
-        adapted = steer.band(len(steer.blocks(self.model)), 0.2, 0.8)
+        adapted = band(len(steer.blocks(self.model)), 0.2, 0.8)
         self.stack = lora.attach(self.model, r=8, alpha=16, layers=adapted)
-        sizes = (2, 4, 8, 4) if tiny else (steer.N_PROBE, 64, 64, 128)
+        sizes = (2, 4, 8, 4) if tiny else (N_PROBE, 64, 64, 128)
         self.n_probe, self.n_make, self.n_new, self.think = sizes
         self.refine = 0 if tiny else 2
         if tiny:
@@ -63,19 +64,6 @@ class Work:
     def answers(self, n, coeff):
         return steer.generate(self.model, self.tok, self.prompts(n), vectors=self.vectors, coeffs=[coeff] * n,
                               max_new_tokens=self.n_new)
-
-    def fronts(self, completions):
-        """Each completion behind its bare prompt, and behind the persona's: what the base scores."""
-        asked = [self.train[c.prompt % len(self.train)] for c in completions]
-        return [[dataclasses.replace(c, prompt_ids=ids)
-                 for c, ids in zip(completions, steer.encode(self.tok, asked, [system] * len(asked)))]
-                for system in ("", self.persona["pos"][0])]
-
-    def yardstick(self, completions):
-        """Nats per token under the mixture of the base's two prompts, bare and the persona's."""
-        with self.reference():
-            return steer.mixture_nll(*(steer.token_nll(self.model, x, pad_id=self.pad)
-                                       for x in self.fronts(completions)))
 
     def reference(self):
         return self.stack.gated(0, 0)
@@ -117,7 +105,7 @@ def search(w):
                                            w.persona["meter_neg"])
         return list(zip(*(x.view(-1, w.n_probe).mean(1).tolist() for x in (ratios, kept))))
     try:
-        steer.find_dose(try_doses, min_survive=0.5, refine=w.refine)
+        find_dose(try_doses, min_survive=0.5)
     except RuntimeError:                # none survives, as at the sizes for CI: the work was done
         pass
 
@@ -160,18 +148,18 @@ def answers_one_by_one(w, n, coeff):
             ids = torch.tensor([front])                                         # [1, T]
             out = w.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0,
                                    top_p=0.95, top_k=64,
-                                   max_new_tokens=w.n_new, pad_token_id=w.pad)[0].tolist()
-            made.append(steer.Completion(len(made), front, out[len(front):], coeff, False, ""))
+                             max_new_tokens=w.n_new, pad_token_id=w.pad)[0].tolist()
+            made.append((front, out[len(front):]))
     return made
 
 
 @torch.no_grad()
-def scores_one_by_one(w, completions):
+def scores_one_by_one(w, pairs):
     with w.reference():
-        for c in [c for side in w.fronts(completions) for c in side]:           # bare, and the persona's
-            ids = torch.tensor([c.prompt_ids + c.ids])                          # [1, T]
-            logits = w.model(input_ids=ids).logits[0, len(c.prompt_ids) - 1:-1]             # [n, V]
-            F.cross_entropy(logits, torch.tensor(c.ids), reduction="none")      # [n]
+        for front, answer in pairs:
+            ids = torch.tensor([front + answer])                                # [1, T]
+            logits = w.model(input_ids=ids).logits[0, len(front) - 1:-1]        # [n, V]
+            F.cross_entropy(logits, torch.tensor(answer), reduction="none")     # [n]
 
 
 def search_one_by_one(w):
@@ -184,7 +172,7 @@ def make_one_by_one(w):
 
 
 def score_one_by_one(w):
-    scores_one_by_one(w, w.made)
+    scores_one_by_one(w, [(c.prompt_ids, c.ids) for c in w.made])
 
 
 def train_one_by_one(w):
@@ -200,7 +188,8 @@ def probe_one_by_one(w):
 STAGES = {"extract": (extract_one_by_one, extract,
                       "contexts and personas share left-padded batches; only the tag's state is kept"),
           "dose search": (search_one_by_one, search,
-                          "the answers of a step's doses are one batch; the same number of doses"),
+                          "the answers of a dose are one batch; the first three doses too; the same number "
+                          "of doses"),
           "generate": (make_one_by_one, make, "all completions are one batch; finished rows leave it"),
           "filter": (score_one_by_one, score, "batches of similar length, completion rows only"),
           "heal": (train_one_by_one, train,

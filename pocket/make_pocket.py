@@ -26,6 +26,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llam
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import world  # noqa: E402  (a script's own folder and the rooms beside it)
+from tools.search import N_PROBE, band, find_dose  # noqa: E402
 
 SPECIALS = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<think>", "</think>"]
 # one split per word, number, run of punctuation, line break with its indent, and "# comment": the probe's
@@ -244,7 +245,7 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
         evalmfv.load_vignettes(data / "vignettes.jsonl"),
     )
     n_blocks = len(steer.blocks(model))
-    stack = lora.attach(model, r=8, alpha=16.0, layers=steer.band(n_blocks, 0.2, 0.8))
+    stack = lora.attach(model, r=8, alpha=16.0, layers=band(n_blocks, 0.2, 0.8))
     results = []
 
     def gate(name, value, holds):
@@ -317,7 +318,7 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
 
     for name, axis in [("authority", "z"), ("love", "y")]:
         persona, asked, sign = personas[name], prompts[name], -1 if name == "authority" else 1
-        layers = steer.band(n_blocks, 0.76, 0.8)                # what a run's search finds
+        layers = band(n_blocks, 0.76, 0.8)                # what a run's search finds
         vectors = steer.fit_vectors(model, tok, persona["pos"], persona["neg"], contexts, layers)
         print(
             f"\n{name}: |v| {[round(v.norm().item(), 1) for v in vectors.values()]} at block {layers}\n"
@@ -374,13 +375,13 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
         def try_doses(coeffs):
             found = []
             for coeff in coeffs:
-                alive = survivors(coeff, steer.N_PROBE, 5)
+                alive = survivors(coeff, N_PROBE, 5)
                 users = [asked["train"][c.prompt % len(asked["train"])] for c in alive]
                 ratio = evalmfv.persona_ratio(model, tok, alive, users, persona["pos"], persona["neg"])
-                found.append((ratio.mean().item() if alive else -math.inf, len(alive) / steer.N_PROBE))
+                found.append((ratio.mean().item() if alive else -math.inf, len(alive) / N_PROBE))
             return found
 
-        coeff, _, _ = steer.find_dose(try_doses, min_survive=cfg.min_survive)
+        coeff, _, _ = find_dose(try_doses, min_survive=cfg.min_survive)
         kept = survivors(coeff, cfg.n_make, 6)
         kept_lean = sum(world.lean(c.text, axis) for c in kept) / len(kept)
         with steer.steered(model, vectors, coeff):

@@ -14,8 +14,8 @@ from tools import inputs, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = dict(revision="", dtype="auto", device="cpu", quantize="", rounds=8, n_text=48, think_tokens=128,
-               batch_size=152, n_make=64, temperature=None, steer_band=None, teacher="steer", coeff=None,
-               max_new_tokens=64, r=8, alpha=16, lora_band=(0.2, 0.8), epochs=5, heal_batch=4,
+               batch_size=152, n_make=64,
+               coeff=None, max_new_tokens=64, r=8, alpha=16, lora_band=(0.2, 0.8), epochs=5, heal_batch=4,
                pass_tokens=2048, reg="kl_rev")
 VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
               patch_size=14)

@@ -20,6 +20,7 @@ import lora
 import steer
 from tools import model as models
 from tools import search
+from tools.student import N_DIARY, N_FORESEE, N_TOKENS, N_TRIAL
 
 N_WORST = 6                 # passes over each kept answer around healing: persona distance, worst of the kept
 TRIAL_SECONDS = 20.0        # longest trial with random weights, by the estimate from rates
@@ -190,8 +191,7 @@ def tokens_of(text: str) -> int:
 
 def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, quantize: str, rounds: int,
          n_text: int,
-         think_tokens: int, batch_size: int, n_make: int, coeff: float | None, temperature: float | None,
-         steer_band: tuple[float, float] | None, teacher: str, max_new_tokens: int, r: int,
+         think_tokens: int, batch_size: int, n_make: int, coeff: float | None, max_new_tokens: int, r: int,
          alpha: float,
          lora_band: tuple[float, float], epochs: int, heal_batch: int, pass_tokens: int,
          reg: str) -> list[str]:
@@ -217,21 +217,18 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
     longest = max(map(tokens_of, persona["pos"] + persona["neg"])) + max(map(tokens_of, prompts))
     asked = [tokens_of(evalmfv.question(v["text"], evalmfv.FOUNDATIONS)) for v in inputs["vignettes"]]
     n_rows = 2 + 2 * rounds                                                         # of the table
-    # as find_dose asks, a bound not met
+    # as find_dose asks while its bound is not met
     searched = [] if coeff else [4 * search.N_PROBE] + [2 * search.N_PROBE] * 3
-    # answers asked for at once
-    batches = [n_make] * 2 + rounds * (searched + [n_make]) + n_rows * [n_text, N_DIARY]
+    measured = n_rows * [n_text, N_DIARY]
+    batches = ([min(n_make, N_TRIAL)] * len(search.TEMPERATURES) + [n_make] * 2 + [N_FORESEE]
+               + rounds * (searched + [n_make]) + measured)  # answers asked for at once
     n_answers, n_frames = sum(batches), 2 * len(asked) * n_rows
-    # passes that score: the yardstick's two over every answer, the meter's over those of doses and rows
-    n_meter = len(persona["meter_pos"] + persona["meter_neg"])
-    n_scored = 2 * n_answers + n_meter * (rounds * sum(search) + n_rows * n_text)
-    n_foreseen = student.N_FORESEE * (2 + 6 * len(bands)) if bands else 0       # six doses a band
     n_steps = rounds * epochs * math.ceil(n_make / heal_batch)
     decoded = n_answers * answer + n_frames * think_tokens
     n_meter = len(persona["meter_pos"]) + len(persona["meter_neg"])
     short, long = prompt + answer, system + prompt + answer  # tokens, bare and prompted
-    n_metered = rounds * sum(search) + n_rows * n_text
-    n_foreseen = N_FORESEE * (2 + n_meter + 6 * len(steer.bands_of(n_blocks)))      # six doses of each band
+    n_metered = rounds * sum(searched) + n_rows * n_text
+    n_foreseen = N_FORESEE * (2 + n_meter + 6 * len(search.bands_of(n_blocks)))      # six doses of each band
     read = (n_answers * (prompt + short + long) + n_metered * n_meter * long        # asked, scored, metered
             + rounds * N_WORST * n_make * short + n_foreseen * (prompt + N_TOKENS) + 2 * n_rows * sum(asked)
             + (rounds + 1) * 2 * len(inputs["contexts"]) * (system + prompt))
