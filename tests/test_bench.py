@@ -23,7 +23,7 @@ def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
 
     def load(name):
-        if name != "round":                             # it has the name of a builtin, and is loaded by its path
+        if name != "round":           # it has the name of a builtin, and is loaded by its path
             return importlib.import_module(name)
         spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
