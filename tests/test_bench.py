@@ -23,7 +23,7 @@ def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
 
     def load(name):
-        if name not in ("heal", "round"):                # these two have the names of a room and of a builtin
+        if name != "round":           # it has the name of a builtin, and is loaded by its path
             return importlib.import_module(name)
         spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
@@ -139,12 +139,12 @@ def test_the_generation_benchmark_runs_tiny_with_rows_as_hf_and_the_roofline_rea
                        str(tmp_path / "g.json")])
 
 
-@pytest.mark.parametrize("name", ["heal", "round"])
+@pytest.mark.parametrize("name", ["losses", "round"])
 def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys, bench, monkeypatch):
     import heal
     monkeypatch.setattr(heal, "VAL_SHARE", heal.VAL_SHARE)      # the round's benchmark trains on every sample
     bench(name).main(["--tiny", "--json", str(tmp_path / "out.json"),
-                      *(["--docs", str(tmp_path)] if name == "heal" else [])])
+                      *(["--docs", str(tmp_path)] if name == "losses" else [])])
     assert capsys.readouterr().out.count("|") > 20
     result = json.loads((tmp_path / "out.json").read_text())
     if name == "round":
@@ -157,7 +157,7 @@ def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys, bench,
             "original"} <= set(result["memory"]["peak"]) and len(list(tmp_path.glob("*.svg"))) == 6
     losses = result["round"]["barrier on at every step"]["losses"]
     # the same steps, or nothing is compared
-    assert len(losses) >= 7 and max(losses.values()) - min(losses.values()) < 1e-5
+    assert len(losses) >= 5 and max(losses.values()) - min(losses.values()) < 1e-5
     for peer in ("TRL", "torchtune", "Liger"):           # a peer that cannot run says so instead of vanishing
         assert any(peer in key for key in [*result["memory"]["peak"], *result["memory"]["missing"]])
 

@@ -48,6 +48,8 @@ def test_a_plan_reads_a_configuration_and_nothing_else(tmp_path):
     assert all(float(x) >= found for x in stages.values())
     assert f"{4 * trained / 1e6:.1f} MB per" in out["disk"]
     assert "5,472 probe frames" in out["work"] and "GFLOP/s" in out["time"]
+    # 3 trials of 16, 8 for the band, 2 x 64 of the base, a round's 10 doses of 24 and 64, 18 rows of 48 and 6
+    assert f"{48 + 8 + 128 + 8 * (240 + 64) + 18 * 54:,} answers" in out["work"]
 
 
 def test_a_small_model_is_timed_by_a_trial_and_a_rank_too_large_is_refused(tmp_path):
