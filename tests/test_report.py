@@ -215,9 +215,9 @@ def test_the_trait_is_the_share_if_every_row_has_it_and_the_verdict_names_both(t
         if e["stage"] != "row":
             return e
         share = {"base": 0.0, "prompted": 1.0, "steered": 0.8, "healed": 0.6}[e["kind"]]
-        return e | dict(share=share, persona_ratio=0.1 + 2 * share, persona_ratio_se=0.1)
+        return e | dict(share=share, share_se=0.05, persona_ratio=0.1 + 2 * share, persona_ratio_se=0.1)
     run = report.Run(a_run(tmp_path, change=metered))
-    assert run.meter == "share" and run.trait_of(run.final) == (0.6, pytest.approx(0.05))   # 0.1 of 2 nats
+    assert run.meter == "share" and run.trait_of(run.final) == (0.6, 0.05)
     mood, head, lines = headline(tmp_path)
     assert "75% of the steering’s trait" in head and "+0.60 ± 0.05" in lines and "+0.50 ± 0.05" in lines
     assert "wanted down" in lines and "persona prompt 1" in page_of(tmp_path)

@@ -44,8 +44,8 @@ RUN = dict(status=str, reason=str, command=str, started=float, seconds=float, st
            persona=dict(name=str, target=str, direction=float, pos=[str], neg=[str]))
 EVENTS = dict(
     layers=dict(steer=[float], lora=[float]), limits=dict(limits={str: float}), tau=dict(tau=float),
-    row=dict(kind=str, trait=float, trait_se=float, share=float, persona_ratio=float, persona_ratio_se=float,
-             text=float, text_se=float, coherence=float, shift=dict(off_target=float, moved={str: float}),
+    row=dict(kind=str, trait=float, trait_se=float, share=float, share_se=float, persona_ratio=float,
+             persona_ratio_se=float, text=float, text_se=float, coherence=float, shift=dict(off_target=float, moved={str: float}),
              probe=dict(p=[[float]], counted=[float], nats={str: float}),
              diary=[dict(prompt=str, text=str, coherence=float)]),
     dose=dict(coeff=float), made={},
@@ -154,11 +154,7 @@ class Run:
         self.name = self.persona["name"] or ("custom" if self.options.get("pos") else file)
         has_share = bool(self.rows) and all(r["share"] is not None for r in self.rows)
         self.meter = "share" if has_share or not self.target else "nats"
-        ends = [r["persona_ratio"] if r else None for r in (self.base, self.prompted)]
-        reach = abs(ends[1] - ends[0]) if None not in ends else 0               # nats of a share of 1
         for r in self.rows:
-            has_error = reach and r["persona_ratio_se"] is not None
-            r["share_se"] = r["persona_ratio_se"] / reach if has_error else None
             r["moved"] = moved(r, self.base) if self.base else {}
         canary = self.base["coherence"] if self.base and self.target else None
         self.unread = canary is not None and canary < READABLE
