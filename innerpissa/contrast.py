@@ -13,7 +13,7 @@ signs in one batch. The base is frozen, and checked to be what it was at the end
 
 What s cannot see: a shift that both personas' states share. against="base" rewards just that, as a control.
 
-Needs torch, steer.py, heal.py, lora.py and spin.py; trains anything that has `dialed` and `parameters`.
+Needs torch, steer.py, heal.py, lora.py, spin.py and dose.py; trains anything that has `dialed` and `parameters`.
 
 References
   contrastive hidden-state training of a dial: Clark 2026, AntiPaSTO, arXiv:2601.07473
@@ -29,6 +29,7 @@ from torch import Tensor
 import heal
 import lora
 import steer
+from innerpissa.dose import symmetry_of
 from innerpissa.spin import Dialed, weight_of
 from lora import check_ranges, opt
 
@@ -224,12 +225,6 @@ class Loss:
         return {k: sum(w * part[k].item() for w, part in zip(weight, parts)) for k in parts[0]}
 
 
-def symmetry(plus: float, minus: float) -> float:
-    """1 if the moves at c = 1 and -1 cancel, 0 if one of them is none, or if both go the same way."""
-    total = abs(plus) + abs(minus)
-    return 1 - abs(plus + minus) / total if total else 0.0
-
-
 # ---- training --------------------------------------------------------------------------------------------
 
 def contrast(adapter: Dialed, pairs: list[Pair], cfg: ContrastConfig, *, seed: int = 0, pad_id: int = 0,
@@ -290,4 +285,4 @@ def contrast(adapter: Dialed, pairs: list[Pair], cfg: ContrastConfig, *, seed: i
     held = judge.held(val)
     zero = 0.0 if cfg.against == "base" else 1.0            # the base's own s
     return dict(steps=steps, skipped=skipped, held=held, n_train=len(train), n_val=len(val), flipped=flipped,
-                symmetry=symmetry(held["plus"] - zero, held["minus"] - zero), block=judge.block)
+                symmetry=symmetry_of(held["plus"] - zero, held["minus"] - zero), block=judge.block)
