@@ -401,32 +401,21 @@ def cached_forward(model, size: int):
     return forward, cache
 
 
-def module_at(model, layer: int | str) -> nn.Module:
-    """Block number `layer`, or the module of that name; ValueError if the model has none."""
-    if isinstance(layer, str):
-        found = dict(model.named_modules()).get(layer)
-        if found is None:
-            raise ValueError(f"{type(model).__name__} has no module {layer!r}")
-        return found
-    layers = blocks(model)
-    if not 0 <= layer < len(layers):
-        raise ValueError(f"layer {layer}: the model has blocks 0 to {len(layers) - 1}")
-    return layers[layer]
-
-
 @contextmanager
-def hooked(model, hooks: dict[int | str, Callable]):
-    """Each block of `hooks`, or module by its name, calls its hook(h) -> new h or None on its output, inside the `with` only."""
+def hooked(model, hooks: dict[int, Callable]):
+    """Each block of `hooks` calls its hook(h) -> new h or None on its output, inside the `with` only."""
     def wrap(hook):
         def forward_hook(block, args, out):
             is_tuple = isinstance(out, tuple)               # some architectures return (h, ...)
             h = hook(out[0] if is_tuple else out)           # [B, T, d]
             return (h, *out[1:]) if is_tuple and h is not None else h
         return forward_hook
-    handles = []
+    handles, layers = [], blocks(model)
     try:
         for layer, hook in hooks.items():
-            handles.append(module_at(model, layer).register_forward_hook(wrap(hook)))
+            if not 0 <= layer < len(layers):
+                raise ValueError(f"layer {layer}: the model has blocks 0 to {len(layers) - 1}")
+            handles.append(layers[layer].register_forward_hook(wrap(hook)))
         yield model
     finally:
         for handle in handles:
