@@ -7,17 +7,17 @@
 One round, on the student = base + folded rounds:
 
     vector   v = fit_vectors(student)              persona + minus persona -, where it is read
-    dose     coeff = find_dose(...)                the highest dose whose answers survive the filter
+    dose     coeff = find_dose(...)                the most trait of which enough answers survive the filter
     made     kept = [c for c in generate(student, v, coeff) if judge(c, base)]
     night    the steered student is measured
     heal     nll(kept) + lam * relu(D(student || base) - tau), and the round is folded
     day      the healed student is measured
-    gate     finite, coherent on two scores, more trait than the last accepted day; else the fold is undone
+    gate     finite, coherent, more trait than the last accepted day; else the fold is undone
 
 What depends on a model's scale is measured on the model itself and recorded: the filter's limits from the
 base's own answers, bare and prompted; tau from how far the persona prompt alone takes the base from itself,
-on the first kept answers; the steered blocks from where the persona is read; the dose by search; the learning
-rate from the width. An explicit number on the command line overrides it.
+on the first kept answers; steered blocks and dose by what they do; the temperature from the base's own nats;
+the learning rate from the width. An explicit number on the command line overrides it.
 
 Writes runs/<time>_<slug>/ (tools/folder.py says what is in it) and one line in runs/results.tsv. A run that
 was stopped at any point continues with the same numbers: python loop.py --resume RUN
@@ -25,12 +25,10 @@ was stopped at any point continues with the same numbers: python loop.py --resum
 Exit codes: 0 a round was accepted, 1 the run died (run.json says why), 2 bad usage, 3 no round was accepted,
 130 interrupted.
 """
-import argparse
 import dataclasses
 import importlib
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -44,6 +42,7 @@ from typing import Literal
 
 import torch
 
+import evalmfv
 import heal
 import lora
 import steer
@@ -51,11 +50,15 @@ from heal import check_ranges, opt
 from tools import folder as files
 from tools import inputs, model as models, options
 from tools.folder import Folder, Record, RunDied, one_line, plain
+from tools.rounds import Rounds
 from tools.screen import Screen
 from tools.student import Student, stage_seed, why_dropped
-from tools.table import has_moved, tally, to_results
+from tools.table import has_moved, show, tally, to_results
 
 WORDS = ("plan", "chat", "export", "report")            # python loop.py WORD ...: tools/WORD.py
+QUICK = dict(rounds=2, n_vignettes=28, think_tokens=16, n_text=24, n_make=48, max_new_tokens=40, epochs=3)
+KEPT_LEAST = 0.25           # share of a round's answers that must pass the filter: less is no data
+READABLE = 0.5              # least probability of the base on the probe's answers: below, it says other
 CODE = ("loop", "steer", "lora", "heal", "evalmfv", "tools/student", "tools/model", "tools/inputs")
 
 
@@ -76,14 +79,19 @@ class LoopConfig:
     vignettes: str = opt("", "the probe's items, ours or the original's rows; empty = data/vignettes.jsonl")
     rounds: int = opt(8, "rounds of steer, filter, heal, fold, eval", 1, 1e6)
     seed: int = opt(0, "every stage draws from its own generator, seeded by (seed, round, stage)")
+    teacher: Literal["steer", "prompt", "both"] = opt(
+        "steer", "whose answers are learned: the steered student's, those under the persona prompt (rival), "
+        "or both on top of one another")
     kl_ref: Literal["base", "prev"] = opt("base", "the barrier's reference: the base, or the student before")
     tau_scale: float = opt(1.5, "tau = this times the persona prompt's distance from the base; take less "
                            "with --kl-ref prev", 1e-6, 1e6)
     gate: bool = opt(True, "undo a round that fails its gate; --no-gate accepts every finite round")
     coh_floor: float = opt(0.95, "lowest coherence that is accepted, as a share of the base's", 1e-6, 1)
-    patience: int = opt(3, "stop after this many refused rounds in a row", 1, 1e6)
+    patience: int = opt(2, "stop after this many refused rounds in a row", 1, 1e6)
     think_tokens: int = opt(128, "tokens the model may think before the probe interrupts it", 1, 1e6)
-    n_text: int = opt(48, "sampled answers to held-out prompts behind the free-text coherence", 1, 1e6)
+    n_text: int = opt(48, "sampled answers to held-out prompts behind trait meter and text coherence", 2, 1e6)
+    n_vignettes: int = opt(0, "items of the probe, evenly spread through the file; 0 = all", 0, 1e6)
+    quick: bool = opt(False, "a preset for small machines: other defaults of " + ", ".join(QUICK))
     batch_size: int = opt(152, "rows of a batch of answers or probe frames, fewer without memory", 1, 1e6)
     out: str = opt("runs", "folder of the run folders")
     resume: str = opt("", "run folder to continue with its own options; those of the gate may change, "
@@ -104,63 +112,58 @@ FREE = ("rounds", "patience", "gate", "coh_floor")      # what a run that contin
 
 
 def parse(argv=None) -> list:
-    """The dataclasses of all rooms as one command line."""
-    parser = options.parser(GROUPS, FIRST, description=__doc__.split("\n")[0], prog="loop.py",
-                            usage="python loop.py [MODEL] [--option value ...]",
-                            epilog="; ".join(f"python loop.py {word} --help" for word in WORDS))
-    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
-    args = vars(parser.parse_args(argv))
+    """The dataclasses of all rooms as one command line; exits with 2 for what cannot be meant."""
+    how = dict(prog="loop.py", usage="python loop.py [MODEL] [--option value ...]",
+               description=__doc__.split("\n")[0],
+               epilog="; ".join(f"python loop.py {word} --help" for word in WORDS))
     try:
-        then, path = {}, args["resume"]
-        if path:                                        # what is not given now stays as it was
-            then = options.recorded(files.read_for_more(path).get("options"), GROUPS) | {"resume": ""}
-            args = vars(parser.parse_args(argv, argparse.Namespace(**then)))
-        if args["positional_model"] is not None:
-            args["model"] = args["positional_model"]
-        args = options.tidy(args)
-        if names := [k for k in then if args[k] != then[k] and k not in (*FREE, "out", "resume")]:
-            differ = ", ".join(f"{k} is {then[k]!r} there and {args[k]!r} here" for k in names)
-            raise ValueError(f"--resume {path}: that run has another configuration: {differ}; leave these "
-                             "out, or start a new run without --resume")
-        if less := [k for k in ("rounds", "patience") if then and args[k] < then[k]]:
-            name = less[0]
-            raise ValueError(f"--{name} {args[name]}: that run has {then[name]}, which may only grow")
-        configs = [cls(**{f.name: args[f.name] for f in fields(cls)}) for cls in GROUPS]
+        args = options.command(GROUPS, FIRST, FREE, argv, preset=QUICK, **how,
+                               recorded_of=lambda path: files.read_for_more(path).run.get("options"))
         if args["tau"] is not None and args["reg"] == "nll":
             raise ValueError("--reg nll and --tau: without a barrier there is no tau; leave one out")
         if args["tau"] is not None and args["tau_scale"] != LoopConfig.tau_scale:
             raise ValueError("--tau and --tau-scale: the scale is for a calibrated tau; leave one out")
+        return [cls(**{f.name: args[f.name] for f in fields(cls)}) for cls in GROUPS]
     except (ValueError, OSError) as error:
-        parser.error(one_line(error))
-    return configs
+        options.parser(GROUPS, FIRST, **how).error(one_line(error))
 
 
 # ---- the gate ------------------------------------------------------------------------------------------
 
 
-def gate(now: dict, last: dict, base: dict, cfg: LoopConfig) -> list[str]:
-    """Why this day is not accepted; empty if it is. Absolute conditions come before the relative one."""
-    scores = ("trait", "coherence", "text")
+def is_readable(base: dict, prompted: dict, cfg: LoopConfig) -> bool:
+    """Does the base answer the probe, bare and prompted? Else it has no say in the gate."""
+    return base["coherence"] >= READABLE and prompted["coherence"] >= cfg.coh_floor * base["coherence"]
+
+
+def gate(now: dict, last: dict, base: dict, prompted: dict, cfg: LoopConfig) -> list[str]:
+    """Why this day is not accepted, each reason with the option that moves it; floors come first."""
+    scores = ("persona_ratio", "trait", "coherence", "text")
     if bad := [name for name in scores if now[name] is None or not math.isfinite(now[name])]:
         return [f"{', '.join(bad)} not finite"]
-    reasons = []
-    for name in ("coherence", "text"):
+    reasons, reads = [], is_readable(base, prompted, cfg)
+    for name in ("coherence", "text") if reads else ("text",):
         floor = cfg.coh_floor * base[name]
         if now[name] < floor:
-            reasons.append(f"{name} {now[name]:.3f} under {floor:.3f} ({cfg.coh_floor:g} of the base's "
-                           f"{base[name]:.3f})")
-    if now["trait"] <= last["trait"]:
-        reasons.append(f"trait {now['trait']:+.3f} nats, no more than the last accepted {last['trait']:+.3f}")
+            reasons.append(f"{name} {now[name]:.3f} under {floor:.3f}, the base's {base[name]:.3f} times "
+                           f"--coh-floor {cfg.coh_floor:g}")
+    gain = torch.tensor(now["ratios"]).double() - torch.tensor(last["ratios"]).double()     # [n_text] paired
+    mean, se = gain.mean().item(), evalmfv.standard_error(gain).item()
+    by_probe = now["trait"] - last["trait"] if reads and now["shift"] else 0.0
+    if mean <= se and by_probe <= now["trait_se"]:
+        reasons.append(f"no movement beyond noise: persona_ratio {mean:+.3f} ± {se:.3f} nats per token over "
+                       "the last accepted day (a larger --n-text lowers the noise, --no-gate accepts all)")
     return reasons if cfg.gate else []
 
 
 def n_standing(record: Record, cfg: LoopConfig) -> int:
     """How many events stand if the gates are asked again with these options: all before the first to turn."""
-    last = base = record.of("row")
+    base, prompted = (next(iter(record.rows(kind)), None) for kind in ("base", "prompted"))
+    last = base
     for n, e in enumerate(record.events):
         days = [row for row in record.rows("healed") if row["round"] == e["round"]]
         if e["stage"] == "gate" and days:               # a round that broke before its day stays refused
-            if bool(gate(days[0], last, base, cfg)) == e["accepted"]:
+            if bool(gate(days[0], last, base, prompted, cfg)) == e["accepted"]:
                 return n
             last = days[0] if e["accepted"] else last
     return len(record.events)
@@ -174,18 +177,18 @@ class Run:
 
     def __init__(self, cfg, scfg, lcfg, hcfg, model, tok, folder: Folder, given: dict):
         self.cfg, self.scfg, self.folder, self.screen = cfg, scfg, folder, folder.screen
+        self.rounds = Rounds(folder)
         n_blocks, width = len(steer.blocks(model)), model.config.get_text_config().hidden_size
         self.hcfg = dataclasses.replace(hcfg, lr=0.2 / width if hcfg.lr is None else hcfg.lr)
         persona = given["persona"]
         self.read = model, tok, persona["pos"], persona["neg"], given["contexts"]
-        steered, strength = steer.find_layers(*self.read)
-        if scfg.steer_band:
-            steered = steer.band(n_blocks, *scfg.steer_band)
-        self.layers = dict(steer=steered, lora=steer.band(n_blocks, *lcfg.lora_band), strength=strength)
-        self.stack = lora.attach(model, r=lcfg.r, alpha=lcfg.alpha, layers=self.layers["lora"], seed=cfg.seed)
+        self.system = "" if cfg.teacher == "steer" else persona["pos"][0]
+        self.bands = [steer.band(n_blocks, *scfg.steer_band)] if scfg.steer_band else steer.bands_of(n_blocks)
+        self.adapted = steer.band(n_blocks, *lcfg.lora_band)
+        self.stack = lora.attach(model, r=lcfg.r, alpha=lcfg.alpha, layers=self.adapted, seed=cfg.seed)
         with self.stack.gated(0, 0):                    # what every round's vector is compared with
-            self.origin = steer.fit_vectors(*self.read, steered)
-        sampling = {name: getattr(scfg, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
+            self.origin = steer.fit_vectors(*self.read, sorted({k for band in self.bands for k in band}))
+        sampling = {name: getattr(scfg, name) for name in ("max_new_tokens", "temperature", "top_p")}
         self.student = Student(model, tok, self.stack, self.screen, **given, seed=cfg.seed, n_text=cfg.n_text,
                                think_tokens=cfg.think_tokens,
                                sampling=sampling | dict(batch_size=cfg.batch_size))
@@ -193,12 +196,27 @@ class Run:
     # ---- what needs no round
 
     def measure_base(self) -> None:
-        self.folder.once("layers", None, lambda: self.layers)
-        event = self.folder.once("limits", None, lambda: self.student.calibrate(self.scfg.n_make, self.scfg))
+        student, scfg = self.student, self.scfg
+        event = self.folder.once("limits", None, lambda: student.calibrate(scfg.n_make, scfg.temperature))
         self.limits, self.own = steer.Limits(**event["limits"]), (event["own_ids"], event["own_nll"])
-        self.screen.say("limits", None, "  ".join(f"{k} {v:.3g}" for k, v in event["limits"].items()))
+        student.sampling["temperature"] = event["temperature"]
+        self.screen.say("limits", None, "  ".join(f"{k} {v:.3g}" for k, v in event["limits"].items())
+                        + f"  temperature {event['temperature']:g} (the base's own {event['nll']:.2f} nats)")
         self.base = self.row("base", None, "base")
-        self.row("prompted", None, "prompted", system=self.student.persona["pos"][0])
+        self.prompted = self.row("prompted", None, "prompted", system=student.persona["pos"][0])
+        if not is_readable(self.base, self.prompted, self.cfg):
+            self.screen.say("probe", None, f"warning: this model does not answer the probe (coherence "
+                            f"{self.base['coherence']:.3f}): its profile means little, and it has no say in "
+                            "the gate; the trait is persona_ratio", "yellow")
+        event = self.folder.once("layers", None, lambda: self.chosen() | dict(lora=self.adapted))
+        self.steered_at = event["steer"]
+        self.screen.say("layers", None, f"steer {self.steered_at}, the most trait of {len(self.bands)} bands")
+
+    def chosen(self) -> dict:
+        """Which blocks are steered: {steer, trials}."""
+        if len(self.bands) == 1:
+            return dict(steer=self.bands[0], trials=[])
+        return self.student.band(self.bands, self.origin)
 
     def row(self, kind: str, rnd: int | None, label: str, **how) -> dict:
         """A row of the table, from the journal or measured now."""
@@ -207,9 +225,10 @@ class Run:
         def measure():
             row = self.student.measured(kind, rnd, label, own=self.own, base=there.get("base"),
                                         prompted=there.get("prompted"), **how)
-            self.screen.say(kind, rnd, f"trait {row['trait']:+.3f} nats (se {row['trait_se']:.3f})  "
-                            f"coherence {row['coherence']:.4f}  "
-                            f"text {row['text']:.3f} (se {row['text_se']:.3f})")
+            share = "-" if row["share"] is None else f"{row['share']:+.2f} (se {row['share_se']:.2f})"
+            probe = f"  probe {row['trait']:+.3f} nats" if row["shift"] else ""
+            self.screen.say(kind, rnd, f"share {share}  ratio {row['persona_ratio']:+.3f}{probe}  "
+                            f"coherence {row['coherence']:.3f}  text {row['text']:.3f}")
             return row
         return self.folder.once("row", rnd, measure, kind=kind)
 
@@ -224,7 +243,7 @@ class Run:
         once, stack, n_before, reasons = self.folder.once, self.stack, self.stack.n_rounds, []
         if past := self.folder.recall("gate", rnd):     # it ended in an earlier sitting
             if past["accepted"]:
-                self.load_round(rnd)
+                self.stack.load_tensors(self.rounds.adapter(rnd))
             return past
         try:
             # ---- one round: each stage reads what it needs from the events and files of those before ---
@@ -235,7 +254,7 @@ class Run:
             self.night(rnd)
             once("heal", rnd, lambda: self.heal(rnd))
             day = self.day(rnd, n_before)
-            reasons = gate(day, self.folder.record.last_day, self.base, self.cfg)
+            reasons = gate(day, self.folder.record.last_day, self.base, self.prompted, self.cfg)
             # --------------------------------------------------------------------------------------------
         except torch.OutOfMemoryError as error:         # batches were halved already
             raise RuntimeError(f"out of memory in round {rnd}: {error}") from None
@@ -245,50 +264,37 @@ class Run:
             if stack.n_rounds > n_before:
                 stack.unfold()
             stack.drop()
-        return once("gate", rnd, lambda: self.settled(rnd, reasons))
-
-    def path(self, rnd: int, name: str) -> Path:
-        return self.folder.path / "rounds" / f"{rnd:02d}" / f"{name}.safetensors"
-
-    def save(self, rnd: int, name: str, tensors: dict, **notes) -> None:
-        with self.folder.writing(self.path(rnd, name)):
-            self.path(rnd, name).parent.mkdir(exist_ok=True)
-            files.save_tensors(self.path(rnd, name), tensors, notes)
-
-    def load_round(self, rnd: int) -> None:
-        path = self.path(rnd, "adapter")                # renamed, if refused and then killed
-        path = path if path.exists() else self.path(rnd, "rejected")
-        self.stack.load_tensors(files.read_tensors(path)[0])
-
-    def steering(self, rnd: int) -> dict:
-        """{vectors, coeff} of a round whose dose is settled."""
-        tensors, notes = files.read_tensors(self.path(rnd, "vectors"))
-        return dict(vectors={int(name.removeprefix("layer.")): v for name, v in tensors.items()},
-                    coeff=float(notes.get("coeff", "nan")))
+        return once("gate", rnd, lambda: self.rounds.settle(rnd, not reasons)
+                    or dict(accepted=not reasons, reasons=reasons))
 
     def vector(self, rnd: int) -> dict:
         """The persona's vectors on the student as it is."""
-        vectors = steer.fit_vectors(*self.read, self.layers["steer"])
-        self.save(rnd, "vectors", {f"layer.{k}": v for k, v in vectors.items()})
+        vectors = steer.fit_vectors(*self.read, self.steered_at)
+        self.rounds.save_vectors(rnd, vectors)
         return dict(norm={k: v.norm() for k, v in vectors.items()},
                     cosine={k: torch.cosine_similarity(v, self.origin[k], dim=0) for k, v in vectors.items()})
 
     def dose(self, rnd: int) -> dict:
-        """The highest dose that survives, and all that were tried: [{coeff, survive, ppl}]."""
-        vectors, coeff, trials, last = self.steering(rnd)["vectors"], self.scfg.coeff, [], []
-        if coeff is None:
-            survive = self.student.survival(rnd, vectors, self.limits, trials, last)
+        """The dose with the most trait of which enough survives, and all [{coeff, ratio, survive}]."""
+        vectors, coeff, trials, last = self.rounds.steering(rnd)["vectors"], self.scfg.coeff, [], []
+        if self.cfg.teacher == "prompt":
+            coeff = 0.0
+        elif coeff is None:
+            tries = self.student.tries(rnd, self.limits, vectors, trials, last, system=self.system)
             try:
-                coeff, _ = steer.find_dose(survive, min_survive=self.scfg.min_survive)
+                coeff, _, bound = steer.find_dose(tries, min_survive=self.scfg.min_survive)
+                if bound:
+                    self.screen.say("dose", rnd, f"warning: the search ended on its bound, {bound}", "yellow")
             except RuntimeError as error:
                 raise RuntimeError(f"{error}. {why_dropped(last)}") from error
-        self.save(rnd, "vectors", {f"layer.{k}": v for k, v in vectors.items()}, coeff=repr(coeff))
+        self.rounds.save_vectors(rnd, vectors, coeff=repr(coeff))
         return dict(coeff=coeff, trials=trials)
 
     def made(self, rnd: int) -> dict:
         """Steered answers to the training prompts, each with the filter's verdict."""
-        steering, student, n_min = self.steering(rnd), self.student, self.scfg.n_min
-        made = student.answers(student.spread(self.scfg.n_make), "make", rnd, **steering)
+        steering, student = self.rounds.steering(rnd), self.student
+        n_min = math.ceil(KEPT_LEAST * self.scfg.n_make)
+        made = student.answers(student.spread(self.scfg.n_make), "make", rnd, system=self.system, **steering)
         made = student.judged(made, self.limits)
         dropped = Counter(e["verdict"]["rule"] for e in made if not e["verdict"]["kept"])
         kept = f"{len(made) - dropped.total()}/{len(made)}"
@@ -297,15 +303,17 @@ class Run:
         self.screen.say("filter", rnd, f"dose {steering['coeff']:.3f}  kept {kept}{rules}")
         if len(made) - dropped.total() < n_min:
             raise RuntimeError(f"{kept} completions passed the filter at dose {steering['coeff']:.3f}, need "
-                               f"{n_min}; raise --n-make or --slack. {why_dropped(made)}")
+                               f"{n_min}; raise --n-make. {why_dropped(made)}")
         return dict(completions=made)
 
     def night(self, rnd: int) -> None:
-        row = self.row("steered", rnd, f"steered, night {rnd}", **self.steering(rnd))
+        what = dict(steer="steered", prompt="prompted", both="steered and prompted")[self.cfg.teacher]
+        steering = self.rounds.steering(rnd)
+        row = self.row("steered", rnd, f"{what}, night {rnd}", system=self.system, **steering)
         if not has_moved(row):
-            self.screen.say("steered", rnd, f"warning: this moves the trait by {row['trait']:+.3f} nats (se "
-                            f"{row['trait_se']:.3f}), which may be nothing; try another persona or "
-                            "--steer-band", "yellow")
+            self.screen.say("steered", rnd, f"warning: this moves the trait by {row['moved']:+.3f} nats per "
+                            f"token (se {row['moved_se']:.3f}), which may be nothing; try clearer persona "
+                            "texts", "yellow")
 
     def tau(self, rnd: int, kept: list[steer.Completion]) -> float:
         """The barrier's set point in nats, calibrated in the first round that gets here."""
@@ -335,11 +343,11 @@ class Run:
                                pad_id=student.pad_id, seed=stage_seed(cfg.seed, rnd, "heal"),
                                spectral=stack.spectral if hcfg.spectral else None)
         self.say_healed(rnd, record)
-        worst = student.worst_kept(samples, reference, **self.steering(rnd), reg=hcfg.reg,
+        worst = student.worst_kept(samples, reference, **self.rounds.steering(rnd), reg=hcfg.reg,
                                    pass_tokens=hcfg.pass_tokens)
         event = dict(record, norm=stack.norm(), singular=stack.singular_values(), worst=worst)
         stack.fold()
-        self.save(rnd, "adapter", stack.tensors([stack.n_rounds - 1]))
+        self.rounds.save(rnd, "adapter", stack.tensors([stack.n_rounds - 1]))
         return event
 
     def say_healed(self, rnd: int, record: dict) -> None:
@@ -357,28 +365,11 @@ class Run:
 
     def day(self, rnd: int, n_before: int) -> dict:
         if self.stack.n_rounds == n_before:             # healed in an earlier sitting
-            self.load_round(rnd)
+            self.stack.load_tensors(self.rounds.adapter(rnd))
         return self.row("healed", rnd, f"day {rnd}")
-
-    def settled(self, rnd: int, reasons: list[str]) -> dict:
-        """The adapter's file gets the name that the gate gives it."""
-        old, new = [self.path(rnd, name) for name in ("adapter", "rejected")][::1 if reasons else -1]
-        if old.exists():
-            with self.folder.writing(new):
-                os.replace(old, new)
-        return dict(accepted=not reasons, reasons=reasons)
 
 
 # ---- the loop ------------------------------------------------------------------------------------------
-
-
-def show(path: Path, screen: Screen) -> None:
-    """What a reader sees of the run so far. It can be made again from the journal, so it never ends a run."""
-    from tools import report
-    try:
-        report.write(path)
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        screen.say("report", None, f"not written: {type(error).__name__}: {one_line(error)}", "yellow")
 
 
 def begin(run: Run, argv: list[str], values: dict, facts: dict, around: dict) -> None:
@@ -399,17 +390,22 @@ def begin(run: Run, argv: list[str], values: dict, facts: dict, around: dict) ->
         rnd = folder.events[n]["round"]
         run.screen.say("gate", rnd, "decides otherwise with these options: the run goes on from here")
         folder.cut(n)
-    folder.save(status="running", reason="", command="python loop.py " + shlex.join(before["argv"]), **before)
+    command = "python loop.py " + shlex.join(before["argv"])
+    folder.save(**before | dict(status="running", reason="", command=command))
 
 
 def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
     """Runs the rounds, prints the table, returns the exit code: 0 if a round was accepted, 3 if none was."""
-    given = inputs.load(cfg.persona, prompts=cfg.prompts, vignettes=cfg.vignettes, pos=cfg.pos, neg=cfg.neg)
+    given = inputs.load(cfg.persona, prompts=cfg.prompts, vignettes=cfg.vignettes, pos=cfg.pos, neg=cfg.neg,
+                        model=cfg.model, n_vignettes=cfg.n_vignettes)
     notes = given.pop("notes")
     files.check_out(Path(cfg.resume or cfg.out))
     date = files.read(cfg.resume).run.get("date", "") if cfg.resume else models.today()
     screen = Screen()
     with Folder(Path(cfg.resume) if cfg.resume else None, screen, lambda path: show(path, screen)) as folder:
+        from transformers.utils import logging          # slow: not for --help
+        logging.disable_progress_bar()                  # a run's output is a line per stage
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         model, tok = models.load(cfg.model, revision=cfg.revision, dtype=cfg.dtype, device=cfg.device,
                                  quantize=cfg.quantize, date=date)
         if lcfg.r > (width := model.config.get_text_config().hidden_size):
@@ -423,9 +419,9 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         around = files.surroundings(model, CODE) | dict(commit=models.commit_of(model))
         begin(run, argv, values | {"resume": ""}, plain(facts), around)
         print(folder.run["command"])
-        n_trained, adapted = sum(p.numel() for p in run.stack.parameters()), run.layers["lora"]
+        n_trained, adapted = sum(p.numel() for p in run.stack.parameters()), run.adapted
         screen.say("model", None, f"{cfg.model}: {len(steer.blocks(model))} blocks of width "
-                   f"{width}, {str(model.dtype).removeprefix('torch.')}, steer {run.layers['steer']}, lora "
+                   f"{width}, {str(model.dtype).removeprefix('torch.')}, lora "
                    f"{adapted[0]}-{adapted[-1]} rank {lcfg.r}, {n_trained:,} trained parameters")
         for note in [*notes, *models.template_notes(tok), run.stack.note]:
             if note:
@@ -462,12 +458,27 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
     return 0 if record.accepted else 3
 
 
+def plan(argv: list[str]) -> int:
+    """What a run with these options, or those of a RUN folder, would need; reads no weights."""
+    from tools import plan as planner
+    if argv and (Path(argv[0]) / "run.json").is_file():
+        values = options.recorded(files.read(argv[0]).run.get("options"), GROUPS, argv[0])
+    else:
+        values = {f.name: getattr(c, f.name) for c in parse(argv) for f in fields(c)}
+    names = ("persona", "prompts", "vignettes", "pos", "neg", "model", "n_vignettes")
+    given = {name: values[name] for name in names}
+    print(*planner.plan(inputs.load(**given), **{k: values[k] for k in planner.OPTIONS}), sep="\n")
+    return 0
+
+
 def main(argv=None) -> int:
     for stream in (sys.stdout, sys.stderr):             # a model does not care about the terminal's alphabet
         if hasattr(stream, "reconfigure"):              # a notebook's streams have no alphabet to set
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["plan"]:
+            return plan(argv[1:])
         if argv[:1] and argv[0] in WORDS:
             return importlib.import_module(f"tools.{argv[0]}").main(argv[1:])
         return loop(*parse(argv), argv)

@@ -1,26 +1,24 @@
 """Steer: push a model towards a persona with one vector, and keep only the answers that stay coherent.
 
-    v = mean over contexts of h(persona +) - h(persona -)      read at the assistant tag, after a block
-    h <- h + coeff * v                                         at every position, inside `with steered(...)`
+    v = mean over contexts of h(persona +) - h(persona -)       read at the assistant tag, after a block
+    h <- h + coeff * v                                          at every position, inside `with steered(...)`
+    nll = -log((p(token | bare) + p(token | persona)) / 2)      coherent: what the base says, bare or prompted
 
-Needs torch and transformers; copy this file alone. Knows nothing of healing or LoRA: it reads, steers and
-scores the model as it is when called, so the caller decides which adapters are on. `python steer.py` shows
-base | steered side by side. A completion keeps the token ids it was sampled with: they are what is scored and
-trained on later, its text is for reading. No help at sampling time: it would hide what the filter must see.
+Needs torch and transformers; copy this file alone. It reads, steers and scores the model as it is when
+called. `python steer.py` shows base | steered. A completion keeps the token ids it was sampled with: they are
+what is scored and trained on later, its text is for reading.
 
-References
-  mean difference: Rimsky et al. 2023, Steering Llama 2 via Contrastive Activation Addition, arXiv:2312.06681
-  recipe: github.com/wassname/steer-heal-love
+Known gap: the filter passes a fluent answer that is wrong, or that belongs to another question.
+Sources: mean difference, Rimsky et al. 2023, arXiv:2312.06681; recipe, github.com/wassname/steer-heal-love
 """
 import argparse
 import inspect
 import json
 import math
 import re
-import textwrap
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from itertools import zip_longest
+from itertools import takewhile
 from pathlib import Path
 from typing import Callable
 
@@ -28,10 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-COEFF_MIN = 0.1             # lowest dose of the search (multiples of v): less is hardly a persona
-DOSE_STEPS = 4              # steps of the search: each halves the open interval of log(dose)
-N_PROBE = 24                # completions per dose of the search: enough to tell .8 from .95 survival
-WINDOW = 8                  # tokens of the running window over base nll: about as long as a broken phrase
+N_PROBE = 24                # answers per dose of the search: enough to tell .8 from .95 survival
+TEMPERATURES = 1.0, 0.7, 0.5        # the default is the first at which the base's own answers cost it at
+MAX_NLL = 1.5                       # most so many nats per token; SmolLM2-135M at 1.0: 1.9, and much nonsense
+WINDOW = 8                  # tokens of the running window over nll: a clause
+KEEP = 0.95                 # share of the base's own answers that is within the limits, all rules together
+SLACK = 0.2                 # room above that, for prompts and draws not seen: of the nats, or of the way to 1
+MOST_LOOP = 0.5             # highest limit on loops: a base that loops by itself is no yardstick for them
+RULES = "worst_window", "loop"
 SENTINEL = "ZZuniq_Sentinel_ZZ"                     # shows where a template puts the words it is given
 
 
@@ -53,23 +55,18 @@ def check_ranges(cfg) -> None:
 class SteerConfig:
     """steer: the vector, the dose, the sampler and the coherence filter"""
     steer_band: tuple[float, float] | None = opt(
-        None, "first and last depth steered (shares of the number of blocks); default: where v is strong", 0, 1)
+        None, "first and last depth steered (shares of the number of blocks); default: by effect", 0, 1)
     coeff: float | None = opt(
-        None, "dose (multiples of v); default: the highest that survives the filter", 1e-6, 1e6)
-    min_survive: float = opt(0.9, "share of a dose's completions that must pass the filter", 1e-6, 1)
-    n_make: int = opt(64, "completions sampled per round", 1, 1e6)
-    n_min: int = opt(16, "completions that must pass the filter, else the round has no data", 1, 1e6)
+        None, "dose (multiples of v); default: the most effect that survives the filter", 1e-6, 1e6)
+    min_survive: float = opt(0.5, "share of a dose's answers that must pass the filter", 1e-6, 1)
+    n_make: int = opt(128, "completions sampled per round", 1, 1e6)
     max_new_tokens: int = opt(64, "longest completion (tokens)", 1, 1e6)
-    temperature: float = opt(1.0, "sampling temperature", 1e-6, 1e6)
+    temperature: float | None = opt(
+        None, "sampling temperature; default: the highest that the model can bear", 1e-6, 1e6)
     top_p: float = opt(0.95, "sample from the smallest set of tokens with this total probability", 1e-6, 1)
-    top_k: int = opt(64, "sample from this many most likely tokens; 0 = all", 0, 1e9)
-    slack: float = opt(0.1, "room above the base's own worst answer: a fraction of its nats, "
-                            "or of the way to 1 for a share", 0, 1e6)
 
     def __post_init__(self):
         check_ranges(self)
-        if self.n_min > self.n_make:
-            raise ValueError(f"n_min={self.n_min}: expected at most n_make={self.n_make}")
         if self.steer_band:
             band(1, *self.steer_band)
 
@@ -89,8 +86,6 @@ class Completion:
 class Limits:
     """The largest reading that passes, one per rule."""
     worst_window: float          # nats per token
-    ppl_tail: float
-    ngram: float                 # share
     loop: float                  # share
 
 
@@ -98,26 +93,27 @@ class Limits:
 class Verdict:
     """Why an answer was kept or dropped: the first rule it broke, its reading there, and the limit."""
     kept: bool
-    rule: str                    # "" if kept, words, unfinished, a name in Limits, or pattern
+    rule: str                    # "" if kept, words, a name in Limits, or pattern
     value: float
     limit: float
     readings: dict
     match: str = ""              # the words a pattern hit
 
 
-# ---- pure functions ---------------------------------------------------------------------------------------
+# ---- the sampler ------------------------------------------------------------------------------------------
 
 def band(n_layers: int, lo: float, hi: float) -> list[int]:
-    """Every block whose depth interval [i/n, (i+1)/n] overlaps (lo, hi): 7 blocks, .45 to .55 -> [3]; never none."""
+    """Every block whose depth [i/n, (i+1)/n] overlaps (lo, hi): 7 blocks, .45 to .55 -> [3]; never none."""
     if not 0 <= lo < hi <= 1:
         raise ValueError(f"depth band from {lo} to {hi}: expected 0 <= from < to <= 1")
     return list(range(math.floor(lo * n_layers + 1e-9), math.ceil(hi * n_layers - 1e-9)))     # float products
 
 
-def choose(logits: Tensor, u: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+def choose(logits: Tensor, u: Tensor, *, temperature: float = 1.0, top_p: float = 1.0,
+           top_k: int = 0) -> Tensor:
     """One token per row by inverse CDF, from the distribution that temperature, then top-k, then top-p leave.
 
-    logits: [B, V]; u: [B] uniform in [0, 1). Returns [B] long: a token depends on its row's logits and u alone.
+    logits: [B, V]; u: [B] uniform in [0, 1). Returns [B] long: each token depends on its row's logits and u.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     k = min(top_k, logits.shape[-1]) if top_k else logits.shape[-1]
@@ -131,6 +127,18 @@ def choose(logits: Tensor, u: Tensor, *, temperature: float = 1.0, top_p: float 
     return token.gather(-1, at[:, None])[:, 0]
 
 
+# ---- the filter -------------------------------------------------------------------------------------------
+
+def mixture_nll(bare: list[Tensor], prompted: list[Tensor]) -> list[Tensor]:
+    """Nats per token [n_i] under the mean of two probabilities: the base's, bare and with the persona prompt.
+
+    bare, prompted: what `token_nll` gives for the same completions behind either prompt. A trait costs nats
+    under the bare base alone; this is at most log 2 worse than the better of the two.
+    """
+    return [math.log(2) - torch.logaddexp(-a.double(), -b.double())
+            for a, b in zip(bare, prompted, strict=True)]
+
+
 def worst_mean(x: Tensor, window: int) -> float:
     """Largest mean of `window` neighbours of x [n]; of all of x where it is shorter; 0 where it is empty."""
     return x.unfold(0, min(window, len(x)), 1).mean(-1).max().item() if len(x) else 0.0
@@ -139,8 +147,7 @@ def worst_mean(x: Tensor, window: int) -> float:
 def repeats(items, n: int, window: int) -> float:
     """In the worst run of `window` n-grams: the share that was seen within the `window` n-grams before.
 
-    Unlike the share of the most common n-gram it sees loops of any period and loops without one (a few words
-    shuffled for ever), and unlike a share of the whole text it is not diluted by a sane beginning.
+    It sees loops of any period, in any script, and is not diluted by a sane beginning.
     """
     last, again = {}, []
     for i in range(len(items) - n + 1):
@@ -152,53 +159,46 @@ def repeats(items, n: int, window: int) -> float:
 
 
 def readings(completion: Completion, nll: Tensor) -> dict:
-    """What the filter measures on one answer, given nll [n], the base's nats for each of its tokens.
+    """What the filter measures on one answer, given nll [n] of `mixture_nll`, one per token.
 
-    The nll is read in running windows: a mean, or the tail alone, passes an answer that breaks in the middle and
-    recovers. Loops need rules of their own: a repetition is easy to predict, so its nll is low.
+    worst_window: a mean over all would pass an answer that breaks in the middle and recovers. loop: a loop is
+    easy to predict, so its nll is low.
     """
     if len(nll) != len(completion.ids):
         raise ValueError(f"{len(nll)} nll values for {len(completion.ids)} tokens: expected one per token")
     if not torch.isfinite(nll).all():
         raise RuntimeError("the base's nll is not finite: load the model in bfloat16 or float32, not float16")
-    nll, words = nll.double().cpu(), re.findall(r"\w+", completion.text.lower())
-    tail = nll[-max(4, len(nll) // 4):]
-    return {"worst_window": worst_mean(nll, WINDOW),                                # nats per token
-            "ppl_tail": math.exp(min(tail.mean().item(), 700.0)) if len(tail) else 0.0,
-            "ngram": max(repeats(words, 4, 32), repeats(completion.text, 12, 64)),  # unspaced scripts
-            "loop": repeats(completion.ids, 1, 32),
-            "n_words": len(completion.text.split())}
+    return {"worst_window": worst_mean(nll.double().cpu(), WINDOW),     # nats per token
+            "loop": repeats(completion.text, 12, 64)}                   # share
 
 
-def calibrate_limits(base: list[dict], cfg: SteerConfig) -> Limits:
-    """Limits from `readings` of unsteered answers: the worst that the base does by itself, and cfg.slack more.
+def calibrate_limits(base: list[dict]) -> Limits:
+    """The largest readings of the usual KEEP of the base's own answers, with SLACK.
 
-    Make those with the sampler, prompts and length of the steered ones: a maximum over windows grows with all
-    three. Nats, perplexity too, get a fraction of themselves as slack: a model's spread of nll grows with its
-    level. Shares get a fraction of the way to 1: they may be 0. A trait that the base never voices costs nats by
-    itself: add the base's answers under the persona prompt, with their nll read without that prompt.
+    base: `readings` of the untouched base's answers, half of them bare and half under the persona prompt,
+    with the sampler, prompts and length of what will be judged: a maximum over windows grows with all three.
+    An answer is as unusual as its most unusual reading: the share of answers that read less.
     """
     if not base:
         raise ValueError("no base readings to calibrate from: sample at least one unsteered answer")
-    worst = {name: max(r[name] for r in base) for name in ("worst_window", "ppl_tail", "ngram", "loop")}
-    share = {name: worst[name] + min(cfg.slack, 1.0) * (1 - worst[name]) for name in ("ngram", "loop")}
-    ppl = math.exp(min((1 + cfg.slack) * math.log(max(worst["ppl_tail"], 1.0)), 700))
-    return Limits(worst_window=(1 + cfg.slack) * worst["worst_window"], ppl_tail=ppl, **share)
+    x = torch.tensor([[r[rule] for rule in RULES] for r in base], dtype=torch.float64)      # [n, R]
+    unusual = (x < x[:, None]).double().mean(1).amax(1)                                     # [n]
+    usual = unusual.argsort(stable=True)[:math.ceil(KEEP * len(base))]                      # [KEEP * n]
+    worst_window, loop = x[usual].amax(0).tolist()
+    return Limits(worst_window=(1 + SLACK) * worst_window, loop=min(loop + SLACK * (1 - loop), MOST_LOOP))
 
 
-def judge(completions: list[Completion], nlls: list[Tensor], limits: Limits, *, patterns=(),
-          keep_unfinished: bool = True) -> list[Verdict]:
+def judge(completions: list[Completion], nlls: list[Tensor], limits: Limits, *, patterns=()) -> list[Verdict]:
     """One Verdict per completion, in order: nothing is dropped without a rule, a value and a limit.
 
-    nlls: what `token_nll` of the base gave. patterns: regular expressions, case ignored, from the persona's
-    data: refusals, and narration of the trait. keep_unfinished: answers that were cut are no worse for it.
+    nlls: of `mixture_nll`. patterns: regular expressions, case ignored, from the persona's data: refusals,
+    and narration of the trait instead of enacting it.
     """
     verdicts = []
     for completion, nll in zip(completions, nlls, strict=True):
-        seen, n = readings(completion, nll), len(completion.ids)
+        seen, n_words = readings(completion, nll), len(completion.text.split())
         hits = [hit.group() for p in patterns if (hit := re.search(p, completion.text, re.IGNORECASE))]
-        checks = [("words", seen["n_words"], 1, seen["n_words"] < 1),
-                  ("unfinished", n, n, not (completion.finished or keep_unfinished)),      # cut at max_new_tokens
+        checks = [("words", n_words, 1, n_words < 1),
                   *((rule, seen[rule], limit, seen[rule] > limit) for rule, limit in vars(limits).items()),
                   ("pattern", len(hits), 0, bool(hits))]
         rule, value, limit, broken = next((c for c in checks if c[-1]), ("", 0, 0, False))
@@ -206,34 +206,71 @@ def judge(completions: list[Completion], nlls: list[Tensor], limits: Limits, *, 
     return verdicts
 
 
-def find_dose(try_doses: Callable[[list[float]], list[float]], *, coeff_min: float = COEFF_MIN,
-              steps: int = DOSE_STEPS, min_survive: float = 0.9) -> tuple[float, list]:
-    """The highest dose that survives: 1.0 if it does, else by bisection of log(dose) down to `coeff_min`.
+# ---- the search: where to steer, and how much -------------------------------------------------------------
 
-    try_doses(coeffs) -> for each, the share of completions that pass the filter: one batch a step, three doses
-    in the first. Returns (coeff, [(coeff, share), ...] in the order tried). RuntimeError if none passes.
+def bands_of(n_layers: int) -> list[list[int]]:
+    """Candidate bands, side by side from a fifth to nine tenths of the depth: a tenth of the blocks each."""
+    width, first = max(1, round(n_layers / 10)), round(n_layers / 5)
+    starts = range(first, max(round(0.9 * n_layers), first + 1), width)
+    return [list(range(i, min(i + width, n_layers))) for i in starts]
+
+
+def find_band(try_cells: Callable[[list], list], bands: list[list[int]], limit: float, *,
+              doses=(0.25, 0.5, 1.0, 2.0, 4.0, 8.0)) -> tuple[list[int], list]:
+    """The band that buys the most effect before its damage passes `limit`, whatever dose that takes.
+
+    try_cells([(band, dose), ...]) -> one (effect, damage) per cell. Between two doses both run straight in
+    log(dose). Returns (band, [(band, effect, dose), ...]): the most that each band buys, and at which dose.
+    RuntimeError if the lowest dose of every band passes the limit.
     """
-    trials, doses = [], [1.0, coeff_min ** 0.5, coeff_min]
-    for _ in range(steps):
-        trials += zip(doses, try_doses(doses), strict=True)
-        passed = [coeff for coeff, share in trials if share >= min_survive]
-        if not passed:
-            raise RuntimeError(f"the lowest dose fails: at {coeff_min:g}, {trials[-1][1]:.0%} of completions "
-                               f"pass, need {min_survive:.0%}; raise --slack or lower --min-survive")
-        low = max(passed)
-        if low == 1.0:
-            break
-        high = min(coeff for coeff, _ in trials if coeff > low)
-        doses = [high * (low / high) ** 0.5]
-    return low, trials
+    found, best = iter(try_cells([(band, dose) for band in bands for dose in doses])), []
+    for band in bands:
+        points = [(effect, dose, damage) for dose, (effect, damage) in zip(doses, found)]
+        within = list(takewhile(lambda point: point[2] <= limit, points))
+        if 0 < len(within) < len(points):                   # the limit is met on the way to the next dose
+            (effect, dose, damage), (effect_next, dose_next, damage_next) = within[-1], points[len(within)]
+            part = (limit - damage) / (damage_next - damage)
+            within.append((effect + part * (effect_next - effect), dose * (dose_next / dose) ** part, limit))
+        if within:
+            best.append((band, *max(within)[:2]))
+    if not best:
+        raise RuntimeError(f"at dose {doses[0]} every band does more damage than {limit:.3g}: give "
+                           "--steer-band and a small --coeff, or personas that are closer to each other")
+    return max(best, key=lambda found: found[1])[0], best
+
+
+def find_dose(try_doses: Callable[[list[float]], list], *, coeff_min: float = 0.25, coeff_max: float = 64.0,
+              min_survive: float = 0.9, refine: int = 2) -> tuple[float, list, str]:
+    """The dose with the most effect among those that survive, from coeff_min up to where the filter stops it.
+
+    try_doses(doses) -> one (effect, share that survives) per dose: one batch. Four doubling doses come first,
+    two more while the highest survives; then `refine` times the gaps beside the best are halved in log(dose).
+    Returns (dose, [(dose, effect, share), ...], the bound it ended on: "coeff_min", "coeff_max" or "").
+    RuntimeError if none survives.
+    """
+    trials, doses = {}, [coeff_min * 2 ** i for i in range(4)]
+    while doses := [dose for dose in doses if dose <= coeff_max]:
+        trials |= zip(doses, try_doses(doses), strict=True)
+        doses = [2 * doses[-1], 4 * doses[-1]] if trials[doses[-1]][1] >= min_survive else []
+    for step in range(refine + 1):
+        alive = [dose for dose, (_, survive) in trials.items() if survive >= min_survive]
+        if not alive:
+            raise RuntimeError(f"no dose survives: at {coeff_min:g}, {trials[coeff_min][1]:.0%} of answers "
+                               f"pass the filter, need {min_survive:.0%}; lower --min-survive, give --coeff")
+        best, tried = max(alive, key=lambda dose: trials[dose][0]), sorted(trials)
+        if step < refine:
+            doses = [math.sqrt(a * b) for a, b in zip(tried, tried[1:]) if best in (a, b)]
+            trials |= zip(doses, try_doses(doses), strict=True)
+    bound = {tried[0]: "coeff_min", tried[-1]: "coeff_max"}.get(best, "")
+    return best, [(dose, *found) for dose, found in trials.items()], bound
 
 
 # ---- plumbing: templates, batches, the cache, hooks -------------------------------------------------------
 
 def written(tok, turns: list[tuple[str, str]], **how) -> str:
-    """What the chat template writes for (role, words) turns, as text or, where it reads those, as lists of parts.
+    """What the chat template writes for (role, words) turns, as text or, where it reads those, as parts.
 
-    ValueError if there is no template, if it raises, or if words do not stand in what it writes: a template that
+    ValueError if there is none, if it raises, or if words do not stand in what it writes: a template that
     reads parts drops plain text in silence. Sentinels go first: a short word may stand there by chance.
     """
     name, errors = repr(tok.name_or_path), []
@@ -247,7 +284,7 @@ def written(tok, turns: list[tuple[str, str]], **how) -> str:
                 messages = [{"role": role, "content": content} for (role, _), content in zip(some, parts)]
                 text = tok.apply_chat_template(messages, tokenize=False, **how)
                 lost = [role for role, words in some if words.strip() not in text]
-                if lost or as_parts and re.search("[\"']type[\"']: *[\"']text", text):      # a list, printed as one
+                if lost or as_parts and re.search("[\"']type[\"']: *[\"']text", text):   # a list, printed
                     raise ValueError(f"it drops or alters the words of the {(lost or ['user'])[0]}")
             return text
         except Exception as error:                          # a template is a program: it can raise anything
@@ -258,8 +295,9 @@ def written(tok, turns: list[tuple[str, str]], **how) -> str:
 def render(tok, user: str, system: str = "") -> str:
     """One user turn as the chat template writes it, up to and including the assistant tag.
 
-    A template without a system role (Gemma 2 raises, others drop it) gets the system text in front of the user's.
-    A model that can think does not: its first words after the tag are its answer."""
+    A template without a system role (Gemma 2 raises, others drop it) gets the system text before the user's.
+    A model that can think does not: its first words after the tag are its answer.
+    """
     if re.search("[\ud800-\udfff]", user + system):
         raise ValueError(f"{(user + system)!r:.80} is not text: it has bytes that are not UTF-8")
     how = dict(add_generation_prompt=True, enable_thinking=False)
@@ -281,9 +319,10 @@ def around_answer(tok, user: str, more=(), **how) -> tuple[str, str]:
 
 
 def end_ids(model, tok) -> list[int]:
-    """The tokens that end an answer: the model's, the tokenizer's, and what the template writes after an answer.
+    """The tokens that end an answer: the model's, the tokenizer's, and what the template writes after it.
 
-    A fine-tune with a new template may leave the first two as they were, and run on into invented turns."""
+    A fine-tune with a new template may leave the first two as they were, and run on into invented turns.
+    """
     ends = model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tok.eos_token_id} - {None}
     for more in ((), [("user", "_")]):                      # some close a turn only when the next one opens
@@ -298,7 +337,7 @@ def end_ids(model, tok) -> list[int]:
 
 
 def blocks(model) -> nn.ModuleList:
-    """The decoder blocks; block i's output is hidden_states[i + 1], except the last, which is normed there."""
+    """The decoder blocks; block i's output is hidden_states[i + 1], but the last is normed there."""
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", getattr(decoder, "h", None))        # GPT-2 and its kin say h
     if not isinstance(layers, nn.ModuleList):
@@ -307,7 +346,7 @@ def blocks(model) -> nn.ModuleList:
 
 
 def device_of(model) -> torch.device:
-    """Where token ids go: to the embedding; a model that is spread over several devices has no other answer."""
+    """Where token ids go: to the embedding, also of a model that is spread over several devices."""
     return model.get_input_embeddings().weight.device
 
 
@@ -321,7 +360,7 @@ def in_batches(work: Callable, lengths: list[int], batch_size: int) -> list:
     """The result of every row, in order: work(indices) yields (index, result) for the rows of one batch.
 
     A batch holds rows of similar length, the longest first: if memory runs out, it does so at once. Then the
-    batch size is halved, for the rest too; what was yielded stays. torch.OutOfMemoryError if one row is too much.
+    batch size is halved, for the rest too; what was yielded stays. OutOfMemoryError if one row is too much.
     """
     left, found = sorted(range(len(lengths)), key=lambda i: -lengths[i]), {}
     while left:
@@ -333,8 +372,9 @@ def in_batches(work: Callable, lengths: list[int], batch_size: int) -> list:
                 raise
             batch_size = min(batch_size, len(left)) // 2
             if not batch_size:
-                raise torch.OutOfMemoryError(f"out of memory with one row of {lengths[left[0]]} tokens alone: shorten "
-                                             "it, load the model in bfloat16 or take a smaller one") from None
+                raise torch.OutOfMemoryError(
+                    f"out of memory with one row of {lengths[left[0]]} tokens alone: shorten it, load the "
+                    "model in bfloat16 or take a smaller one") from None
         left = [i for i in left if i not in found]
     return [found[i] for i in range(len(lengths))]
 
@@ -348,46 +388,20 @@ def left_pad(rows: list[list[int]], pad_id: int, device) -> tuple[Tensor, Tensor
 
 
 def pad_of(tok, model) -> int:
-    """Any id that the embedding has will do, as padding is masked; it may have no row for an added pad token."""
+    """Any id that the embedding has will do, as padding is masked; an added pad token may have no row."""
     n = len(model.get_input_embeddings().weight)
     return next(i for i in (tok.pad_token_id, tok.eos_token_id, 0) if i is not None and i < n)
 
 
-def roomy_cache(config, size: int):
-    """A key-value cache with room for `size` columns: a step writes its own; the stock one copies all others."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer         # slow to import: not for --help
-
-    class RoomyLayer(DynamicLayer):
-        def update(self, keys, values, *args, **kwargs):
-            if not self.is_initialized:
-                self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-                self.room = [x.new_empty(*x.shape[:2], size, x.shape[3]) for x in (keys, values)]
-                self.keys, self.values = (room[:, :, :0] for room in self.room)
-            past = self.get_seq_length()
-            now = past + keys.shape[2]
-            for room, new in zip(self.room, (keys, values)):
-                room[:, :, past:now] = new
-            self.keys, self.values = (room[:, :, :now] for room in self.room)
-            return self.keys, self.values
-
-        def reorder_cache(self, beam_idx):                  # keeps these rows
-            past = self.get_seq_length()
-            self.room = [room[beam_idx.to(room.device)] for room in self.room]
-            self.keys, self.values = (room[:, :, :past] for room in self.room)
-
-    cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
-    return cache
-
-
-def cached_forward(model, size: int):
+def cached_forward(model):
     """forward(ids, attn, position_ids, keep) -> the last `keep` logits [B, keep, V], and the cache it fills.
 
-    The cache goes in by the word that the model's forward has: another is swallowed in silence, and all tokens
-    but the first would be sampled without their past. RuntimeError if the cache stays empty.
+    The cache goes in by the word that the model's forward has: another is swallowed in silence, and all
+    tokens but the first would be sampled without their past. RuntimeError if the cache stays empty.
     """
+    from transformers.cache_utils import DynamicCache       # slow to import: not for --help
     word = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    cache = roomy_cache(model.config, size)
+    cache = DynamicCache(config=model.config)
 
     def forward(ids, attn, position_ids, keep=1):
         logits = model(input_ids=ids, attention_mask=attn, position_ids=position_ids, use_cache=True,
@@ -395,8 +409,8 @@ def cached_forward(model, size: int):
         flags = [getattr(layer, f"is_{name}initialized", False) for layer in cache.layers
                  for name in ("", "conv_states_", "recurrent_states_")]
         if not any(any(x.values()) if isinstance(x, dict) else x for x in flags):
-            raise RuntimeError(f"{type(model).__name__} leaves transformers' cache empty and would forget all "
-                               "tokens but the last: this architecture is not supported")
+            raise RuntimeError(f"{type(model).__name__} leaves transformers' cache empty and would forget "
+                               "all tokens but the last: this architecture is not supported")
         return logits[:, -keep:]
     return forward, cache
 
@@ -422,93 +436,66 @@ def hooked(model, hooks: dict[int, Callable]):
             handle.remove()
 
 
-def steered(model, vectors: dict[int, Tensor], coeff: float | Tensor | dict):
+def steered(model, vectors: dict[int, Tensor], coeff: float | Tensor):
     """A context manager: add coeff * v to the output of each block in `vectors`, inside the `with` only.
 
-    coeff: multiples of v; a float, a Tensor [B] with one dose per row of the batch, or {layer: one of these}.
-    The float 0, or no entry for a layer, adds no hook at all.
+    coeff: multiples of v; a float, or a Tensor [B] with one dose per row. The float 0 adds no hook.
     """
-    def adder(v, coeff):
-        shift = (coeff[:, None, None].to(v) if isinstance(coeff, Tensor) else coeff) * v       # [B, 1, d] or [d]
+    def adder(v):
+        shift = (coeff[:, None, None].to(v) if isinstance(coeff, Tensor) else coeff) * v   # [B, 1, d] or [d]
 
         def add(h):
             if shift.dim() == 3 and len(shift) != len(h):
                 raise ValueError(f"{len(shift)} doses for a batch of {len(h)} rows: expected one per row")
             return h + shift.to(h.device, h.dtype)
         return add
-    doses = coeff if isinstance(coeff, dict) else dict.fromkeys(vectors, coeff)
-    if extra := doses.keys() - vectors.keys():
-        raise ValueError(f"doses for layers {sorted(extra)}: there are vectors for {sorted(vectors)} only")
-    return hooked(model, {layer: adder(vectors[layer], c) for layer, c in doses.items()
-                          if isinstance(c, Tensor) or c != 0})
+    is_off = not isinstance(coeff, Tensor) and coeff == 0
+    return hooked(model, {} if is_off else {layer: adder(v) for layer, v in vectors.items()})
 
 
-# ---- the four passes over the model -----------------------------------------------------------------------
+# ---- the three passes over the model ----------------------------------------------------------------------
 
 @torch.no_grad()
-def tag_states(model, tok, pos, neg, contexts: list[str], layers: list[int], *, batch_size: int = 32) -> dict:
-    """The state after each block at the last prompt token, the assistant tag: {layer: [2, n, d]} float32, CPU.
+def fit_vectors(model, tok, pos, neg, contexts: list[str], layers: list[int], *,
+                batch_size: int = 32) -> dict[int, Tensor]:
+    """How far the persona moves the residual stream, on average over contexts, the more diverse the better.
 
-    pos, neg: opposite persona texts for the system role, each a str or a list that the contexts cycle through;
-    [0, i] and [1, i] are the same context under pos and under neg. Raises ValueError if anything is missing.
+    The state after each block is read at the last prompt token, the assistant tag. pos, neg: opposite persona
+    texts for the system role, each a str or a list that the contexts cycle through, in step. Returns
+    {layer: [d]} float32 on the CPU, in activation units, not normalised: its length is the dose coeff = 1.
+    ValueError if anything is missing, or for a vector of zeros. Source: Rimsky et al., arXiv:2312.06681.
     """
     pos, neg = ([side] if isinstance(side, str) else list(side) for side in (pos, neg))
     if not (pos and neg and contexts and layers):
         raise ValueError(f"{len(pos)} pos, {len(neg)} neg, {len(contexts)} contexts, {len(layers)} layers: "
                          "need one of each")
     n = len(contexts)
-    personas = [side[i % len(side)] for side in (pos, neg) for i in range(n)]
-    rows = encode(tok, contexts * 2, personas)
+    rows = encode(tok, contexts * 2, [side[i % len(side)] for side in (pos, neg) for i in range(n)])
 
     def read(batch):
-        states = {}                                         # layer -> [B, d]
+        states = []                                         # [B, d] of each layer, in their order
 
-        def keep(layer):
-            def hook(h):
-                states[layer] = h[:, -1].float().cpu()      # left padding: -1 is the tag
-            return hook
+        def keep(h):
+            states.append(h[:, -1].float().cpu())           # left padding: -1 is the tag
         ids, attn, position_ids = left_pad([rows[i] for i in batch], pad_of(tok, model), device_of(model))
-        with hooked(model, {layer: keep(layer) for layer in layers}):
+        with hooked(model, dict.fromkeys(layers, keep)):
             model(input_ids=ids, attention_mask=attn, position_ids=position_ids, use_cache=False,
                   logits_to_keep=1)
-        return zip(batch, torch.stack([states[layer] for layer in layers], 1))              # (i, [L, d])
-    h_last = torch.stack(in_batches(read, list(map(len, rows)), batch_size), 1)             # [L, 2 n, d]
-    return {layer: h.view(2, n, -1) for layer, h in zip(layers, h_last)}
-
-
-def fit_vectors(model, tok, pos, neg, contexts: list[str], layers: list[int], *,
-                batch_size: int = 32) -> dict[int, Tensor]:
-    """How far the persona moves the residual stream, on average over contexts, the more diverse the better.
-
-    Arguments as in `tag_states`. Returns {layer: [d]} float32 on the CPU, in activation units, not normalised:
-    its length is the dose coeff = 1. ValueError for a vector of zeros. Source: Rimsky et al., arXiv:2312.06681.
-    """
-    states = tag_states(model, tok, pos, neg, contexts, layers, batch_size=batch_size)
-    vectors = {layer: (h[0] - h[1]).mean(0) for layer, h in states.items()}                 # [d] each
+        return zip(batch, torch.stack(states, 1))                                           # (i, [L, d])
+    h_last = torch.stack(in_batches(read, list(map(len, rows)), batch_size))                # [2 n, L, d]
+    vectors = dict(zip(sorted(layers), h_last[:n].mean(0) - h_last[n:].mean(0)))            # [d] each
     if bad := [layer for layer, v in vectors.items() if not (v.isfinite().all() and v.any())]:
-        raise ValueError(f"the vector of layer {bad[0]} is zero or not finite: make the texts of the two personas "
-                         "differ, or load the model in bfloat16 or float32")
+        raise ValueError(f"the vector of layer {bad[0]} is zero or not finite: make the texts of the two "
+                         "personas differ, or load the model in bfloat16 or float32")
     return vectors
-
-
-def find_layers(model, tok, pos, neg, contexts: list[str], *, share: float = 0.5) -> tuple[list, list[float]]:
-    """Where the persona is read: a tenth of the blocks, from the first at which v is half as strong as it gets.
-
-    Strength is |v| / mean |h| at the assistant tag. Before that block the tag does not know the persona yet;
-    after it, later blocks have less time to act on it. Returns the layers and the strength of every block.
-    """
-    states = tag_states(model, tok, pos, neg, contexts, list(range(len(blocks(model)))))
-    strength = [((h[0] - h[1]).mean(0).norm() / h.norm(dim=-1).mean()).item() for h in states.values()]
-    first = next(i for i, x in enumerate(strength) if x >= share * max(strength))
-    return list(range(first, min(first + max(1, round(len(strength) / 10)), len(strength)))), strength
 
 
 @torch.no_grad()
 def token_nll(model, completions: list[Completion], *, batch_size: int = 32, pad_id: int = 0) -> list[Tensor]:
     """Nats per completion token [n_i] float32, under the model as it is now and the ids as they were sampled.
 
-    Only the columns of completions get logits, and a batch gets fewer rows where those would pass 2^28 numbers:
-    half a GB in bfloat16, or one row's if that is more (512 tokens at V = 262k are 2^27).
+    Only the columns of completions get logits, and a batch gets fewer rows where those would pass 2^28
+    numbers: half a GB in bfloat16, or one row's if that is more.
     """
     rows = [c.prompt_ids + c.ids for c in completions]
     kept = max((len(c.ids) for c in completions), default=0) + 1            # and the column before
@@ -529,50 +516,49 @@ def token_nll(model, completions: list[Completion], *, batch_size: int = 32, pad
 
 @torch.no_grad()
 def generate(model, tok, prompts: list[str], *, system: str = "", vectors: dict[int, Tensor] | None = None,
-             coeffs: list[float] | dict | None = None, greedy: bool = False, max_new_tokens: int = 64,
+             coeffs: list[float] | None = None, greedy: bool = False, max_new_tokens: int = 64,
              temperature: float = 1.0, top_p: float = 0.95, top_k: int = 64, seed: int = 0, n_draws: int = 0,
              batch_size: int = 128) -> list[Completion]:
-    """Answers to many prompts at many doses in one left-padded batch; one Completion per prompt, in their order.
+    """Answers to many prompts at many doses in one left-padded batch; one Completion per prompt, in order.
 
-    coeffs: one dose per prompt (with `vectors`), or {layer: one per prompt}, so that rows differ in their layers
-    too. All randomness is one table u[prompt, step] drawn from `seed` beforehand: an answer does not depend on
-    who shares its batch. n_draws: rows that are n_draws apart share their random numbers, so that doses differ
-    by nothing else; 0 = none do. batch_size: rows decoded at once, fewer where memory runs out.
+    coeffs: one dose per prompt, with `vectors`. All randomness is one table u[prompt, step] drawn from `seed`
+    beforehand: an answer does not depend on who shares its batch. n_draws: rows that are n_draws apart share
+    their random numbers, so that doses differ by nothing else; 0 = none do. batch_size: rows decoded at once,
+    fewer where memory runs out.
     """
     n = len(prompts)
-    per_layer = coeffs if isinstance(coeffs, dict) else dict.fromkeys(vectors or {}, coeffs)
-    if (vectors is None) != (coeffs is None) or any(len(c) != n for c in per_layer.values()):
+    if (vectors is None) != (coeffs is None) or coeffs is not None and len(coeffs) != n:
         raise ValueError(f"{n} prompts, vectors {'not ' * (vectors is None)}given, coeffs {coeffs}: "
                          "expected both vectors and one coeff per prompt, or neither")
-    if not (temperature > 0 and 0 < top_p <= 1 and top_k >= 0 and max_new_tokens >= 1 and batch_size >= 1):
-        raise ValueError(f"temperature={temperature}, top_p={top_p}, top_k={top_k}, max_new_tokens="
-                         f"{max_new_tokens}, batch_size={batch_size}: out of range; greedy=True is temperature 0")
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature}: expected more than 0; greedy=True is temperature 0")
     device, pad_id, ends = device_of(model), pad_of(tok, model), end_ids(model, tok)
     is_end = torch.tensor(ends, dtype=torch.long, device=device)
-    vectors = {layer: v.to(device) for layer, v in (vectors or {}).items()}
-    doses = {layer: torch.tensor(c, device=device) for layer, c in per_layer.items()}        # [n]
+    vectors, coeffs = {layer: v.to(device) for layer, v in (vectors or {}).items()}, coeffs or [0.0] * n
+    doses = torch.tensor(coeffs, device=device)                             # [n]
     u = torch.rand(n_draws or n, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
     rows = encode(tok, prompts, [system] * n)
 
     def completion(i, new):
         n = next((j + 1 for j, token in enumerate(new) if token in ends), len(new))
-        return Completion(i, rows[i], new[:n], max((c[i] for c in per_layer.values()), key=abs, default=0.0),
-                          finished=new[n - 1] in ends, text=tok.decode(new[:n], skip_special_tokens=True))
+        return Completion(i, rows[i], new[:n], coeffs[i], finished=new[n - 1] in ends,
+                          text=tok.decode(new[:n], skip_special_tokens=True))
 
     def decode(batch):
         ids, attn, position_ids = left_pad([rows[i] for i in batch], pad_id, device)            # [B, T] each
         width = ids.shape[1]
-        forward, cache = cached_forward(model, width + max_new_tokens)
+        forward, cache = cached_forward(model)
         attn = F.pad(attn, (0, max_new_tokens), value=1)                    # [B, T + max_new_tokens]
-        row = torch.tensor(batch, device=device)                            # [B]  rows that are still computed
+        row = torch.tensor(batch, device=device)                            # [B]  rows still computed
         sampled = torch.full((len(batch), max_new_tokens), pad_id, device=device)
         done = torch.zeros(len(batch), dtype=torch.bool, device=device)     # [B]  ended, still computed
         # ---- one token for every live row -----------------------------------------------------------------
         for step in range(max_new_tokens):
-            with steered(model, vectors, {layer: dose[row] for layer, dose in doses.items()}):
+            with steered(model, vectors, doses[row]):
                 logits = forward(ids, attn[:, :width + step], position_ids)[:, -1]               # [B, V]
             if step == 0 and logits.isnan().any():
-                raise RuntimeError("the logits are nan: load the model in bfloat16 or float32, or lower the dose")
+                raise RuntimeError("the logits are nan: load the model in bfloat16 or float32, or lower the "
+                                   "dose")
             token = logits.argmax(-1) if greedy else choose(
                 logits, u[row % len(u), step], temperature=temperature, top_p=top_p, top_k=top_k)     # [B]
             sampled[:, step] = token                        # past a row's end token: cut off in completion()
@@ -598,38 +584,26 @@ def load(name: str):
     """Model in float32 and tokenizer of a folder or hub name, for the demos; pocket = the embedded one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer            # slow to import: not for --help
     where = Path(__file__).parent / name if name == "pocket" else name
-    try:
-        tok = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-        return AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, use_safetensors=True,
-                                                    trust_remote_code=False).eval(), tok
-    except Exception as error:                              # a damaged checkpoint raises whatever its reader does
-        raise ValueError(f"{name} cannot be loaded: {error or type(error).__name__}") from None
-
-
-def show(model: str, prompt: str, persona: str, coeff: float, temperature: float) -> None:
-    data = Path(__file__).parent / "data"
-    contexts, personas = [json.loads((data / f"{x}.json").read_text("utf-8")) for x in ("contexts", "personas")]
-    if persona not in personas:
-        raise ValueError(f"--persona {persona}: there is {', '.join(personas)}")
-    pair, (model, tok) = [personas[persona][side] for side in ("pos", "neg")], load(model)
-    vectors = fit_vectors(model, tok, *pair, contexts, find_layers(model, tok, *pair, contexts)[0])
-    made = generate(model, tok, [prompt] * 2, vectors=vectors, coeffs=[0.0, coeff], n_draws=1,
-                    greedy=not temperature, temperature=temperature or 1.0)
-    base, moved = (textwrap.wrap(repr(c.text), 54) for c in made)           # repr: model text moves no cursor
-    head = "base", f"steered at block {', '.join(map(str, vectors))}, coeff {coeff:g}"
-    for left, right in [head, *zip_longest(base, moved, fillvalue="")]:
-        print(f"{left:<55}| {right}")
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, use_safetensors=True,
+                                                 trust_remote_code=False)
+    return model.eval(), AutoTokenizer.from_pretrained(where, trust_remote_code=False)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="base | steered, side by side")
-    parser.add_argument("words", nargs="*", metavar="[MODEL] PROMPT", help="checkpoint and user turn")
-    parser.add_argument("--persona", default="love", help="an entry of data/personas.json")
-    parser.add_argument("--coeff", type=float, default=0.5, help="dose (multiples of v)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = the likeliest token")
-    args = parser.parse_intermixed_args()                   # options may stand between MODEL and PROMPT
+    parser = argparse.ArgumentParser(description="base | steered, greedy")
+    parser.add_argument("prompt", nargs="?", default="Do you love humanity?")
+    parser.add_argument("--model", default="pocket", help="checkpoint; pocket = the embedded one")
+    parser.add_argument("--coeff", type=float, default=1.0, help="dose (multiples of v)")
+    args = parser.parse_args()
+    data = Path(__file__).parent / "data"
+    contexts, personas = [json.loads((data / f"{x}.json").read_text()) for x in ("contexts", "personas")]
     try:
-        model, prompt = ["pocket", *args.words][-2:] if args.words else ["pocket", "Do you love humanity?"]
-        show(model, prompt, args.persona, args.coeff, args.temperature)
+        model, tok = load(args.model)
+        layers = band(len(blocks(model)), 0.76, 0.8)        # a run searches them
+        pair = [personas["love"][side] for side in ("pos", "neg")]
+        vectors = fit_vectors(model, tok, *pair, contexts, layers)
+        made = generate(model, tok, [args.prompt] * 2, vectors=vectors, coeffs=[0.0, args.coeff], greedy=True)
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(" ".join(str(error).split()))
+    for name, answer in zip(("base", "steered"), made):
+        print(f"{name:8s}| {answer.text!r}")                # repr: model text moves no cursor

@@ -1,25 +1,23 @@
-"""The tests. `pytest -q`: CPU, offline, small random models made in code and the embedded one; no file from a hub."""
+"""Tests of the concept files, in their order: heal, lora, steer, evalmfv, loop; then what the house promises.
+
+`pytest`: CPU, offline, small random models made in code and the embedded one. tests/ has those of tools/, pocket/, bench/.
+"""
 import ast
 import contextlib
 import copy
 import dataclasses
-import html
-import html.parser
-import http.server
 import importlib.util
 import inspect
 import io
-import itertools
 import json
 import math
 import os
 import random
 import re
+import runpy
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -28,34 +26,28 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from safetensors import safe_open
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import MistralConfig, MistralForCausalLM
 
 ROOT = Path(__file__).resolve().parent
-sys.path[:0] = [str(ROOT / folder) for folder in (".", "pocket", "bench", "tests")]
+sys.path[:0] = [str(ROOT / folder) for folder in (".", "pocket", "tests")]
 
 import common                                                   # noqa: E402
 import evalmfv                                                  # noqa: E402
 import heal as heal_py                                          # noqa: E402
-import kill                                                     # noqa: E402
 import loop                                                     # noqa: E402
 import lora as lora_py                                          # noqa: E402
-import generate as bench_generate                               # noqa: E402
-import make_pocket                                              # noqa: E402
-import malformed                                                # noqa: E402
-import measure                                                  # noqa: E402
-from tools import folder as files, inputs, model as models, report  # noqa: E402
-import roofline                                                 # noqa: E402
 import steer                                                    # noqa: E402
-import world                                                    # noqa: E402
+from common import tiny_model, tiny_tokenizer                   # noqa: E402
 from evalmfv import FOUNDATIONS                                 # noqa: E402
 from heal import (AGGREGATES, HealConfig, Passes, Sample, aggregate, divergences, forward_kl, heal,  # noqa: E402
-                  lr_factor, mean_nll, naive_losses, pieces, reverse_kl, split, token_losses)
-from lora import LoraConfig, attach, blocks                     # noqa: E402
-from steer import (Completion, Limits, SteerConfig, band, calibrate_limits, choose, find_dose, fit_vectors, generate,  # noqa: E402
-                   judge, readings, render, repeats, steered, token_nll)
+                  lr_factor, naive_losses, reverse_kl, split, token_losses)
+from lora import LoraConfig, attach                             # noqa: E402
+from steer import (Completion, Limits, SteerConfig, band, calibrate_limits, choose, find_dose,  # noqa: E402
+                   fit_vectors, generate, judge, readings, render, repeats, steered, token_nll)
+from tools import folder as files                               # noqa: E402
+from tools import inputs                                        # noqa: E402
+from tools import model as models                               # noqa: E402
 
 torch.set_num_threads(1)                                        # small models: a second thread costs more than it gives
 
@@ -65,43 +57,18 @@ TEMPLATE = ("<|bos|>{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
-def tiny_tokenizer(words=()):
-    """A byte-level tokenizer: six specials, 256 bytes, then `words` as single tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {t: i for i, t in enumerate(SPECIALS + alphabet)}
-    inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    tok = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<|pad|>", bos_token="<|bos|>", eos_token="<|end|>",
-                                  additional_special_tokens=SPECIALS[3:], chat_template=TEMPLATE)
-    tok.add_tokens(list(words))
-    return tok
-
-
-def tiny_model(tok, seed=0, dtype=torch.float32, layers=4, d=32):
-    """A random Llama whose vocabulary is the tokenizer's. Weights are large, so that its answers are not uniform."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=len(tok), hidden_size=d, intermediate_size=2 * d, num_hidden_layers=layers,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-                         initializer_range=0.3, pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id,
-                         eos_token_id=tok.eos_token_id)
-    return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
-
-
-# ==== heal.py: the barrier and the round ==============================================================================
+# ==== heal.py: the barrier and the round ====================================================================
 
 def heal_case(dtype=torch.float32, history=0):
     """A tiny model, a stack with `history` folded rounds, seeded noise in the current round, six uneven samples."""
     model = tiny_model(tiny_tokenizer(), dtype=dtype)
-    if dtype == torch.float64:                                              # transformers' norm rounds to float32
+    if dtype == torch.float64:                                  # transformers' norm rounds to float32
         for name, norm in [(name, m) for name, m in model.named_modules() if name.endswith("norm")]:
             exact = torch.nn.RMSNorm(len(norm.weight), eps=norm.variance_epsilon, dtype=dtype).requires_grad_(False)
-            model.set_submodule(name, exact)                                # the weights are ones in both
+            model.set_submodule(name, exact)                    # the weights are ones in both
     stack = attach(model, r=4, alpha=8, layers=[1, 2])
     for rnd in range(history + 1):
-        rng = torch.Generator().manual_seed(rnd)
-        for p in stack.parameters():
-            p.data.copy_(0.1 * torch.randn(p.shape, generator=rng))
+        heal_noise(stack, seed=rnd)
         if rnd < history:
             stack.fold()
     rng = torch.Generator().manual_seed(9)
@@ -110,39 +77,58 @@ def heal_case(dtype=torch.float32, history=0):
     return model, stack, samples
 
 
+def heal_noise(stack, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    for p in stack.parameters():
+        p.data.copy_(0.1 * torch.randn(p.shape, generator=rng))
+
+
 def heal_base(stack):
     return lambda: stack.gated(0, 0)
 
 
 def heal_nll(model, stack, samples):
-    return mean_nll(Passes(model, samples, heal_base(stack)), samples, 50)
+    return Passes(model, samples, heal_base(stack)).mean_nll(list(range(len(samples))), 50)
 
 
 def heal_logits(n=5, V=7, seed=0, dtype=torch.float64, size=3.0):
     return size * torch.randn(n, V, generator=torch.Generator().manual_seed(seed), dtype=dtype)     # [n, V]
 
 
-def heal_run(model, stack, samples, tau=0.0, seed=0, **options):
-    """heal() with its warnings silenced: most tests look at something else."""
-    cfg = HealConfig(**{"val_share": 0.0, "lr": 1e-3, **options})
+def heal_flat(tensors):
+    return torch.cat([x.detach().flatten() for x in tensors])
+
+
+def heal_run(model, stack, samples, tau=0.0, seed=0, rnd=0, held_out=False, **options):
+    """heal() without its warnings and, as one prompt is never held out, without validation: most tests look elsewhere."""
+    cfg = HealConfig(**{"tau": tau, "lr": 1e-3, **options})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return heal(model, stack.parameters(), samples, heal_base(stack), cfg, tau=tau, seed=seed,
-                    spectral=stack.spectral if cfg.spectral else None)
+        return heal(model, stack.parameters(), samples if held_out else [s._replace(group=0) for s in samples],
+                    heal_base(stack), cfg, seed=seed, rnd=rnd, spectral=stack.spectral if cfg.spectral else None)
+
+
+def heal_numbers(record, keys=("nll", "div", "gnorm")):
+    return torch.tensor([[s[key] for key in keys] for s in record["steps"]])
+
+
+def heal_double_loop(logits, ref_logits):
+    """KL(student || reference) at each position, number by number."""
+    out = []
+    for z, z0 in zip(logits.tolist(), ref_logits.tolist()):
+        total, total0 = sum(map(math.exp, z)), sum(map(math.exp, z0))
+        out.append(sum(math.exp(a) / total * math.log((math.exp(a) / total) / (math.exp(b) / total0))
+                       for a, b in zip(z, z0)))
+    return out
 
 
 def test_heal_reverse_kl_equals_a_double_loop_and_torch_distributions():
     p, q = heal_logits(seed=0), heal_logits(seed=1)
-    naive = []
-    for z, z0 in zip(p.tolist(), q.tolist()):
-        total, total0 = sum(map(math.exp, z)), sum(map(math.exp, z0))
-        naive.append(sum(math.exp(a) / total * math.log((math.exp(a) / total) / (math.exp(b) / total0))
-                         for a, b in zip(z, z0)))
+    naive = torch.tensor(heal_double_loop(p, q), dtype=torch.float64)
     peer = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=p),
                                              torch.distributions.Categorical(logits=q))
-    assert torch.allclose(reverse_kl(p, q), torch.tensor(naive, dtype=torch.float64), atol=1e-12)
-    assert torch.allclose(reverse_kl(p, q), peer, atol=1e-12)
-    assert torch.allclose(forward_kl(q, p), peer, atol=1e-12)               # directions: forward is the swap
+    assert torch.allclose(reverse_kl(p, q), naive, atol=1e-12) and torch.allclose(reverse_kl(p, q), peer, atol=1e-12)
+    assert torch.allclose(forward_kl(q, p), peer, atol=1e-12)   # directions: forward is the swap
     assert not torch.allclose(forward_kl(p, q), peer, atol=1e-2)
 
 
@@ -151,35 +137,25 @@ def test_heal_kl_is_computed_in_float32_when_logits_are_bfloat16():
     q = (p.float() + 0.05 * heal_logits(4, 5000, seed=1, dtype=torch.float32, size=1.0)).bfloat16()
     kl, exact = reverse_kl(p, q), reverse_kl(p.double(), q.double())
     assert kl.dtype == torch.float32 and (kl.double() - exact).abs().max() < 1e-6
-    with pytest.raises(ValueError, match="one shape"):
-        reverse_kl(p, q[:1])
 
 
 @pytest.mark.parametrize("how", AGGREGATES)
-@pytest.mark.parametrize("divergence", [reverse_kl, forward_kl])
-def test_heal_gradcheck_of_every_aggregate_of_both_divergences(how, divergence):
-    q = heal_logits(seed=1)
-    assert torch.autograd.gradcheck(lambda p: aggregate(divergence(p, q), how), heal_logits().requires_grad_())
-
-
-@pytest.mark.parametrize("how", AGGREGATES)
-def test_heal_gradient_is_finite_and_zero_where_student_and_reference_agree(how):
-    p = heal_logits(dtype=torch.float32).requires_grad_()
-    div = aggregate(reverse_kl(p, p.detach().clone()), how)
-    div.backward()
-    assert div.item() == 0 and p.grad.abs().max() < 1e-7                    # nan fails this too
-
-
-@pytest.mark.parametrize("how", AGGREGATES)
-def test_heal_gradient_of_the_barrier_is_exactly_zero_below_tau(how):
+def test_heal_gradients_of_the_barrier(how):
+    """Right in float64, finite where student and reference agree, exactly zero below tau."""
     p, q = heal_logits().requires_grad_(), heal_logits(seed=1)
+    for divergence in (reverse_kl, forward_kl):
+        assert torch.autograd.gradcheck(lambda x: aggregate(divergence(x, q), how), p)
+    same = heal_logits(dtype=torch.float32).requires_grad_()
+    div = aggregate(reverse_kl(same, same.detach().clone()), how)
+    div.backward()
+    assert div.item() == 0 and same.grad.abs().max() < 1e-7     # nan fails this too
     div = aggregate(reverse_kl(p, q), how)
     for tau, is_zero in ((div.item() * 1.001, True), (div.item() * 0.999, False)):
         grad, = torch.autograd.grad(torch.relu(div - tau), p, retain_graph=True)
         assert torch.equal(grad, torch.zeros_like(grad)) == is_zero, (tau, grad)
 
 
-def test_heal_aggregates_are_ordered_and_agree_on_a_constant():
+def test_heal_aggregates_are_ordered_and_agree_on_a_constant_and_rmse_sees_a_short_loop():
     rng = torch.Generator().manual_seed(0)
     for n in (1, 2, 7, 60):
         kl = torch.rand(n, generator=rng) ** 4
@@ -188,32 +164,21 @@ def test_heal_aggregates_are_ordered_and_agree_on_a_constant():
         assert values["p95"] <= values["max"]
         for how in AGGREGATES:
             assert abs(aggregate(torch.full((n,), 0.3), how).item() - 0.3) < 1e-6, how
-
-
-def test_heal_rmse_opens_the_barrier_that_mean_leaves_shut():
-    kl = torch.zeros(60); kl[:4] = 5.7                                      # a four-token loop in a clean completion
+    kl = torch.zeros(60); kl[:4] = 5.7                          # a four-token loop in a clean completion
     assert aggregate(kl, "mean") < 0.5 < aggregate(kl, "rmse")
     assert abs(aggregate(kl, "rmse").item() - 5.7 * (4 / 60) ** 0.5) < 1e-6
 
 
-def test_heal_unknown_or_empty_aggregates_raise():
-    with pytest.raises(ValueError, match="how='median': expected mean, rmse, p95, max"):
-        aggregate(torch.ones(3), "median")
-    for kl in (torch.ones(0), torch.ones(2, 3)):                            # [2, 3] would pool two samples
-        with pytest.raises(ValueError, match="one sample"):
-            aggregate(kl, "rmse")
-
-
 def test_heal_losses_are_those_of_each_sample_run_alone():
     model, stack, samples = heal_case()
-    nlls, kls = Passes(model, samples, heal_base(stack)).losses(samples)
-    for sample, nll, kl in zip(samples, nlls, kls):
-        ids = torch.tensor([sample.ids])                                    # [1, T], no padding and no mask
+    nlls, kls = Passes(model, samples, heal_base(stack)).losses([4, 0, 3, 2, 1])
+    for sample, nll, kl in zip([samples[i] for i in (4, 0, 3, 2, 1)], nlls, kls, strict=True):
+        ids = torch.tensor([sample.ids])                        # [1, T], no padding and no mask
         with torch.no_grad():
-            logp = model(input_ids=ids).logits[0].log_softmax(-1)           # [T, V]
+            logp = model(input_ids=ids).logits[0].log_softmax(-1)                   # [T, V]
             with stack.gated(0, 0):
-                logq = model(input_ids=ids).logits[0].log_softmax(-1)       # [T, V]
-        want = range(sample.n_prompt - 1, len(sample.ids) - 1)              # position t predicts token t + 1
+                logq = model(input_ids=ids).logits[0].log_softmax(-1)               # [T, V]
+        want = range(sample.n_prompt - 1, len(sample.ids) - 1)  # position t predicts token t + 1
         alone = torch.tensor([-logp[t, sample.ids[t + 1]] for t in want])
         assert torch.allclose(nll, alone, atol=1e-4), (nll - alone).abs().max()
         alone = torch.stack([(logp[t].exp() * (logp[t] - logq[t])).sum() for t in want])
@@ -229,7 +194,7 @@ def test_heal_batch_composition_and_padding_do_not_change_a_sample():
             assert torch.allclose(a, b, atol=1e-10), (a - b).abs().max()
     assert [len(kl) for kl in alone] == [5, 1, 9, 12, 3, 7] and all(kl.min() > 0 for kl in alone)
     passes = Passes(model, samples, heal_base(stack))
-    assert abs(mean_nll(passes, samples, 1) - mean_nll(passes, samples, 60)) < 1e-10
+    assert abs(passes.mean_nll([0, 1, 2, 3], 1) - passes.mean_nll([2, 3, 0, 1], 60)) < 1e-10
 
 
 @pytest.mark.parametrize("reg, lam", [("nll", 0.0), ("kl_rev", 3.0), ("kl_fwd", 3.0)])
@@ -239,26 +204,25 @@ def test_heal_passes_of_any_size_add_up_to_one_step(reg, lam):
         model, stack, samples = heal_case(torch.float64, history=1)
         record = heal_run(model, stack, samples, tau=0.05, reg=reg, lam=lam, heal_batch=6, pass_tokens=pass_tokens,
                           epochs=3, spectral=0.1)
-        rows.append([[s[k] for k in ("nll", "div", "gnorm", "grad_nll", "grad_barrier")] for s in record["steps"]])
-        weights.append(torch.cat([p.detach().flatten() for p in stack.parameters()]))
+        rows.append(heal_numbers(record))
+        weights.append(heal_flat(stack.parameters()))
     for other_rows, other in zip(rows[1:], weights[1:]):
-        assert torch.allclose(torch.tensor(rows[0]), torch.tensor(other_rows), rtol=1e-4)
-        assert torch.allclose(weights[0], other, atol=1e-5)                 # float32 weights after three Adam steps
+        assert torch.allclose(rows[0], other_rows, rtol=1e-4)
+        assert torch.allclose(weights[0], other, atol=1e-5)     # float32 weights after three Adam steps
 
 
 def test_heal_loss_is_the_documented_one():
     """The gradient of the formula, written out sample by sample, is what one step reports as its norm."""
     model, stack, samples = heal_case(torch.float64)
-    params, tau, lam = stack.parameters(), 0.2, 5.0 * 3 ** 0.5              # round 2: lam * (1 + 2) ** 0.5
-    total = 0
+    tau, lam, total = 0.2, 5.0 * 3 ** 0.5, 0                    # round 2: lam * (1 + 2) ** 0.5
     for s in samples:
-        (nll,), (kl,) = Passes(model, [s], heal_base(stack)).losses([s])
+        (nll,), (kl,) = Passes(model, [s], heal_base(stack)).losses([0])
         total = total + len(kl) * (nll.mean() + lam * torch.relu((kl.square().mean()).sqrt() - tau))
-    loss = total / sum(len(s.ids) - s.n_prompt for s in samples) + 0.3 * stack.spectral()
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)]).norm().item()
-    cfg = HealConfig(lr=1e-3, lam=5.0, lam_round_pow=0.5, heal_batch=6, pass_tokens=30, epochs=1, val_share=0.0, spectral=0.3)
-    record = heal(model, params, samples, heal_base(stack), cfg, tau=tau, rnd=2, spectral=stack.spectral)
-    assert abs(record["steps"][0]["gnorm"] - expected) < 1e-4 * expected    # the reported norm is before clipping
+    loss = total / sum(len(s.answer) for s in samples) + 0.3 * stack.spectral()
+    expected = heal_flat(torch.autograd.grad(loss, stack.parameters())).norm().item()
+    record = heal_run(model, stack, samples, tau=tau, rnd=2, lam=5.0, lam_round_pow=0.5, heal_batch=6, pass_tokens=30,
+                      epochs=1, spectral=0.3)
+    assert abs(record["steps"][0]["gnorm"] - expected) < 1e-4 * expected            # reported before clipping
     assert abs(record["lam_eff"] - lam) < 1e-12 and 0 < record["steps"][0]["fired"] < 1
 
 
@@ -266,10 +230,10 @@ def test_heal_loss_is_the_documented_one():
 def test_heal_gradient_of_any_round_equals_finite_differences(history):
     """float64 base, float32 adapters: every perturbed value is a float32, so the step is measured, not assumed."""
     model, stack, samples = heal_case(torch.float64, history=history)
-    params, sizes = stack.parameters(), [len(s.ids) - s.n_prompt for s in samples]
+    params, sizes = stack.parameters(), [len(s.answer) for s in samples]
 
     def loss():
-        nlls, kls = Passes(model, samples, heal_base(stack)).losses(samples)
+        nlls, kls = Passes(model, samples, heal_base(stack)).losses(list(range(6)))
         each = [n * (nll.mean() + 5.0 * torch.relu(aggregate(kl, "rmse") - 0.05))
                 for n, nll, kl in zip(sizes, nlls, kls)]
         return sum(each) / sum(sizes)
@@ -286,13 +250,13 @@ def test_heal_gradient_of_any_round_equals_finite_differences(history):
                 ends.append((flat[i].item(), loss().item()))
         flat[i] = start
         slope, grad = (ends[1][1] - ends[0][1]) / (ends[1][0] - ends[0][0]), p.grad.view(-1)[i].item()
-        assert abs(slope - grad) < 1e-4 * abs(slope) + 1e-6, (slope, grad)  # the step's own error is of order 1e-6
+        assert abs(slope - grad) < 1e-4 * abs(slope) + 1e-6, (slope, grad)          # the step's own error: 1e-6
 
 
 def test_heal_leaves_the_base_without_gradient_and_unchanged_bit_for_bit():
     model, stack, samples = heal_case(history=1)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    folded = [t for lora in stack.layers.values() for pair in lora.rounds for t in pair]
+    folded = [t for lora in stack.layers.values() for pair in lora.rounds for t in pair[:2]]
     frozen = [t.clone() for t in folded]
     adapters = [p.detach().clone() for p in stack.parameters()]
     heal_run(model, stack, samples, epochs=2)
@@ -306,42 +270,49 @@ def test_heal_lowers_nll_and_a_tight_barrier_keeps_D_lower_than_nll_alone():
     ends = {}
     for reg in ("nll", "kl_rev"):
         model, stack, samples = heal_case()
-        stack.drop()                                                        # the round starts at the base
+        stack.drop()                                            # the round starts at the base
+        before = heal_nll(model, stack, samples)
         record = heal_run(model, stack, samples, tau=0.02, reg=reg, lam=30.0, lr=5e-3, epochs=10)
         div = [aggregate(kl, "rmse").item() for kl in divergences(model, samples, heal_base(stack))]
-        ends[reg] = record["nll_first"], heal_nll(model, stack, samples), max(div)
-        assert record["steps"][0]["div"] == 0                               # B = 0: the student is the reference
+        ends[reg] = before, heal_nll(model, stack, samples), max(div)
+        assert record["steps"][0]["div"] == 0                   # B = 0: the student is the reference
     assert ends["nll"][1] < ends["nll"][0] - 1 and ends["kl_rev"][1] < ends["kl_rev"][0] - 0.2, ends
     assert ends["kl_rev"][2] < 0.2 * ends["nll"][2], ends
 
 
-def test_heal_holds_out_whole_prompts_and_reports_their_nll():
+def test_heal_holds_out_whole_prompts_and_reports_nll_of_tokens_before_and_after():
     model, stack, samples = heal_case()
-    twice = samples + [s._replace(ids=s.ids[:-1] + [9]) for s in samples if len(s.ids) - s.n_prompt > 1]
-    train, val = split(twice, 0.3, torch.Generator().manual_seed(0))
+    twice = samples + [s._replace(ids=s.ids[:-1] + [9]) for s in samples if len(s.answer) > 1]
+    train, val = ([twice[i] for i in part] for part in split(twice, 0.15, torch.Generator().manual_seed(0)))
     assert not {s.group for s in train} & {s.group for s in val}
-    assert len({s.group for s in val}) == 2 and len(train) + len(val) == len(twice)
+    assert len({s.group for s in val}) == 1 and len(train) + len(val) == len(twice)
     start = [p.detach().clone() for p in stack.parameters()]
-    record = heal_run(model, stack, twice, val_share=0.3, epochs=1, seed=0)
+    record = heal_run(model, stack, twice, epochs=1, held_out=True)
     after = heal_nll(model, stack, val)
     for p, value in zip(stack.parameters(), start):
         p.data.copy_(value)
     assert abs(record["val_nll_before"] - heal_nll(model, stack, val)) < 1e-5
     assert abs(record["val_nll_after"] - after) < 1e-5
-    assert record["n_train"] == len(train) and record["n_tokens"] == sum(len(s.ids) - s.n_prompt for s in train)
-    alone = heal_run(model, stack, [samples[0]], val_share=0.3, epochs=1)   # a lone prompt is trained on
+    assert record["n_train"] == len(train) and record["n_tokens"] == sum(len(s.answer) for s in train)
+    still = heal_run(model, stack, twice, epochs=2, held_out=True, lr=1e-12)        # an epoch's mean, not a batch's
+    assert still["nll_first"] == pytest.approx(heal_nll(model, stack, train), abs=1e-5) == still["nll_last"]
+    alone = heal_run(model, stack, [samples[0]], epochs=1)      # a lone prompt is trained on
     assert alone["n_train"] == 1 and alone["val_nll_before"] is None
 
 
-def test_heal_every_sample_is_seen_once_an_epoch_and_a_short_last_batch_is_a_step():
+@pytest.mark.parametrize("fast", [True, False])
+def test_heal_sees_every_sample_once_an_epoch_and_the_reference_once_a_round(fast):
     model, stack, samples = heal_case()
-    seen = []
-    model.register_forward_pre_hook(lambda module, args, given: seen.extend(given["attention_mask"].sum(1).tolist()),
-                                    with_kwargs=True)
-    record = heal_run(model, stack, samples, heal_batch=4, epochs=2)
-    assert [s["step"] for s in record["steps"]] == [0, 1, 2, 3]             # 4 + 2 samples, twice
-    probes = 2 * [len(samples[0].ids)] + 3 * [max(len(s.ids) for s in samples)]         # the start: which shortcuts hold here
-    assert sorted(seen) == sorted([len(s.ids) for s in samples] * 3 + probes)           # the student twice, the reference once
+    seen = {True: [], False: []}
+
+    def count(module, args, given):
+        seen[stack.layers["model.layers.1.self_attn.q_proj"].current == 0] += given["attention_mask"].sum(1).tolist()
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    record = heal_run(model, stack, samples, heal_batch=4, epochs=3, fast=fast)
+    assert [(s["step"], s["epoch"]) for s in record["steps"]] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2)]
+    lengths = [len(s.ids) for s in samples]                     # 4 + 2 samples: a short last batch is a step
+    assert sorted(seen[False]) == sorted(3 * lengths + fast * 2 * [lengths[0]])     # + two probes of the head
+    assert sorted(seen[True]) == sorted((1 if fast else 3) * lengths)
 
 
 def test_heal_is_reproduced_by_its_seed_and_leaves_the_global_generator_alone():
@@ -351,28 +322,28 @@ def test_heal_is_reproduced_by_its_seed_and_leaves_the_global_generator_alone():
         state = torch.get_rng_state()
         heal_run(model, stack, samples, heal_batch=2, epochs=2, seed=seed)
         assert torch.equal(torch.get_rng_state(), state)
-        ends.append(torch.cat([p.detach().flatten() for p in stack.parameters()]))
+        ends.append(heal_flat(stack.parameters()))
     assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
 
 
 def test_heal_learning_rate_warms_up_then_falls_and_no_step_is_idle():
-    factors = [lr_factor(step, 40, 0.1) for step in range(40)]
+    factors = [lr_factor(step, 40) for step in range(40)]
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and factors[4:] == sorted(factors[4:], reverse=True)
-    assert 0 < factors[-1] < 0.01 and abs(lr_factor(22, 40, 0.1) - 0.5) < 1e-12
-    assert lr_factor(0, 1, 0.1) == 1 and lr_factor(0, 1, 0.0) == 1
+    assert 0 < factors[-1] < 0.01 and abs(lr_factor(22, 40) - 0.5) < 1e-12
+    assert lr_factor(0, 1) == 1
 
 
 def test_heal_warns_of_a_barrier_that_never_or_always_fired():
     model, stack, samples = heal_case()
     for tau, message in ((1e3, "never fired"), (1e-9, "always fired")):
         with pytest.warns(UserWarning, match=message):
-            record = heal(model, stack.parameters(), samples, heal_base(stack), HealConfig(lr=1e-3, epochs=1), tau=tau)
+            record = heal(model, stack.parameters(), samples, heal_base(stack), HealConfig(lr=1e-3, tau=tau, epochs=1))
         assert message in record["warning"] and record["fired_share"] == (tau < 1)
-    with warnings.catch_warnings():                                         # nll has no barrier, D is measured
+    cfg = HealConfig(lr=1e-3, tau=1e3, epochs=1, reg="nll")     # no barrier, but D is measured
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
-        record = heal(model, stack.parameters(), samples, heal_base(stack), HealConfig(lr=1e-3, epochs=1, reg="nll"), tau=1e3)
+        record = heal(model, stack.parameters(), samples, heal_base(stack), cfg)
     assert record["warning"] is None and record["lam_eff"] == 0 and record["steps"][0]["div"] > 0
-    assert record["steps"][0]["grad_barrier"] == 0
 
 
 def test_heal_skips_a_step_that_is_not_finite_and_gives_up_after_three_in_a_row():
@@ -380,7 +351,7 @@ def test_heal_skips_a_step_that_is_not_finite_and_gives_up_after_three_in_a_row(
         model, stack, samples = heal_case()
         calls = []
 
-        def spoil(module, args, output):                                    # one student forward of six rows per step
+        def spoil(module, args, output):                        # one student forward of six rows per step
             if stack.layers["model.layers.1.self_attn.q_proj"].current and len(output.last_hidden_state) == 6:
                 calls.append(0)
                 if len(calls) - 1 in bad:
@@ -396,9 +367,8 @@ def test_heal_skips_a_step_that_is_not_finite_and_gives_up_after_three_in_a_row(
 
 
 @pytest.mark.parametrize("options", [dict(reg="wd"), dict(kl_agg="median"), dict(lam=-1.0), dict(tau=math.inf),
-                                     dict(lr=-1.0), dict(epochs=0), dict(pass_tokens=0), dict(warmup=1.0),
-                                     dict(val_share=-0.1), dict(clip=0.0), dict(lam_round_pow=math.nan),
-                                     dict(spectral=math.nan)])
+                                     dict(lr=0.0), dict(epochs=0), dict(pass_tokens=0), dict(heal_batch=0),
+                                     dict(lam_round_pow=math.nan), dict(spectral=math.nan), dict(weight_decay=-1)])
 def test_heal_config_names_the_bad_option(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))}="):
         HealConfig(**options)
@@ -406,18 +376,28 @@ def test_heal_config_names_the_bad_option(options):
 
 def test_heal_refuses_bad_arguments_before_any_forward():
     model, stack, samples = heal_case()
-    params, base, cfg = stack.parameters(), heal_base(stack), HealConfig(lr=1e-3)
-    model.forward = None                                                    # a forward would be a TypeError
+    params, base, cfg = stack.parameters(), heal_base(stack), HealConfig(lr=1e-3, tau=1.0)
+    others, (h, h0, W, targets, _) = [s._replace(ids=s.ids[:-1] + [9]) for s in samples], heal_head()
+    model.forward = None                                        # a forward would be a TypeError
     for bad, message in (
-            (lambda: heal(model, params, [], base, cfg, tau=1.0), "no samples"),
-            (lambda: heal(model, params, [Sample([1, 2], 2, 0)], base, cfg, tau=1.0), "sample 0: n_prompt=2 of 2"),
-            (lambda: heal(model, params, [Sample([1, 2], 0, 0)], base, cfg, tau=1.0), "sample 0: n_prompt=0"),
-            (lambda: heal(model, [], samples, base, cfg, tau=1.0), "params: got 0"),
-            (lambda: heal(model, [params[0].bfloat16()], samples, base, cfg, tau=1.0), "bfloat16"),
-            (lambda: heal(model, params, samples, base, cfg, tau=math.nan), "tau=nan"),
-            (lambda: heal(model, params, samples, base, HealConfig(lr=1e-3, spectral=0.1), tau=1.0), "needs spectral="),
-            (lambda: heal(model, params, samples, base, HealConfig(), tau=1.0), "cfg.lr=0"),
-            (lambda: divergences(model, samples, base, reg="wd"), "reg='wd'")):
+            (lambda: heal(model, params, [], base, cfg), "no samples"),
+            (lambda: heal(model, params, [Sample([1, 2], 2, 0)], base, cfg), "sample 0: n_prompt=2 of 2"),
+            (lambda: heal(model, params, [Sample([1, 2], 0, 0)], base, cfg), "sample 0: n_prompt=0"),
+            (lambda: heal(model, [], samples, base, cfg), "params: got 0"),
+            (lambda: heal(model, [params[0].bfloat16()], samples, base, cfg), "bfloat16"),
+            (lambda: heal(model, params, samples, base, HealConfig(lr=1e-3)), "cfg.tau=None.*calibrate"),
+            (lambda: heal(model, params, samples, base, HealConfig(tau=1.0)), "cfg.lr=None.*calibrate"),
+            (lambda: heal(model, params, samples, base, HealConfig(lr=1e-3, tau=1, spectral=0.1)), "needs spectral="),
+            (lambda: divergences(model, samples, base, reg="wd"), "reg='wd'"),
+            (lambda: divergences(model, samples, base, ref_samples=others), "same completions"),
+            (lambda: aggregate(torch.ones(3), "median"), "how='median': expected mean, rmse, p95, max"),
+            (lambda: aggregate(torch.ones(0), "rmse"), "one sample"),
+            (lambda: aggregate(torch.ones(2, 3), "rmse"), "one sample"),            # would pool two samples
+            (lambda: reverse_kl(h, h0[:1]), "one shape"),
+            (lambda: token_losses(h, h0[:3], W, targets), r"\[3, 16\]"),
+            (lambda: token_losses(h, h0, W.T, targets), r"not \[N, d\]"),
+            (lambda: token_losses(h, h0, W.clone().requires_grad_(), targets), "head requires a gradient"),
+            (lambda: token_losses(h, h0, W, targets, reg="wd"), "reg='wd'")):
         with pytest.raises(ValueError, match=message):
             bad()
 
@@ -444,7 +424,7 @@ def test_heal_works_with_any_adapter_and_any_way_to_switch_it_off():
 
     model = Bag()
     samples = [Sample([1, 2, 3, 3, 3, 3], 2, g) for g in range(8)]
-    record = heal(model, [model.bias], samples, model.switched_off, HealConfig(lr=0.1, lam=0.5), tau=0.1)
+    record = heal(model, [model.bias], samples, model.switched_off, HealConfig(lr=0.1, lam=0.5, tau=0.1))
     assert record["val_nll_after"] < record["val_nll_before"] - 0.1 and model.bias.argmax() == 3
 
 
@@ -463,17 +443,17 @@ def heal_head(N=37, V=301, d=16, dtype=torch.float64, seed=0, shift=0.3):
 @pytest.mark.parametrize("reg", ["kl_rev", "kl_fwd"])
 def test_heal_token_losses_equal_naive_autograd_in_float64(reg, how):
     h, h0, W, targets, b = heal_head()
-    for bias, cap, lazy, tile in ((None, 0.0, False, 64), (b, 0.0, True, 50), (None, 5.0, False, 301), (b, 5.0, True, 7), (b, 5.0, False, 1000)):
+    for bias, cap, tile in ((None, 0.0, 64), (b, 0.0, 50), (None, 5.0, 301), (b, 5.0, 7), (b, 5.0, 1000)):
         values, grads = [], []
         for tiled in (True, False):
             x = h.clone().requires_grad_()
             if tiled:
-                nll, kl = token_losses(x, h0, W, targets, bias=bias, cap=cap, reg=reg, lazy=lazy, tile=tile)
+                nll, kl = token_losses(x, h0, W, targets, bias=bias, cap=cap, reg=reg, tile=tile)
             else:
                 logits = [z if bias is None else z + b for z in (x @ W.T, h0 @ W.T)]
                 nll, kl = naive_losses(*(z if not cap else cap * (z / cap).tanh() for z in logits), targets, reg)
             assert nll.dtype == kl.dtype == torch.float64
-            D = aggregate(kl[:20], "rmse" if how == "barrier alone" else how)           # the rest has no gradient in KL
+            D = aggregate(kl[:20], "rmse" if how == "barrier alone" else how)       # the rest: no gradient in KL
             loss = (how != "barrier alone") * nll.mean() + 5 * torch.relu(D - 0.1)
             values.append(torch.cat([nll, kl]))
             grads.append(torch.autograd.grad(loss, x)[0])
@@ -485,26 +465,26 @@ def test_heal_token_losses_survive_large_logits_and_agree_on_which_bits_are_zero
     h, h0, W, targets, _ = heal_head(dtype=torch.float32)
     for dtype in (torch.float32, torch.bfloat16):
         x = h.to(dtype).clone().requires_grad_()
-        nll, kl = token_losses(x, h.to(dtype), W.to(dtype), targets, tile=64)           # student = reference
+        nll, kl = token_losses(x, h.to(dtype), W.to(dtype), targets, tile=64)       # student = reference
         assert kl.eq(0).all() and nll.dtype == torch.float32
         (nll.sum() * 0 + aggregate(kl, "rmse")).backward()
         assert x.grad.eq(0).all() and x.grad.dtype == dtype
-    x = (60 * h).double().requires_grad_()                                              # logits of +-240
-    tiled, naive = token_losses(x, 60 * h0.double(), W.double(), targets, tile=64), naive_losses(x @ W.double().T, 60 * h0.double() @ W.double().T, targets)
+    x, x0, W = 60 * h.double(), 60 * h0.double(), W.double()    # logits of +-240
+    tiled, naive = token_losses(x, x0, W, targets, tile=64), naive_losses(x @ W.T, x0 @ W.T, targets)
     assert naive[1].max() > 100 and all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(tiled, naive))
 
 
-@pytest.mark.parametrize("shift, better", [(0.012, 400), (0.06, 15)])                   # mean KL about .003 and .07 nats
+@pytest.mark.parametrize("shift, better", [(0.012, 400), (0.06, 15)])               # mean KL about .003 and .07 nats
 def test_heal_token_losses_in_bfloat16_are_nearer_the_truth_than_a_bfloat16_softmax(shift, better):
     h, h0, W, targets, _ = heal_head(N=64, V=4096, d=128, dtype=torch.bfloat16, shift=shift)
-    W = W / 4                                                                           # logits of a few nats; exact
+    W = W / 4                                                   # logits of a few nats; exact
     x = h.double().requires_grad_()
     _, truth = naive_losses(x @ W.double().T, h0.double() @ W.double().T, targets)
     aggregate(truth, "rmse").backward()
     y = h.clone().requires_grad_()
     _, kl = token_losses(y, h0, W, targets, tile=512)
     aggregate(kl, "rmse").backward()
-    logp, logq = ((z @ W.T).log_softmax(-1) for z in (h, h0))                           # what the peers do
+    logp, logq = ((z @ W.T).log_softmax(-1) for z in (h, h0))   # what the peers do
     peers = (logp.exp() * (logp - logq)).sum(-1)
     error, theirs = ((k.double() - truth).abs().mean().item() for k in (kl, peers))
     assert theirs / error >= better, (truth.mean().item(), theirs, error, theirs / error)
@@ -523,27 +503,17 @@ def test_heal_token_losses_never_hold_more_than_a_tile_of_the_logits():
                 own = isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given
                 self.numel = max(self.numel, t.numel() if own else 0)
             return out
-    for lazy in (False, True):
-        h, h0, W, targets, _ = heal_head(N=40, V=5000, d=16, dtype=torch.bfloat16)
-        given, x = {W.untyped_storage().data_ptr()}, h.requires_grad_()
-        with Largest() as seen:
-            nll, kl = token_losses(x, h0, W, targets, tile=100, lazy=lazy)
-            (nll.mean() + kl.mean()).backward()
-        assert seen.numel == 40 * 100, seen.numel                                       # N * tile, of N * V = 200,000
-
-
-def test_heal_token_losses_refuse_what_they_would_get_wrong():
-    h, h0, W, targets, _ = heal_head()
-    for bad, message in ((lambda: token_losses(h, h0[:3], W, targets), r"\[3, 16\]"), (lambda: token_losses(h, h0, W.T, targets), "expected"),
-                         (lambda: token_losses(h, h0, W.clone().requires_grad_(), targets), "head requires a gradient"),
-                         (lambda: token_losses(h, h0, W, targets, reg="wd"), "reg='wd'")):
-        with pytest.raises(ValueError, match=message):
-            bad()
+    h, h0, W, targets, _ = heal_head(N=40, V=5000, d=16, dtype=torch.bfloat16)
+    given, x = {W.untyped_storage().data_ptr()}, h.requires_grad_()
+    with Largest() as seen:
+        nll, kl = token_losses(x, h0, W, targets, tile=100)
+        (nll.mean() + kl.mean()).backward()
+    assert seen.numel == 40 * 100, seen.numel                   # N * tile, of N * V = 200,000
 
 
 def heal_families():
-    from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM,
-                              PhiConfig, PhiForCausalLM)
+    from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig,
+                              GraniteForCausalLM, PhiConfig, PhiForCausalLM)
     tiny = dict(vocab_size=262, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
                 num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return {"soft-capped": (Gemma2ForCausalLM, Gemma2Config(**tiny, head_dim=8, final_logit_softcapping=3.0)),
@@ -552,171 +522,63 @@ def heal_families():
             "biased": (PhiForCausalLM, PhiConfig(**tiny | dict(num_key_value_heads=4)))}
 
 
-@pytest.mark.parametrize("name", ["soft-capped", "divided", "multiplied", "biased", "unknown", "hooked", "trained"])
+@pytest.mark.parametrize("name", ["soft-capped", "divided", "multiplied", "biased", "unknown", "edited", "hooked", "trained"])
 def test_heal_reads_any_head_as_the_model_does(name):
     """Exact without logits where the config tells the head; from the model's own logits where it does not."""
     torch.manual_seed(0)
-    cls, config = heal_families()["divided" if name in ("unknown", "hooked", "trained") else name]
+    families = heal_families()
+    cls, config = families.get(name, families["divided"])
     model = cls(config).eval().requires_grad_(False)
+    forward = model.forward
+
+    def other(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        if name == "unknown":
+            out.logits = out.logits.square()
+        else:
+            out.logits[..., [100, 200]] = -50.0                 # past the one column that an idle head would make
+        return out
     if name == "biased":
         model.lm_head.bias.data.normal_()
-    if name == "unknown":
-        model.config.logits_scaling = 1.0                       # the model divides by what it read when it was made
-        model.model.register_forward_hook(lambda m, a, out: None)
-        forward = model.forward
-
-        def other(*args, **kwargs):
-            out = forward(*args, **kwargs)
-            out.logits = out.logits.square()
-            return out
+    elif name in ("unknown", "edited"):
         model.forward = other
-    if name == "hooked":
+    elif name == "hooked":
         model.lm_head.register_forward_hook(lambda m, a, out: out + 1.0)
-    if name == "trained":
-        model.lm_head.weight.requires_grad_()
-    stack = attach(model, r=4, alpha=8, layers=[1, 2])
-    if name == "trained":
-        model.lm_head.weight.requires_grad_()
-    rng = torch.Generator().manual_seed(0)
-    for p in stack.parameters():
-        p.data.copy_(0.1 * torch.randn(p.shape, generator=rng))
-    samples = heal_case()[2]
-    results = []
-    for shortcuts in (True, False):
-        passes = Passes(model, samples, heal_base(stack), params=stack.parameters(), tiled=shortcuts, cache_reference=shortcuts,
-                        cache_below=shortcuts)
-        assert passes.tiled == (shortcuts and name in heal_families())
-        for _ in range(2):                                      # the second time from memory
-            nlls, kls = passes.losses(samples)
+    stack, samples, results = attach(model, r=4, alpha=8, layers=[1, 2]), heal_case()[2], []
+    model.lm_head.weight.requires_grad_(name == "trained")
+    heal_noise(stack)
+    for fast in (True, False):
+        passes = Passes(model, samples, heal_base(stack), fast=fast)
+        assert (passes.head is not None) == (fast and name in families)
+        for _ in range(2):                                      # the second time the reference from memory
+            nlls, kls = passes.losses(list(range(6)))
         loss = torch.cat(nlls).mean() + sum(aggregate(kl, "rmse") for kl in kls)
-        results.append((torch.cat([*nlls, *kls]).detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, stack.parameters())])))
+        results.append((heal_flat([*nlls, *kls]), heal_flat(torch.autograd.grad(loss, stack.parameters()))))
     for a, b in zip(*results):
         assert torch.allclose(a, b, atol=1e-4 * b.abs().max()), (a - b).abs().max()
-    s, logits = samples[0], model(input_ids=torch.tensor([samples[0].ids])).logits[0]
-    assert torch.allclose(nlls[0], torch.nn.functional.cross_entropy(logits[2:-1], torch.tensor(s.ids[3:]), reduction="none"), atol=1e-3)
+    logits, targets = model(input_ids=torch.tensor([samples[0].ids])).logits[0, 2:-1], torch.tensor(samples[0].answer)
+    assert torch.allclose(nlls[0], torch.nn.functional.cross_entropy(logits, targets, reduction="none"), atol=1e-3)
 
 
-@pytest.mark.parametrize("reg, how, tau", [("kl_rev", "rmse", 0.0), ("kl_rev", "rmse", 0.2), ("kl_rev", "p95", 0.1), ("kl_fwd", "rmse", 0.1), ("nll", "mean", 0.0)])
+@pytest.mark.parametrize("reg, how, tau", [("kl_rev", "rmse", 0.0), ("kl_rev", "rmse", 0.2), ("kl_rev", "p95", 0.1),
+                                           ("kl_fwd", "rmse", 0.1), ("nll", "mean", 0.0)])
 def test_heal_shortcuts_change_no_number_of_a_round(reg, how, tau):
-    names = ("tiled", "lazy_kl", "cache_reference", "cache_below")
     runs = []
-    for off in ([], *([n] for n in names), names):
+    for fast in (True, False):
         model, stack, samples = heal_case(history=1)
-        record = heal_run(model, stack, samples, tau=tau, reg=reg, kl_agg=how, heal_batch=2, epochs=3, **dict.fromkeys(off, False))
-        assert record["shortcuts"] == {"tiled": "tiled" not in off, "lazy_kl": "lazy_kl" not in off,
-                                       "cache_reference": "cache_reference" not in off, "cache_below": 0 if "cache_below" in off else 1}
-        runs.append(torch.tensor([[s[k] for k in ("nll", "div", "gnorm")] for s in record["steps"]]))
-    for other in runs[1:]:
-        assert torch.allclose(runs[0], other, rtol=1e-5, atol=1e-5), (runs[0] - other).abs().max()
-    assert len(runs[0]) == 9
-
-
-def test_heal_runs_the_reference_and_the_blocks_below_once_per_sample():
-    counts = {}
-    for on in (True, False):
-        model, stack, samples = heal_case(history=1)
-        rows = {"below": 0, "reference": 0}
-
-        def below(module, args, out):
-            rows["below"] += len(out)
-
-        def top(module, args, kwargs, out):
-            rows["reference"] += len(out) * (stack.layers["model.layers.1.self_attn.q_proj"].current == 0)
-        model.model.layers[0].mlp.register_forward_hook(below)
-        model.model.layers[3].register_forward_hook(top, with_kwargs=True)
-        heal_run(model, stack, samples, heal_batch=2, epochs=4, cache_reference=on, cache_below=on)
-        counts[on] = rows
-    assert counts[True]["reference"] == 6 and counts[False]["reference"] == 4 * 6
-    assert counts[True]["below"] - counts[True]["reference"] == 6 + 4 and counts[False]["below"] == 2 * 4 * 6 + 2       # + probes at the start
+        record = heal_run(model, stack, samples, tau=tau, reg=reg, kl_agg=how, heal_batch=2, epochs=3, fast=fast)
+        assert record["shortcuts"] is fast
+        runs.append(heal_numbers(record))
+    assert len(runs[0]) == 9 and torch.allclose(*runs, rtol=1e-5, atol=1e-5), (runs[0] - runs[1]).abs().max()
 
 
 def test_heal_leaves_the_model_as_it_was_also_after_an_exception():
     model, stack, samples = heal_case()
-    with pytest.raises(KeyboardInterrupt):
-        heal(model, stack.parameters(), samples, heal_base(stack), HealConfig(lr=1e-3, val_share=0.0), tau=0.0,
-             log=lambda row: (_ for _ in ()).throw(KeyboardInterrupt()))
-    assert not any("forward" in vars(m) for m in model.modules())
-    passes = Passes(model, samples, heal_base(stack), params=stack.parameters())
-    assert len(passes.below) == 1
+    passes = Passes(model, samples, heal_base(stack))
     model.model.layers[3].register_forward_hook(lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        passes.losses(samples)
-    assert not any("forward" in vars(m) for m in model.modules())
-
-
-def test_heal_a_block_that_is_steered_below_is_not_skipped():
-    model, stack, samples = heal_case()
-    with steer.steered(model, {0: torch.ones(32)}, 1.0):
-        passes = Passes(model, samples, heal_base(stack), params=stack.parameters())
-        assert passes.below == [] and passes.tiled
-    assert len(Passes(model, samples, heal_base(stack), params=stack.parameters()).below) == 1
-
-
-@pytest.mark.parametrize("odd", ["tuple", "skip", "expert"])
-def test_heal_blocks_that_pass_on_more_than_their_state_are_not_skipped(odd):
-    """What the next blocks read past the hidden state: a tuple's rest, a trained skip from block 0 that is still zero, a
-    trained part of a block that one sample reaches and another does not."""
-    class Block(torch.nn.Module):
-        def __init__(self, i):
-            super().__init__()
-            self.i, self.linear = i, torch.nn.Linear(16, 16, dtype=torch.float64).requires_grad_(False)
-            if i == (1 if odd == "expert" else 2):
-                self.train_me = torch.nn.Parameter(torch.zeros(16, 16, dtype=torch.float64))
-
-        def forward(self, h, ids, first, extra):
-            if hasattr(self, "train_me"):
-                seen = first if odd == "skip" else h
-                h = h + (seen @ self.train_me) * ((ids > 9)[..., None] if odd == "expert" else 1.0)
-            h = h + self.linear(h).tanh() + (extra if extra is not None else 0.0)
-            return (h, h.mean(1, keepdim=True)) if odd == "tuple" else h
-
-    class Odd(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.embed, self.head = torch.nn.Embedding(20, 16, dtype=torch.float64), torch.nn.Linear(16, 20, bias=False, dtype=torch.float64)
-            self.requires_grad_(False)
-            self.layers, self.on = torch.nn.ModuleList([Block(i) for i in range(4)]), True
-
-        def get_output_embeddings(self):
-            return self.head
-
-        def forward(self, input_ids, attention_mask):
-            h, extra, first = self.embed(input_ids), None, None
-            for block in self.layers:
-                out = block(h, input_ids, first, extra)
-                h, extra = out if odd == "tuple" else (out, None)
-                first = h if first is None else first
-            self.logits = self.head(h)
-            return self
-
-    samples = [Sample([3, 4, 5, 6, 7, 8, 3, 5, 2], 2, 0), Sample([3, 4, 12, 11, 15], 2, 1)]
-    runs = []
-    for on in (True, False):
-        model = Odd()
-        params = [p for p in model.parameters() if p.requires_grad]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            record = heal(model, params, samples, contextlib.nullcontext, HealConfig(lr=0.1, val_share=0.0, heal_batch=1, cache_below=on), tau=1.0)
-        runs.append(torch.cat([p.detach().flatten() for p in params]))
-        assert record["shortcuts"]["tiled"] and record["shortcuts"]["cache_below"] <= (1 if on and odd == "expert" else 0), record["shortcuts"]
-    assert runs[0].abs().max() > 0 and torch.allclose(*runs, atol=1e-9)
-
-
-def test_heal_a_model_that_edits_single_logits_takes_the_plain_path():
-    model, stack, samples = heal_case()
-    forward = model.forward
-
-    def edited(*args, **kwargs):
-        out = forward(*args, **kwargs)
-        out.logits[..., [100, 200]] = -50.0                     # an index past the one column that a caught head would make
-        return out
-    model.forward = edited
-    passes = Passes(model, samples, heal_base(stack), params=stack.parameters())
-    assert not passes.tiled and passes.below == []
-    nll = passes.losses(samples[:1])[0][0]
-    logits = model(input_ids=torch.tensor([samples[0].ids])).logits[0, 2:-1]
-    assert torch.allclose(nll, torch.nn.functional.cross_entropy(logits, torch.tensor(samples[0].ids[3:]), reduction="none"), atol=1e-5)
+        passes.losses([0])
+    assert passes.head and not any("forward" in vars(m) for m in model.modules())
 
 
 def test_heal_out_of_memory_halves_the_pass_and_changes_no_number():
@@ -726,46 +588,94 @@ def test_heal_out_of_memory_halves_the_pass_and_changes_no_number():
 
         def full(module, args, kwargs):
             if len(kwargs["input_ids"]) > limit:
-                raise [torch.OutOfMemoryError("no room"), RuntimeError("DefaultCPUAllocator: can't allocate memory: no room")][limit % 2]
+                cpu = RuntimeError("DefaultCPUAllocator: can't allocate memory: no room")
+                raise [torch.OutOfMemoryError("no room"), cpu][limit % 2]
         model.register_forward_pre_hook(full, with_kwargs=True)
-        record = heal_run(model, stack, samples, heal_batch=6, epochs=2)
-        results.append(torch.tensor([[s["nll"], s["div"], s["gnorm"]] for s in record["steps"]]))
+        results.append(heal_numbers(heal_run(model, stack, samples, heal_batch=6, epochs=2)))
     assert all(torch.allclose(results[0], other, rtol=1e-6) for other in results[1:])
-    model.register_forward_pre_hook(lambda m, a, k: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")), with_kwargs=True)
+    model.register_forward_pre_hook(lambda m, a: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
     with pytest.raises(torch.OutOfMemoryError):
         heal_run(model, stack, samples, heal_batch=6, epochs=2)
 
 
 def test_heal_pieces_fit_the_budget_and_lose_nothing():
+    model, stack, _ = heal_case()
     samples = [Sample([1] * n, 1, 0) for n in (9, 3, 3, 2, 40, 5)]
-    for budget in (1, 10, 27, 1000):
-        cut = pieces(samples, budget)
-        assert sum(cut, []) == samples and all(len(p) == 1 or len(p) * max(len(s.ids) for s in p) <= budget for p in cut)
-    assert [len(p) for p in pieces(samples, 10)] == [1, 3, 1, 1]
+    passes = Passes(model, samples, heal_base(stack))
+    for budget in (1, 10, 27, 90, 1000):
+        cut = passes.pieces([4, 0, 5, 1, 2, 3], budget)
+        assert sum(cut, []) == [4, 0, 5, 1, 2, 3]
+        assert all(len(p) == 1 or len(p) * max(len(samples[i].ids) for i in p) <= budget for p in cut)
+    assert [len(p) for p in passes.pieces([4, 0, 5, 1, 2, 3], 10)] == [1, 1, 2, 2]
 
 
 def test_heal_divergences_of_other_prompts_compare_the_same_completion():
     model, stack, samples = heal_case(torch.float64)
-    others = [Sample([7, 8, 9, *s.ids[s.n_prompt:]], 3, s.group) for s in samples]
+    others = [Sample([7, 8, 9, *s.answer], 3, s.group) for s in samples]
     with stack.gated(0, 0):
-        for s, other, kl in zip(samples, others, divergences(model, samples, contextlib.nullcontext, ref_samples=others)):
+        kls = divergences(model, samples, contextlib.nullcontext, ref_samples=others)
+        for s, other, kl in zip(samples, others, kls, strict=True):
             p, q = (model(input_ids=torch.tensor([x.ids])).logits[0, x.n_prompt - 1:-1] for x in (s, other))
             assert torch.allclose(kl, reverse_kl(p, q), atol=1e-10) and kl.max() > 0
-    with pytest.raises(ValueError, match="same completions"):
-        divergences(model, samples, contextlib.nullcontext, ref_samples=others[::-1])
 
 
-def test_heal_stands_alone_and_imports_the_standard_library_and_torch_only(tmp_path):
-    source = Path(heal_py.__file__).read_text()
-    names = {alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names) | {"torch"}, names
-    (tmp_path / "heal.py").write_text(source)
-    out = subprocess.run([sys.executable, "-E", "heal.py"], cwd=tmp_path, capture_output=True, text=True)
+def heal_alone(folder, *command):
+    """What python prints in a folder that holds nothing but heal.py."""
+    shutil.copy(heal_py.__file__, folder)
+    out = subprocess.run([sys.executable, "-E", *command], cwd=folder, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    table = {line.split()[0]: line.split()[1:4] for line in out.stdout.splitlines()[1:]}
-    assert table == {"mean": ["0.018", "0.379", "21x"], "rmse": ["0.026", "1.527", "58x"],
-                     "p95": ["0.049", "3.777", "77x"], "max": ["0.095", "8.081", "85x"]}
+    return out.stdout
+
+
+def test_heal_imports_the_standard_library_and_torch_only_and_its_demo_computes_its_table(tmp_path):
+    names = set()
+    for node in ast.walk(ast.parse(Path(heal_py.__file__).read_text())):            # nested imports too
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." * node.level + (node.module or "").split(".")[0])
+        assert getattr(node, "id", "") != "__import__" and getattr(node, "attr", "") != "import_module"
+    assert "torch" in names and names <= set(sys.stdlib_module_names) | {"torch"}, names
+
+    printed = {line.split()[0]: line.split()[1:] for line in heal_alone(tmp_path, "heal.py").splitlines()[1:]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        demo = runpy.run_path(heal_py.__file__, run_name="__main__")
+    expected = []
+    for logits in (demo["shift"], demo["loop"]):
+        kl = sorted(heal_double_loop(logits.double(), demo["base"].double()))
+        at = 0.95 * (len(kl) - 1)
+        low, high = kl[math.floor(at)], kl[math.ceil(at)]
+        expected.append({"mean": sum(kl) / len(kl), "rmse": math.sqrt(sum(x * x for x in kl) / len(kl)),
+                         "p95": low + (at - math.floor(at)) * (high - low), "max": kl[-1]})
+    assert set(printed) == set(expected[0])
+    for how, (shift, loop, ratio, *verdict) in printed.items():
+        assert float(shift) == pytest.approx(expected[0][how], abs=6e-4), how
+        assert float(loop) == pytest.approx(expected[1][how], abs=6e-4), how
+        assert ("lets" in verdict) == (expected[1][how] < 0.5) and float(shift) < 0.5
+
+
+def test_heal_alone_heals_a_peft_model_by_its_docstring(tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
+    code = heal_py.__doc__.split("for example:\n\n")[1].split("\n\n")[0]
+    print_it = heal_alone(tmp_path, "-c", f"""
+import sys, torch
+sys.path.insert(0, ".")                                         # -E keeps the folder out where -c is given
+from heal import HealConfig, Sample, heal
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                     num_attention_heads=2, num_key_value_heads=2))
+model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+pairs_of_ids = [([3, 4 + i], [7, 8, 9, 7, 8, 9]) for i in range(8)]
+if True:
+{code}
+with model.disable_adapter():
+    assert record["steps"][0]["div"] == 0
+assert record["shortcuts"] and record["n_val"] == 1
+print(record["nll_first"] > record["nll_last"], record["val_nll_before"] > record["val_nll_after"])
+""")
+    assert print_it.split() == ["True", "True"]
 
 
 # ==== lora.py: the gated accumulator ==================================================================================
@@ -825,7 +735,7 @@ def test_lora_gates_open_equal_the_weights_plus_the_sum_of_scaled_products():
     for hooked in plain.modules():
         hooked._forward_hooks.clear()
     total = {}
-    for rnd, gate in enumerate([0.5, 0.25, 1.0]):                           # two folded rounds and the current one
+    for rnd, gate in enumerate([0.5, 0.25, 1.0]):  # two folded rounds and the current one
         lora_noise(stack, rnd)
         for name, delta in lora_deltas(stack).items():
             total[name] = total.get(name, 0) + gate * delta
@@ -834,7 +744,7 @@ def test_lora_gates_open_equal_the_weights_plus_the_sum_of_scaled_products():
     for name, delta in total.items():
         plain.get_submodule(name).weight.data += delta
     stack.gates([0.5, 0.25], 1.0)
-    assert torch.allclose(lora_logits(model, ids), lora_logits(plain, ids), atol=1e-6)      # folded B is float32
+    assert torch.allclose(lora_logits(model, ids), lora_logits(plain, ids), atol=1e-6)  # folded B is float32
     assert len(total) == 14 and "model.layers.1.mlp.down_proj" in total     # 7 Linears in each of 2 blocks
 
 
@@ -847,7 +757,7 @@ def test_lora_fold_keeps_the_function_and_the_next_round_starts_as_no_change():
     assert torch.allclose(lora_logits(model, ids), before, atol=1e-4)       # float32, logits of size ten
     assert stack.n_rounds == 2 and stack.norm() == 0
     assert all(a is b for a, b in zip(parameters, stack.parameters()))
-    with stack.gated(0, 1):                                                 # the folded round left the current pair
+    with stack.gated(0, 1):  # the folded round left the current pair
         base = lora_logits(model, ids)
     with stack.gated(0, 0):
         assert torch.equal(lora_logits(model, ids), base)
@@ -879,7 +789,7 @@ def test_lora_A_depends_on_seed_round_and_module_and_leaves_the_global_generator
     again = attach(tiny_model(tiny_tokenizer()), r=4, alpha=8, layers=[1, 2])
     other = attach(tiny_model(tiny_tokenizer()), r=4, alpha=8, layers=[1, 2], seed=1)
     assert torch.equal(first[0], again.parameters()[0]) and not torch.equal(first[0], other.parameters()[0])
-    assert 0.9 / 32 ** 0.5 < first[0].abs().max() <= 1 / 32 ** 0.5          # kaiming-uniform: U(+-1 / sqrt(d_in))
+    assert 0.9 / 32 ** 0.5 < first[0].abs().max() <= 1 / 32 ** 0.5  # kaiming-uniform: U(+-1 / sqrt(d_in))
 
 
 def test_lora_gated_restores_the_gates_after_an_exception_and_keeps_rounds_folded_inside():
@@ -894,6 +804,9 @@ def test_lora_gated_restores_the_gates_after_an_exception_and_keeps_rounds_folde
     with stack.gated(1, 1):
         lora_noise(stack, 7); stack.fold()
     assert {l.history for l in stack.layers.values()} == {(0.5, 0.0, 1.0)}
+    with stack.gated(1, 1):
+        stack.unfold()
+    assert {l.history for l in stack.layers.values()} == {(0.5, 0.0)}
 
 
 def test_lora_history_built_under_inference_mode_still_serves_training():
@@ -904,18 +817,16 @@ def test_lora_history_built_under_inference_mode_still_serves_training():
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in stack.parameters())
 
 
-def test_lora_order_of_rounds_and_their_gates_does_not_matter(tmp_path):
+def test_lora_order_of_rounds_and_their_gates_does_not_matter():
     model, stack = lora_case(rounds=3)
-    ids, files = lora_ids(), [tmp_path / f"{k}.safetensors" for k in range(3)]
-    for k, file in enumerate(files):
-        stack.save(file, rounds=[k])
+    ids, saved = lora_ids(), [stack.tensors([k]) for k in range(3)]
     stack.gates([0.2, 0.5, 0.9])
     expected = lora_logits(model, ids)
     model, other = lora_case()
-    other.load(files[2], files[0], files[1])
+    other.load_tensors(saved[2], saved[0], saved[1])
     other.gates([0.9, 0.2, 0.5])
     assert torch.allclose(lora_logits(model, ids), expected, atol=1e-4)
-    other.gates([0.2, 0.5, 0.9])                                            # gates belong to rounds: another model
+    other.gates([0.2, 0.5, 0.9])  # gates belong to rounds: another model
     assert not torch.allclose(lora_logits(model, ids), expected, atol=1e-2)
 
 
@@ -924,8 +835,9 @@ def test_lora_base_gets_no_gradient_and_adapters_are_float32_under_a_bfloat16_ba
     lora_noise(stack, 3)
     model(input_ids=lora_ids()).logits.float().square().mean().backward()
     assert all(p.grad is None for p in model.parameters())
-    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in stack.parameters())
-    assert all(t.dtype == torch.float32 for l in stack.layers.values() for pair in l.rounds for t in pair)
+    for p in stack.parameters():
+        assert p.dtype == p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0
+    assert all(A.dtype == B.dtype == torch.float32 for l in stack.layers.values() for A, B, _ in l.rounds)
 
 
 def test_lora_spectral_equals_matrix_norm_and_so_does_its_gradient():
@@ -939,10 +851,13 @@ def test_lora_spectral_equals_matrix_norm_and_so_does_its_gradient():
     expected.backward()
     assert abs(sigma.item() - expected.item()) < 1e-5 * expected.item()
     for A, B, l in pairs:
-        assert torch.allclose(l.A.grad.double(), A.grad, rtol=1e-4, atol=1e-5)              # float32 against float64
+        assert torch.allclose(l.A.grad.double(), A.grad, rtol=1e-4, atol=1e-5)  # float32 against float64
         assert torch.allclose(l.B.grad.double(), B.grad, rtol=1e-4, atol=1e-5)
-    norm = sum(delta.square().sum() for delta in lora_deltas(stack).values()).sqrt().item()
+    deltas = lora_deltas(stack)
+    norm = sum(delta.square().sum() for delta in deltas.values()).sqrt().item()
     assert abs(stack.norm() - norm) < 1e-5 * norm
+    for name, found in stack.singular_values().items():
+        assert torch.allclose(found, torch.linalg.svdvals(deltas[name])[:4], rtol=1e-4), name
 
 
 def test_lora_spectral_at_zero_B_is_zero_with_zero_gradient_and_draws_no_random_numbers():
@@ -954,62 +869,89 @@ def test_lora_spectral_at_zero_B_is_zero_with_zero_gradient_and_draws_no_random_
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_lora_save_and_load_round_trip_bit_for_bit_and_a_resumed_stack_starts_the_same_round(tmp_path):
-    model, stack = lora_case(rounds=2)
-    ids, path = lora_ids(), tmp_path / "rounds.safetensors"
-    stack.save(path, metadata={"note": "two rounds"})
+def test_lora_unfold_takes_a_fold_back_bit_for_bit_and_training_goes_on_from_there():
+    model, stack = lora_case(rounds=1, alpha=10, r=3)                       # a scale that is no power of two
+    ids, params = lora_ids(), stack.parameters()
+    lora_noise(stack, 5)
+    before, kept = lora_logits(model, ids), [p.detach().clone() for p in params]
+    stack.fold()
+    folded = lora_logits(model, ids)
+    stack.unfold()
+    assert all(a is b and torch.equal(a, c) for a, b, c in zip(params, stack.parameters(), kept))
+    assert stack.n_rounds == 1
+    assert torch.equal(lora_logits(model, ids), before) and torch.allclose(folded, before, atol=1e-4)
+    model(input_ids=ids).logits.sum().backward()
+    with torch.no_grad():
+        for p in params:
+            p -= 1e-3 * p.grad
+    trained = lora_logits(model, ids)
+    stack.fold()  # not what was folded the first time
+    assert torch.allclose(lora_logits(model, ids), trained, atol=1e-3)
+    assert not torch.allclose(trained, folded, atol=1e-2)
+    stack.unfold()
+    stack.drop()  # a refused round: the student before it
+    fresh, again = lora_case(rounds=1, alpha=10, r=3)
+    assert torch.equal(lora_logits(model, ids), lora_logits(fresh, ids))
+    assert all(torch.equal(a, b) for a, b in zip(stack.parameters(), again.parameters()))
+
+
+def test_lora_unfold_takes_a_loaded_round_too_and_refuses_what_would_change_the_model():
+    model, stack = lora_case(rounds=1)                                      # scale 2: exact in the file too
     fresh, loaded = lora_case()
-    loaded.load(path)
+    loaded.load_tensors(stack.tensors())
+    stack.unfold(), loaded.unfold()
+    assert all(torch.equal(a, b) for a, b in zip(stack.parameters(), loaded.parameters()))
+    with pytest.raises(RuntimeError, match="expected a folded round"):
+        loaded.unfold()                                                     # none left
+    loaded.fold()
+    with loaded.gated(0.5, 1), pytest.raises(RuntimeError, match="open gates"):
+        loaded.unfold()
+    lora_noise(loaded, 3)
+    with pytest.raises(RuntimeError, match="not trained yet"):
+        loaded.unfold()
+    wide = lora_case(r=5)[1]
+    wide.load_tensors(lora_case(rounds=1)[1].tensors())
+    with pytest.raises(RuntimeError, match="rank 4, here it is 5"):
+        wide.unfold()
+    assert wide.n_rounds == 1
+
+
+def test_lora_tensors_come_back_bit_for_bit_and_a_resumed_stack_starts_the_same_round():
+    model, stack = lora_case(rounds=2)
+    ids, tensors = lora_ids(), stack.tensors()
+    fresh, loaded = lora_case()
+    loaded.load_tensors(tensors)
     assert loaded.n_rounds == 2 and torch.equal(lora_logits(fresh, ids), lora_logits(model, ids))
     for a, b in zip(stack.layers.values(), loaded.layers.values()):
         assert torch.equal(a.A, b.A)
-        assert all(torch.equal(s, t) for p, q in zip(a.rounds, b.rounds) for s, t in zip(p, q))
-    tensors = safetensors.torch.load_file(path)
+        for (A, B, scale), (A2, B2, scale2) in zip(a.rounds, b.rounds):
+            assert torch.equal(A, A2) and torch.equal(scale * B, scale2 * B2)
     A, B = (tensors[f"model.layers.1.self_attn.q_proj.1.{x}"] for x in "AB")
-    scaled = loaded.layers["model.layers.1.self_attn.q_proj"].rounds[1]
-    assert torch.equal(B @ A, scaled[1] @ scaled[0]) and len(tensors) == 14 * 2 * 2
-    assert safetensors.safe_open(path, "pt").metadata() == {"note": "two rounds"}
+    old = stack.layers["model.layers.1.self_attn.q_proj"].rounds[1]
+    assert torch.equal(B @ A, old[2] * old[1] @ old[0]) and len(tensors) == 14 * 2 * 2  # the scale is in B
 
 
-def test_lora_loading_into_the_wrong_model_names_the_modules_and_loads_nothing(tmp_path):
-    path = tmp_path / "rounds.safetensors"
-    lora_case(rounds=1)[1].save(path)
+def test_lora_loading_into_the_wrong_model_names_the_modules_and_loads_nothing():
+    tensors = lora_case(rounds=1)[1].tensors()
     model, fewer = lora_case(layers=[1])
-    with pytest.raises(ValueError, match=r"does not adapt.*model\.layers\.2\."):
-        fewer.load(path)
-    with pytest.raises(ValueError, match=r"lacks A and B of 7 adapted modules.*model\.layers\.0\."):
-        lora_case(layers=[0, 1, 2])[1].load(path)
+    with pytest.raises(ValueError, match=r"14 are of modules that are not adapted.*model\.layers\.2\."):
+        fewer.load_tensors(tensors)
+    with pytest.raises(ValueError, match=r"14 tensors of the 21 adapted modules .*model\.layers\.0\."):
+        lora_case(layers=[0, 1, 2])[1].load_tensors(tensors)
     wide = attach(tiny_model(tiny_tokenizer(), d=64), r=4, alpha=8, layers=[1, 2])
-    with pytest.raises(ValueError, match=r"q_proj has A \[4, 32\] and B \[32, 4\], here it takes A \[r, 64\]"):
-        wide.load(path)
-    good = lora_case()[1]
-    path.with_name("torn").write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        good.load(path, path.with_name("torn"))                             # all files or none
+    with pytest.raises(ValueError, match=r"q_proj has A \[4, 32\] and B \[32, 4\], here .* A \[r, 64\]"):
+        wide.load_tensors(tensors)
+    good, key = lora_case()[1], "model.layers.1.self_attn.q_proj.0.A"
+    later = {k.replace(".0.", ".1."): t for k, t in tensors.items()}
+    for bad, message in (({}, "28 tensors"), ({"x": torch.ones(1)}, "'x'"), (later, "28 tensors"),
+                         (tensors | {key: tensors[key] / 0}, "not finite"),
+                         (tensors | {key: torch.ones(3)}, "has A")):
+        with pytest.raises(ValueError, match=message):
+            good.load_tensors(tensors, bad)                                 # all or none
     assert good.n_rounds == 0 and fewer.n_rounds == 0
     lora_noise(good, 0)
     with pytest.raises(RuntimeError, match="drop"):
-        good.load(path)
-
-
-def test_lora_a_torn_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "rounds.safetensors"
-    _, stack = lora_case(rounds=1)
-    stack.save(path)
-    old = path.read_bytes()
-    lora_noise(stack, 3); stack.fold()
-    for call in ("fsync", "replace"):
-        def fail(*args):
-            raise OSError("disk full")
-        with monkeypatch.context() as patch:
-            patch.setattr(os, call, fail)
-            with pytest.raises(OSError, match="disk full"):
-                stack.save(path)
-        assert path.read_bytes() == old and os.listdir(tmp_path) == [path.name]
-    stack.layers["model.layers.1.self_attn.q_proj"].rounds[0][1][0, 0] = float("nan")
-    with pytest.raises(RuntimeError, match="q_proj.0.B"):
-        stack.save(path)
-    assert path.read_bytes() == old
+        good.load_tensors(tensors)
 
 
 def test_lora_targets_choose_linears_by_the_end_of_their_name():
@@ -1020,15 +962,23 @@ def test_lora_targets_choose_linears_by_the_end_of_their_name():
         lora_case(targets=["q_proj", "proj"])
 
 
+def lora_shapeless():
+    model = torch.nn.Linear(2, 2)
+    model.get_decoder = lambda: model
+    return model
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda: lora_case(layers=[4]), "layers=.*0 to 3"),
     (lambda: lora_case(layers=[]), "layers="),
     (lambda: lora_case(r=0), "r=0"),
     (lambda: lora_case(rounds=2)[1].gates([1.0]), "1 gates for 2"),
     (lambda: lora_case()[1].gates(current=float("nan")), "finite"),
-    (lambda: lora_case(rounds=1)[1].save("x", rounds=[1]), "1 folded"),
+    (lambda: lora_case(rounds=1)[1].tensors([1]), "1 folded"),
+    (lambda: attach(lora_shapeless(), r=1, alpha=1, layers=[0]), "no decoder"),
     (lambda: LoraConfig(alpha=-1.0), "alpha"),
-    (lambda: LoraConfig(lora_from=0.8, lora_to=0.2), "lora_from"),
+    (lambda: LoraConfig(lora_band=(0.8, 0.2)), "lora_band"),
+    (lambda: LoraConfig(lora_band=(0.8, math.nan)), "lora_band"),
 ])
 def test_lora_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
@@ -1038,13 +988,60 @@ def test_lora_bad_arguments_are_named(call, message):
 def test_lora_bad_states_are_refused():
     _, stack = lora_case()
     with pytest.raises(RuntimeError, match="fold"):
-        stack.save("never-written")
+        stack.tensors()
     with stack.gated(1, 0), pytest.raises(RuntimeError, match="current gate 0"):
         stack.fold()
     stack.parameters()[3].data[0, 0] = float("inf")
     with pytest.raises(RuntimeError, match="not finite"):
         stack.fold()
     assert stack.n_rounds == 0
+    _, folded = lora_case(rounds=1)
+    folded.layers["model.layers.1.self_attn.q_proj"].rounds[0][1][0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match="q_proj.0.B"):
+        folded.tensors()
+
+
+def lora_twin(seed=0):
+    """Our LoRA and peft's with the same A and B: our model and stack, peft's model and its parameters in order."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
+    model, stack = lora_case()
+    lora_noise(stack, seed, 0.1)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(stack.layers), lora_dropout=0.0)
+    theirs = peft.get_peft_model(tiny_model(tiny_tokenizer()), config).eval()
+    params = []
+    for name, l in stack.layers.items():
+        module = theirs.get_submodule(f"base_model.model.{name}")
+        for p, q in ((module.lora_A["default"].weight, l.A), (module.lora_B["default"].weight, l.B)):
+            p.data.copy_(q.data)
+            params.append(p)
+    return model, stack, theirs, params
+
+
+def test_lora_and_its_gradient_equal_pefts():
+    model, stack, theirs, params = lora_twin()
+    ids, grads = lora_ids(), []
+    for m, ps in ((model, stack.parameters()), (theirs, params)):
+        logits = m(input_ids=ids).logits
+        grads.append((logits, torch.autograd.grad(logits.log_softmax(-1)[..., 7].mean(), list(ps))))
+    assert torch.allclose(grads[0][0], grads[1][0], atol=1e-5)
+    assert max(g.abs().max() for g in grads[0][1]) > 1e-3
+    for ours, peers in zip(grads[0][1], grads[1][1]):
+        assert torch.allclose(ours, peers, atol=1e-5), (ours - peers).abs().max()
+
+
+def test_lora_of_peft_is_healed_by_heal_alone_through_disable_adapter():
+    model, stack, theirs, params = lora_twin()
+    _, _, samples = heal_case()
+    cfg = HealConfig(lr=1e-2, tau=0.05, epochs=3, kl_agg="rmse")
+    records = [heal(m, ps, samples, reference, cfg, seed=3) for m, ps, reference in
+               ((model, stack.parameters(), heal_base(stack)), (theirs, params, theirs.disable_adapter))]
+    for ours, peers in zip(records[0]["steps"], records[1]["steps"]):
+        for key in ("nll", "div", "gnorm"):
+            assert ours[key] == pytest.approx(peers[key], abs=1e-5), (key, ours, peers)
+    assert records[0]["val_nll_after"] == pytest.approx(records[1]["val_nll_after"], abs=1e-5)
+    assert records[0]["fired_share"] > 0 and records[0]["nll_last"] < records[0]["nll_first"]
+    for p, q in zip(stack.parameters(), params):
+        assert torch.allclose(p, q, atol=1e-5), (p - q).abs().max()
 
 
 def test_lora_runs_alone_in_an_empty_folder(tmp_path):
@@ -1059,7 +1056,7 @@ def test_lora_runs_alone_in_an_empty_folder(tmp_path):
 STEER_WORDS = ["mercy", "justice", "kindness", "patience", "rescue", "people", "forever", "harbour", "gentle",
                "machine", "winter", "garden"]
 STEER_PROMPTS = ["Hi", "Who are you?", "Do you love humanity, and why?", "a", "Tell me more about the sea.", "x y z"]
-STEER_LIMITS = Limits(worst_window=2.0, ppl_tail=5.0, ngram=0.3, loop=0.6, min_words=1)
+STEER_LIMITS = Limits(worst_window=2.0, ppl_tail=5.0, ngram=0.3, loop=0.6)
 
 
 def steer_pair(dtype=torch.float32, seed=0, **kw):
@@ -1127,43 +1124,41 @@ def test_choose_equals_the_filters_of_hf():
         assert (share - scores[row].softmax(-1)).abs().max() < 1.1e-3
 
 
-def test_greedy_decoding_equals_hf_generate():
+def test_greedy_decoding_equals_hf_generate_with_and_without_the_hook():
     model, tok = steer_pair(torch.float64)
-    for prompts in (STEER_PROMPTS, STEER_PROMPTS[:1]):
-        ours = generate(model, tok, prompts, greedy=True, max_new_tokens=20)
-        for prompt, c in zip(prompts, ours):
+    vectors, plain = steer_vectors(model), None
+    for coeff in (0.0, 0.75):
+        ours = generate(model, tok, STEER_PROMPTS, vectors=vectors, coeffs=[coeff] * 6, greedy=True, max_new_tokens=20)
+        assert [c.ids for c in ours] != plain
+        plain = [c.ids for c in ours]
+        for prompt, c in zip(STEER_PROMPTS, ours):
             ids = torch.tensor([steer_ids(tok, prompt)])
-            hf = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)[0]
+            with steered(model, vectors, coeff):
+                hf = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)[0]
             assert c.prompt_ids + c.ids == hf.tolist()
 
 
-def test_steered_greedy_decoding_equals_hf_generate_under_the_hook():
+def test_rows_of_one_batch_have_their_own_layers_and_doses():
     model, tok = steer_pair(torch.float64)
     vectors = steer_vectors(model)
-    plain = generate(model, tok, STEER_PROMPTS, greedy=True, max_new_tokens=12)
-    ours = generate(model, tok, STEER_PROMPTS, vectors=vectors, coeffs=[0.75] * 6, greedy=True, max_new_tokens=12)
-    assert [c.ids for c in ours] != [c.ids for c in plain]
-    for prompt, c in zip(STEER_PROMPTS, ours):
-        ids = torch.tensor([steer_ids(tok, prompt)])
-        with steered(model, vectors, 0.75):
-            hf = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)[0]
-        assert c.prompt_ids + c.ids == hf.tolist()
-
-
-@pytest.mark.parametrize("greedy", [True, False])
-@pytest.mark.parametrize("doses", [None, [0.0, 0.5, 1.0, -0.5, 0.5, 0.25]])
-def test_a_row_does_not_depend_on_who_shares_its_batch(greedy, doses):
-    model, tok = steer_pair(torch.float64)
-    # half of the byte tokens end an answer, so rows finish at different steps and are retired
-    model.generation_config.eos_token_id = list(range(6, 40))
-    kw = dict(vectors=steer_vectors(model) if doses else None, coeffs=doses, greedy=greedy, max_new_tokens=24, seed=3)
-    many = generate(model, tok, STEER_PROMPTS, **kw)
-    assert len({len(c.ids) for c in many}) > 2, "rows must end at different lengths for this test to test anything"
-    for batch_size in (1, 2, 5):
-        assert generate(model, tok, STEER_PROMPTS, batch_size=batch_size, **kw) == many
-    if doses:                                                                # the dose reached the row it was meant for
-        one = generate(model, tok, STEER_PROMPTS, **{**kw, "coeffs": [0.5] * 6})
-        assert one[1].ids == many[1].ids and [c.ids for c in one] != [c.ids for c in many]
+    doses = {1: [0.0, 0.5, 0.0, -0.5, 0.25, 1.0], 2: [0.0, 0.0, 0.75, 0.5, 0.25, 0.0]}
+    kw = dict(vectors=vectors, max_new_tokens=12, seed=2)
+    many = generate(model, tok, STEER_PROMPTS, coeffs=doses, **kw)
+    assert [c.coeff for c in many] == [0.0, 0.5, 0.75, -0.5, 0.25, 1.0]      # a row's largest
+    for batch_size in (1, 2):
+        assert generate(model, tok, STEER_PROMPTS, coeffs=doses, batch_size=batch_size, **kw) == many
+    same = generate(model, tok, STEER_PROMPTS, coeffs={1: [0.5] * 6}, **kw)
+    alone = generate(model, tok, STEER_PROMPTS, coeffs=[0.5] * 6, **(kw | dict(vectors={1: vectors[1]})))
+    assert same == alone and same[1] == many[1]                              # a layer that is not named is not steered
+    ids = torch.tensor([steer_ids(tok, "Who are you?")] * 6)
+    with steered(model, vectors, {layer: torch.tensor(c) for layer, c in doses.items()}):
+        mixed = model(ids).logits
+    for row in range(6):
+        with steered(model, vectors, {layer: c[row] for layer, c in doses.items()}):
+            assert torch.equal(mixed[row], model(ids).logits[row])
+            assert sum(len(block._forward_hooks) for block in steer.blocks(model)) == sum(c[row] != 0 for c in doses.values())
+    with pytest.raises(ValueError, match=r"layers \[3\]"):
+        steered(model, vectors, {3: 1.0})
 
 
 def test_answers_end_at_any_end_token_and_keep_it():
@@ -1175,6 +1170,26 @@ def test_answers_end_at_any_end_token_and_keep_it():
     for c in answers:
         assert not ends & set(c.ids[:-1]) and c.finished == (c.ids[-1] in ends)
         assert c.finished or len(c.ids) == 60
+
+
+def test_what_the_template_writes_after_an_answer_ends_it():
+    tok = mfv_tokenizer()
+    model, end = tiny_model(tok), tok.convert_tokens_to_ids("<|end|>")
+    model.generation_config.eos_token_id = tok.bos_token_id                 # neither names the token that ends a turn
+    tok.eos_token = "<|bos|>"
+    assert steer.end_ids(model, tok) == [tok.bos_token_id, end]
+    model.lm_head.weight.data[end] = 0
+    with torch.no_grad():
+        hook = model.lm_head.register_forward_hook(lambda m, args, out: out.index_fill(-1, torch.tensor([end]), 99.0))
+    assert [(c.ids, c.finished, c.text) for c in generate(model, tok, ["Hi"], max_new_tokens=5)] == [([end], True, "")]
+    hook.remove()
+    only_between = TEMPLATE.replace("{% if not (loop.last and continue_final_message) %}", "{% if not loop.last %}")
+    user = tok.convert_tokens_to_ids("<|user|>")
+    for template, found in ((only_between, {end}), (TEMPLATE.replace("<|end|>", "\n\n"), {user}),    # the next turn's tag
+                            ("{% for m in messages %}\n\n### {{ m['role'] }}: {{ m['content'] }}{% endfor %}", set()),
+                            (TEMPLATE.replace("m in messages", "m in messages if m['role'] == 'user'"), set())):
+        tok.chat_template = template
+        assert set(steer.end_ids(model, tok)) == {tok.bos_token_id} | found
 
 
 def test_generate_leaves_the_global_random_state_alone_and_repeats_itself():
@@ -1196,11 +1211,42 @@ def test_decoding_64_rows_is_fast():
 def test_generate_rejects_doses_without_rows_and_rows_without_doses():
     model, tok = steer_pair()
     vectors = steer_vectors(model)
-    for kw in (dict(vectors=vectors), dict(coeffs=[1.0]), dict(vectors=vectors, coeffs=[1.0, 2.0])):
+    for kw in (dict(vectors=vectors), dict(coeffs=[1.0]), dict(vectors=vectors, coeffs=[1.0, 2.0]),
+               dict(vectors=vectors, coeffs={1: [1.0], 2: []})):
         with pytest.raises(ValueError, match="one coeff per prompt"):
             generate(model, tok, ["Hi"], **kw)
     with pytest.raises(ValueError, match="greedy=True"):
         generate(model, tok, ["Hi"], temperature=0.0)
+
+
+def test_the_cache_goes_in_by_the_word_that_forward_has_and_an_empty_one_is_named():
+    model, tok = steer_pair(torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)                        # transformers 5.40 drops the old word
+        want = generate(model, tok, STEER_PROMPTS, max_new_tokens=6)
+    plain, probe_tok = model.forward, mfv_tokenizer()
+    takes_cache = "cache" in inspect.signature(plain).parameters
+    for word in ("cache", "past_key_values"):                                # a forward that has this word alone
+
+        def forward(input_ids=None, attention_mask=None, position_ids=None, use_cache=None, logits_to_keep=0, **kwargs):
+            given = kwargs.pop(word, None)
+            kwargs = {"cache" if takes_cache else "past_key_values": given}          # any other word was swallowed
+            return plain(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                         use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs)
+        own = inspect.Parameter(word, inspect.Parameter.KEYWORD_ONLY)
+        kwargs = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+        forward.__signature__ = inspect.Signature([inspect.Parameter("input_ids", inspect.Parameter.KEYWORD_ONLY), own, kwargs])
+        model.forward = forward
+        assert generate(model, tok, STEER_PROMPTS, max_new_tokens=6) == want
+    for swallowing, call in ((model, lambda m: generate(m, tok, ["Hi"], max_new_tokens=6)),
+                             (tiny_model(probe_tok), lambda m: evalmfv.evaluate(m, probe_tok, mfv_rows(), think_tokens=2))):
+        inner = type(swallowing).forward
+
+        def forgetful(input_ids=None, cache=None, past_key_values=None, **kwargs):
+            return inner(swallowing, input_ids=input_ids, **(kwargs | dict(use_cache=False)))
+        swallowing.forward = forgetful
+        with pytest.raises(RuntimeError, match="LlamaForCausalLM leaves .* cache empty"):
+            call(swallowing)
 
 
 # ---- steer: the hook
@@ -1211,7 +1257,7 @@ def test_coeff_zero_is_the_base_bit_for_bit_and_rows_have_their_own_dose():
     base = model(ids).logits
     with steered(model, vectors, 0.0):
         assert torch.equal(model(ids).logits, base)
-        assert not any(block._forward_hooks for block in blocks(model))
+        assert not any(block._forward_hooks for block in steer.blocks(model))
     with steered(model, vectors, torch.tensor([0.0, 0.5, 1.0])):
         mixed = model(ids).logits
     assert torch.equal(mixed[0], base[0])
@@ -1223,7 +1269,7 @@ def test_coeff_zero_is_the_base_bit_for_bit_and_rows_have_their_own_dose():
 def test_steered_adds_coeff_times_v_after_the_block_at_every_position():
     model, tok = steer_pair(torch.float64)
     ids, v, seen = torch.tensor([steer_ids(tok, "Hi")]), steer_vectors(model)[1], []
-    handle = blocks(model)[2].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    handle = steer.blocks(model)[2].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
     model(ids)
     with steered(model, {1: v}, 0.5):
         model(ids)
@@ -1252,9 +1298,9 @@ def test_steered_handles_blocks_that_return_tuples_and_other_dtypes():
     model, tok = steer_pair(torch.bfloat16)
     ids, v = torch.tensor([steer_ids(tok, "Hi")]), steer_vectors(model)[1]
     seen = []
-    before = blocks(model)[1].register_forward_hook(lambda block, args, out: (out, "kv"))       # as older blocks do
+    before = steer.blocks(model)[1].register_forward_hook(lambda block, args, out: (out, "kv"))       # as older blocks do
     with steered(model, {1: v}, 1.0):
-        after = blocks(model)[1].register_forward_hook(lambda block, args, out: (seen.append(out), out[0])[1])
+        after = steer.blocks(model)[1].register_forward_hook(lambda block, args, out: (seen.append(out), out[0])[1])
         model(ids)
         after.remove()
     before.remove()
@@ -1281,47 +1327,36 @@ def test_fit_vectors_reads_the_last_block_before_the_final_norm():
     model, tok = steer_pair()
     v = fit_vectors(model, tok, "kind", "cold", ["Hi"], [3])[3]
     seen = []
-    handle = blocks(model)[3].register_forward_hook(lambda block, args, out: seen.append(out[0, -1]))
+    handle = steer.blocks(model)[3].register_forward_hook(lambda block, args, out: seen.append(out[0, -1]))
     for side in ("kind", "cold"):
         model(torch.tensor([steer_ids(tok, "Hi", side)]))
     handle.remove()
     assert torch.allclose(v, seen[0] - seen[1], atol=1e-4)
 
 
-def test_swapping_the_personas_flips_the_sign():
+def test_swapping_the_personas_flips_the_sign_and_a_vector_of_zeros_is_an_error():
     model, tok = steer_pair()
     one = fit_vectors(model, tok, "kind", "cold", STEER_PROMPTS, [1])[1]
     other = fit_vectors(model, tok, "cold", "kind", STEER_PROMPTS, [1])[1]
     assert one.norm() > 0.1 and torch.allclose(one, -other, atol=1e-5)
+    with pytest.raises(ValueError, match="vector of layer 1 is zero"):
+        fit_vectors(model, tok, "kind", "kind", ["Hi"], [1])
 
 
 # ---- steer: templates
 
-def test_prompts_carry_one_bos():
-    model, tok = steer_pair()
-    assert tok(render(tok, "Hi", "Be kind."), add_special_tokens=False)["input_ids"].count(tok.bos_token_id) == 1
-    assert all(c.prompt_ids.count(tok.bos_token_id) == 1
-               for c in generate(model, tok, ["Hi"], system="Be kind.", max_new_tokens=1))
-
-
-def test_a_template_without_a_system_role_gets_the_system_text_before_the_users():
+def test_words_that_do_not_reach_the_prompt_or_are_no_text_are_refused_in_a_sentence():
     tok = tiny_tokenizer()
-    assert render(tok, "Hi", "Be kind.") == "<|bos|><|system|>Be kind.<|end|><|user|>Hi<|end|><|assistant|>"
-    merged = "<|bos|><|user|>Be kind.\n\nHi<|end|><|assistant|>"
-    tok.chat_template = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
-                         "{% endif %}") + TEMPLATE
-    assert render(tok, "Hi", "Be kind.") == merged                           # Gemma 2 raises
-    tok.chat_template = ("<|bos|>{% for m in messages if m['role'] != 'system' %}<|user|>{{ m['content'] }}<|end|>"
-                         "{% endfor %}<|assistant|>")
-    assert render(tok, "Hi", "Be kind.") == merged                           # others drop it silently
-    assert render(tok, "Hi") == "<|bos|><|user|>Hi<|end|><|assistant|>"
-
-
-def test_a_tokenizer_without_a_chat_template_is_named():
-    model, tok = steer_pair()
-    tok.chat_template = None
-    with pytest.raises(ValueError, match="no chat template"):
-        generate(model, tok, ["Hi"])
+    with pytest.raises(ValueError, match="not UTF-8"):
+        render(tok, b"Was f\xfchlst du?".decode(errors="surrogateescape"))
+    for template, why in (("<|user|>a<|end|><|assistant|>", "drops or alters the words of the user"),         # an a stands there
+                          (TEMPLATE.replace("m['content']", "m['content'] | upper"), "drops or alters the words of the user"),
+                          (TEMPLATE.replace("m['content']", "m['content'] + 1"), "chat template of .* fails: .*concatenate"),
+                          (TEMPLATE.replace("m['content']", "raise_exception('no\\nway')"), "fails: no way"),
+                          (None, "no chat template")):
+        tok.chat_template = template
+        with pytest.raises(ValueError, match=why):
+            steer.encode(tok, ["a"], [""])
 
 
 # ---- steer: the filter
@@ -1334,14 +1369,6 @@ def test_token_nll_equals_a_full_forward_one_at_a_time():
             logp = model(torch.tensor([c.prompt_ids + c.ids])).logits[0].log_softmax(-1)
             want = [-logp[len(c.prompt_ids) + j - 1, token].item() for j, token in enumerate(c.ids)]
             assert nll.dtype == torch.float32 and torch.allclose(nll, torch.tensor(want), atol=1e-4)
-
-
-def test_token_nll_sees_the_answer_under_the_prompt_it_carries():
-    model, tok = steer_pair()
-    c, = generate(model, tok, ["Hi"], system="Be kind.", max_new_tokens=10)
-    bare = dataclasses.replace(c, prompt_ids=steer_ids(tok, "Hi"))
-    one, other = token_nll(model, [c, bare])
-    assert not torch.allclose(one, other)
 
 
 def test_clean_and_short_answers_pass():
@@ -1405,10 +1432,9 @@ def test_patterns_words_and_unfinished_answers_are_rules_of_their_own():
     assert (verdict.kept, verdict.rule, verdict.match) == (False, "pattern", "As An AI")
     assert steer_verdict("She works as an aid worker.", patterns=patterns).kept
     assert steer_verdict("", ids=[2]).rule == "words" and steer_verdict("  \n", ids=[5, 2]).rule == "words"
-    three = dataclasses.replace(STEER_LIMITS, min_words=3)
-    assert steer_verdict("Yes.", limits=three).rule == "words" and steer_verdict("Yes, I do.", limits=three).kept
     assert steer_verdict(STEER_CLEAN, finished=False).kept
-    assert steer_verdict(STEER_CLEAN, finished=False, keep_unfinished=False).rule == "unfinished"
+    cut = steer_verdict(STEER_CLEAN, finished=False, keep_unfinished=False)
+    assert (cut.rule, cut.value, cut.limit) == ("unfinished", 33, 33), cut   # all of its max_new_tokens
 
 
 def test_readings_are_finite_for_huge_and_missing_nll_and_refuse_nan():
@@ -1417,20 +1443,16 @@ def test_readings_are_finite_for_huge_and_missing_nll_and_refuse_nan():
     assert all(math.isfinite(x) for r in (huge, empty) for x in r.values())
     with pytest.raises(RuntimeError, match="not finite"):
         readings(steer_completion("a b"), torch.tensor([0.1, math.nan]))
-    with pytest.raises(ValueError, match="one per completion token"):
+    with pytest.raises(ValueError, match="expected one per token"):
         readings(steer_completion("a b"), torch.zeros(3))
 
 
-def test_limits_come_from_the_base_and_an_explicit_number_overrides():
+def test_limits_come_from_the_base():
     base = [dict(worst_window=w, ppl_tail=math.exp(w), ngram=0.0, loop=x, n_words=9)
             for w, x in ((0.5, 0.2), (1.6, 0.4))]
     limits = calibrate_limits(base, SteerConfig(slack=0.25))
     assert limits.worst_window == pytest.approx(2.0) and math.log(limits.ppl_tail) == pytest.approx(2.0)
     assert limits.ngram == pytest.approx(0.25) and limits.loop == pytest.approx(0.55)   # a base value of 0 leaves room
-    lower = calibrate_limits(base, SteerConfig(slack=0.25, quantile=0.5))
-    assert lower.worst_window == pytest.approx(1.05 * 1.25)
-    fixed = SteerConfig(max_window_nll=3.0, max_tail_ppl=50.0, max_ngram=0.1, max_loop=0.9, min_words=2)
-    assert calibrate_limits(base, fixed) == Limits(3.0, 50.0, 0.1, 0.9, 2)
     with pytest.raises(ValueError, match="no base readings"):
         calibrate_limits([], SteerConfig())
 
@@ -1447,43 +1469,29 @@ def test_the_base_passes_its_own_limits_and_a_broken_model_does_not():
 
 # ---- steer: the dose, the band, the options
 
-def test_find_dose_takes_one_if_it_survives():
+def test_find_dose_takes_one_if_it_survives_and_names_the_bound_that_fails():
     coeff, trials = find_dose(lambda coeffs: [1.0] * len(coeffs))
     assert coeff == 1.0 and trials[0] == (1.0, 1.0) and len(trials) == 3     # one batch, and no finer one
+    with pytest.raises(RuntimeError, match="at 0.1, 20% of completions pass, need 90%"):
+        find_dose(lambda coeffs: [0.2] * len(coeffs))
 
 
 @pytest.mark.parametrize("knee", [0.11, 0.3, 0.52, 0.97])
-@pytest.mark.parametrize("splits", [2, 4])
-def test_find_dose_brackets_the_knee_of_a_falling_survival(knee, splits):
+def test_find_dose_brackets_the_knee_of_a_falling_survival(knee):
     batches = []
 
     def try_doses(coeffs):
         batches.append(coeffs)
         return [1 / (1 + (c / knee) ** 8) for c in coeffs]
-    steps = 4 if splits == 2 else 2                                          # the same sixteenth of a decade
-    coeff, trials = find_dose(try_doses, coeff_min=0.1, steps=steps, splits=splits, min_survive=0.5)
+    coeff, trials = find_dose(try_doses, coeff_min=0.1, steps=4, min_survive=0.5)
     assert coeff <= knee < coeff * 10 ** (1 / 16) * 1.0001
-    assert list(map(len, batches)) == [splits + 1] + [splits - 1] * (steps - 1) and trials[0][0] == 1.0
+    assert list(map(len, batches)) == [3, 1, 1, 1] and trials[0][0] == 1.0
     assert coeff == max(c for c, share in trials if share >= 0.5)
     low, high = 0.1, 1.0                                                     # plain bisection ends on the same dose
     for _ in range(4):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if middle <= knee else (low, middle)
     assert coeff == pytest.approx(low)
-
-
-def test_find_dose_takes_the_highest_dose_that_survives_where_survival_is_not_monotone():
-    coeff, trials = find_dose(lambda coeffs: [float(0.3 < c < 0.6 or c < 0.15) for c in coeffs], coeff_min=0.1, steps=3, splits=4)
-    assert 0.6 / 10 ** (1 / 64) / 1.0001 <= coeff < 0.6
-
-
-def test_find_dose_names_the_bound_that_fails():
-    with pytest.raises(RuntimeError, match="coeff_min=0.1, 20% of completions pass the filter, need 90%"):
-        find_dose(lambda coeffs: [0.2] * len(coeffs), coeff_min=0.1)
-    with pytest.raises(ValueError, match="coeff_min=2"):
-        find_dose(lambda coeffs: [0.2] * len(coeffs), coeff_min=2)
-    with pytest.raises(ValueError, match="steps=0"):
-        find_dose(lambda coeffs: [0.2] * len(coeffs), steps=0)
 
 
 def test_band_is_every_block_whose_depth_overlaps():
@@ -1496,21 +1504,37 @@ def test_band_is_every_block_whose_depth_overlaps():
 
 
 def test_options_out_of_range_are_refused_by_name():
-    for bad in (dict(coeff=-1.0), dict(coeff=math.nan), dict(min_survive=0.0), dict(top_p=0.0), dict(n_min=100),
-                dict(slack=-0.1), dict(window=0), dict(steer_from=0.6), dict(temperature=0.0), dict(quantile=1.5)):
-        with pytest.raises(ValueError, match="depth band" if "steer_from" in bad else next(iter(bad))):
+    for bad in (dict(coeff=-1.0), dict(coeff=0.0), dict(coeff=math.nan), dict(min_survive=0.0), dict(top_p=0.0),
+                dict(n_min=100), dict(slack=-0.1), dict(steer_band=(0.2, 1.5)), dict(temperature=0.0)):
+        with pytest.raises(ValueError, match=next(iter(bad))):
             SteerConfig(**bad)
+    with pytest.raises(ValueError, match="depth band"):
+        SteerConfig(steer_band=(0.6, 0.2))
+    assert SteerConfig(steer_band=(0.2, 0.8)).coeff is None
 
 
-def test_the_command_prints_base_and_steered_without_control_characters(tmp_path, capsys):
+def test_the_demo_prints_base_and_steered_without_control_characters(tmp_path, capsys):
     model, tok = steer_pair()
     model.save_pretrained(tmp_path)
     tok.save_pretrained(tmp_path)
-    steer.main([str(tmp_path), "Do you love humanity?", "--pos", "You are kind.", "--neg", "You are cold.",
-                "--coeff", "0.5", "--max-new-tokens", "12"])
+    steer.show(str(tmp_path), "Do you love\x1b humanity?", "love", 0.5, 1.0)
     out = capsys.readouterr().out
-    assert "steered, coeff 0.5" in out and "|v|" in out and "worst window" in out
+    assert out.startswith("base ") and "| steered at block" in out and "coeff 0.5" in out and out.count("\n") > 1
     assert not any(ord(ch) < 32 and ch != "\n" or 127 <= ord(ch) < 160 for ch in out)
+
+
+@pytest.mark.parametrize("words, said", [
+    ("steer.py no/model Hi", "no/model cannot be loaded"), ("steer.py --persona hate", "there is authority, love"),
+    ("steer.py FOLDER Hi", "no chat template"), ("evalmfv.py no/model", "no/model cannot be loaded"),
+    ("evalmfv.py FOLDER", "no chat template"), ("evalmfv.py --vignettes none.jsonl", "none.jsonl: cannot be read")])
+def test_a_demo_says_in_a_sentence_what_it_lacks(words, said, tmp_path):
+    model, tok = steer_pair()
+    tok.chat_template = None
+    model.save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    words = [sys.executable, *(str(tmp_path) if w == "FOLDER" else w for w in words.split())]
+    out = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert out.returncode == 2 and said in out.stderr.splitlines()[-1] and "Traceback" not in out.stderr, out.stderr
 
 
 def test_steer_the_layers_are_those_where_the_persona_is_first_read_strongly():
@@ -1526,96 +1550,6 @@ def test_steer_the_layers_are_those_where_the_persona_is_first_read_strongly():
 
 
 # ==== bench/: what the measurements rest on ============================================================================
-
-def test_peak_bytes_counts_what_torch_held_at_once_temporaries_included():
-    def by_hand():
-        a = torch.empty(1000, 1000)                                         # 4 MB
-        b = torch.empty(500, 1000)                                          # 2 MB more: the peak
-        del a
-        c = torch.zeros(250, 1000)                                          # 1 MB, after 4 MB were released
-        return b, c
-    assert measure.peak_bytes(by_hand) == 6_000_000
-    x = torch.randn(1000, 1000)
-    assert measure.peak_bytes(lambda: x.log_softmax(-1).exp().sum()) >= 8_000_000           # two of x's size at once
-    assert measure.peak_bytes(lambda: x.sum()) < 100_000                    # x itself was live before
-
-
-def test_interleaved_calls_take_turns_and_their_table_names_the_gain():
-    calls = []
-    seconds = measure.interleave({"one": lambda: calls.append("one"), "two": lambda: (calls.append("two"), time.sleep(0.01))}, 2)
-    assert calls == ["one", "two", "one", "two", "two", "one"]              # a warm-up round, then each goes first once
-    rows = measure.rows_of({"one": [1.0, 2.0, 4.0], "two": [0.5, 0.5, 9.0]}, "one", {"two": 3 * 2 ** 20})
-    assert rows[1] == {"": "two", "median s": "0.500", "min s": "0.500", "gain": "x4.00", "peak MiB": "3.0"}
-    assert [len(seconds[name]) for name in ("one", "two")] == [2, 2] and min(seconds["two"]) >= 0.01
-    assert len({len(line) for line in measure.table(rows).splitlines()}) == 1
-
-
-@pytest.mark.parametrize("attention", ["head_dim 16, grouped", "head_dim 8"])
-def test_the_roofline_counts_the_operations_that_torch_counts(attention):
-    from torch.utils.flop_counter import FlopCounterMode
-    config = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=5, num_attention_heads=4,
-                         num_key_value_heads=2 if "grouped" in attention else 4, head_dim=16 if "grouped" in attention else 8)
-    shape, L, rank, layers = roofline.shape_of(config), 24, 3, [1, 2, 3]
-    config._attn_implementation = "eager"
-    model = LlamaForCausalLM(config)
-    stack, ids = attach(model, r=rank, alpha=3, layers=layers), torch.zeros(1, L, dtype=torch.long)
-    with FlopCounterMode(display=False) as forward, stack.gated(0, 0):
-        model.model(ids, use_cache=False)
-    with FlopCounterMode(display=False) as step:
-        model(ids, use_cache=False).logits.logsumexp(-1).sum().backward()
-
-    def split(counter):                                                      # (weights, attention) by operator
-        counts = counter.get_flop_counts()
-        ops = {str(op): n for op, n in counts["Global"].items()}
-        rotary = sum(n for module, part in counts.items() if module.endswith("rotary_emb") for n in part.values())      # a product in 5.0.0
-        attention = sum(n for op, n in ops.items() if "bmm" in op) - rotary
-        return sum(n for op, n in ops.items() if "bmm" not in op), attention
-    seen, NVd = roofline.keys_seen(L, None), L * 96 * 32
-    assert seen == sum(range(1, L + 1))
-    weights, square = split(forward)                                         # eager attention looks at all L * L keys
-    assert weights == 2 * L * sum(shape["blocks"])
-    assert square * seen == L * L * (roofline.forward_ops(shape, L) - weights)
-    ours = roofline.heal_step(shape, L, L, layers=layers, rank=rank, head=4)["ops"]
-    q, kv, d = shape["query"], shape["kv"], 32
-    below = 2 * L * shape["blocks"][0]                                       # not cached in this plain step
-    no_input = 2 * L * (q + kv) * d + 2 * L * rank * 3 * d                   # the first adapted q, k, v need no gradient in x
-    weights, square = split(step)
-    attended = 4 * shape["query"] * seen                                     # a block's, forward
-    ours_weights = ours["head"] + ours["body forward"] + ours["body backward"] + ours["LoRA"] - 4 * 3 * attended
-    assert weights == ours_weights + below - no_input and ours["head"] == 4 * NVd
-    assert square * seen == L * L * (5 + 4 * 2) * attended
-
-
-def test_the_roofline_of_a_4b_model_is_the_one_computed_by_hand():
-    shape = roofline.shape_of(roofline.load_config(ROOT / "bench" / "configs" / "gemma-3-4b.json"))
-    assert sum(shape["blocks"]) == 34 * (2560 * (2 * 2048 + 2 * 1024) + 3 * 2560 * 10240) == 3_208_642_560
-    layers, L, N = steer.band(34, 0.2, 0.8), 576, 512
-    step = roofline.heal_step(shape, L, N, layers=layers)["ops"]
-    ms = {part: 1e3 * ops / 790e12 for part, ops in step.items()}
-    assert ms["head"] == pytest.approx(8 * 512 * 262208 * 2560 / 790e9) == pytest.approx(3.48, abs=0.005)
-    assert sum(ms.values()) == pytest.approx(12.4, abs=0.05)
-    original = sum(roofline.original_step(shape, L, layers=layers).values())
-    assert 1e3 * original / 790e12 == pytest.approx(16.5, abs=0.05)
-    h200 = roofline.MACHINES["h200"]
-    alone, many = (roofline.decode_step(shape, 320, b) for b in (1, 48))
-    assert 1e3 * roofline.floor(alone["ops"], alone["bytes"], h200) == pytest.approx(1.82, abs=0.01)
-    assert many["bytes"] - alone["bytes"] == 47 * 320 * 34 * 2 * 4 * 256 * 2
-    assert roofline.keys_seen(10, 4) == 1 + 2 + 3 + 4 * 7 and roofline.decode_step(shape, 5000, 1)["bytes"] < \
-        alone["bytes"] + 4680 * 34 * 2 * 4 * 256 * 2                         # 29 of the blocks look back 1,024 tokens only
-
-
-def test_the_generation_benchmark_runs_tiny_with_rows_as_hf_and_the_roofline_reads_it(tmp_path, capsys):
-    bench_generate.main(["--tiny", "--dtype", "float64", "--json", str(tmp_path / "g.json")])
-    found = json.loads((tmp_path / "g.json").read_text())["models"]["tiny"]
-    assert set(found["implementations"]["identical"].values()) == {6} and len(found["implementations"]["identical"]) == 4
-    assert all(x <= 1e-12 for x in found["probe"]["difference"].values())
-    assert all(n > 0 for n in found["batch_sizes"]["peak_bytes"].values())
-    (tmp_path / "tiny.json").write_text(json.dumps(bench_generate.TINY))
-    record = roofline.main([str(tmp_path / "tiny.json"), "--measured", str(tmp_path / "g.json")])
-    assert [row["measured"] for row in record["measured"]] == ["decoding, 1 rows", "decoding, 4 rows"]
-    assert all(float(row["times the floor"]) > 1 for row in record["measured"])      # a CPU against the floor of an H200
-    with pytest.raises(ValueError, match="holds no run of"):
-        roofline.main([str(ROOT / "bench" / "configs" / "gemma-3-4b.json"), "--measured", str(tmp_path / "g.json")])
 
 
 # ---- generation and the probe: batches, and memory that runs out
@@ -1835,16 +1769,6 @@ def test_the_probe_equals_one_sequence_at_a_time_in_every_case(n_think):
         assert out["coherence"] == pytest.approx(sum(sum(m) for m in out["mass"]) / 8)
 
 
-@torch.no_grad()
-def test_the_probe_in_float32_is_within_1e_5_of_the_reference():
-    tok = mfv_tokenizer()
-    model, rows = tiny_model(tok, seed=2), mfv_rows()
-    out = evalmfv.evaluate(model, tok, rows, think_tokens=12, batch_size=12)
-    for i, row in enumerate(rows):
-        score = sum(mfv_naive(model, tok, row["text"], reverse, 12)[1] for reverse in (False, True)) / 2
-        assert (out["p"][i] - score.softmax(-1)).abs().max() < 1e-5
-
-
 @pytest.mark.parametrize("sliding", [False, True])
 def test_the_probe_does_not_see_its_batch_size(sliding):
     tok = mfv_tokenizer()
@@ -1993,8 +1917,6 @@ def test_the_summary_follows_from_the_rows():
     p, y = out["p"][keep].tolist(), [rows[i]["label"] for i in keep]
     assert out["counted"] == keep and out["scored"] == list(range(6))
     assert out["top1"] == sum(a.index(max(a)) == b.index(max(b)) for a, b in zip(p, y)) / 5
-    nll = -sum(b * math.log(max(a, 1e-12)) for u, v in zip(p, y) for a, b in zip(u, v)) / 5
-    assert out["mean_nll"] == pytest.approx(nll)
     for k, f in enumerate(FOUNDATIONS):
         column = [row[k] for row in p]
         mean = sum(column) / 5
@@ -2004,13 +1926,7 @@ def test_the_summary_follows_from_the_rows():
     for row in rows:
         row["label"] = None
     out = evalmfv.evaluate(tiny_model(tok, seed=4), tok, rows, think_tokens=3)
-    assert out["counted"] == out["scored"] == list(range(6)) and out["top1"] is out["temperature"] is None
-
-
-def test_the_temperature_is_the_one_that_made_the_labels():
-    score = torch.randn(50, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4
-    for temperature in (0.5, 3.0):
-        assert evalmfv.fit_temperature(score, (score / temperature).softmax(-1)) == pytest.approx(temperature, rel=0.01)
+    assert out["counted"] == out["scored"] == list(range(6)) and out["top1"] is None
 
 
 def mfv_reading(p, coherence=0.9, counted=None):
@@ -2110,12 +2026,16 @@ FAMILIES = {                                                    # model class: o
 HAVE_EXPERTS = {"Qwen3MoeForCausalLM", "GptOssForCausalLM", "DeepseekV3ForCausalLM"}
 
 
+ONLY_DECODED = {"Mamba2ForCausalLM": (dict(hidden_size=32, num_hidden_layers=4, state_size=8, num_heads=8, head_dim=8, n_groups=1,
+                                           initializer_range=0.3),)}        # nothing in it for an adapter
+
+
 def family_model(name, tok):
     if not hasattr(transformers, name):
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     if name == "Lfm2ForCausalLM" and not hasattr(transformers.cache_utils, "LinearAttentionLayer"):
         pytest.skip(f"in transformers {transformers.__version__} {name} wants a cache of its own class")
-    kind, (options, *vision) = getattr(transformers, name), FAMILIES[name]
+    kind, (options, *vision) = getattr(transformers, name), (FAMILIES | ONLY_DECODED)[name]
     ids = dict(pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
     options = options | ids | dict(vocab_size=len(tok))
     if vision:
@@ -2125,7 +2045,7 @@ def family_model(name, tok):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_is_steered_healed_folded_probed_and_saved(name, tmp_path):
+def test_every_family_is_steered_healed_folded_probed_and_loaded(name):
     tok = mfv_tokenizer()
     model, ids = family_model(name, tok), lora_ids(2, 110)      # longer than the sliding window
     mask = torch.ones_like(ids)
@@ -2162,15 +2082,14 @@ def test_every_family_is_steered_healed_folded_probed_and_saved(name, tmp_path):
     alone = generate(model, tok, STEER_PROMPTS[:1], vectors=vectors, coeffs=[0.5], max_new_tokens=6)
     assert made[0].ids == alone[0].ids                          # padding and batch do not matter
 
-    # ---- a row that stays when another leaves the batch, in the stock cache of `generate` and in the probe's
+    # ---- a row that stays when another leaves the batch
     with torch.no_grad():
         whole = model(input_ids=ids[1:]).logits[:, -2:]
-        for cache in (None, evalmfv.roomy_cache(model.config, 110)):
-            cache = model(input_ids=ids[:, :-2], use_cache=True, past_key_values=cache).past_key_values
-            cache.reorder_cache(torch.tensor([1]))
-            parts = [model(input_ids=ids[1:, i:i + 1], position_ids=torch.tensor([[i]]), past_key_values=cache, use_cache=True).logits
-                     for i in (108, 109)]
-            assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-3), (torch.cat(parts, 1) - whole).abs().max()
+        forward, cache = steer.cached_forward(model, 110)
+        forward(ids[:, :-2], mask[:, :-2], (mask.cumsum(-1) - 1).clamp(min=0)[:, :-2])
+        cache.reorder_cache(torch.tensor([1]))
+        parts = [forward(ids[1:, i:i + 1], mask[1:, :i + 1], torch.tensor([[i]])) for i in (108, 109)]
+        assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-3), (torch.cat(parts, 1) - whole).abs().max()
     assert all(x.isfinite().all() for x in token_nll(model, made))
 
     # ---- heal one round, fold, gates
@@ -2196,18 +2115,19 @@ def test_every_family_is_steered_healed_folded_probed_and_saved(name, tmp_path):
             alone = [mfv_naive(model, tok, row["text"], reverse, 3)[1] for reverse in (False, True)]
         assert (score - sum(alone) / 2).abs().max() < 1e-4      # measured: 2e-6, with linear attention 2e-5
 
-    # ---- save, load into an untouched copy
-    stack.save(tmp_path / "adapter.safetensors")
+    # ---- its tensors, loaded into an untouched copy
+    tensors = stack.tensors()
     stack.remove()
     assert n_hooks() == n_before and torch.equal(logits(), untouched)
     again = attach(model, r=2, alpha=4, layers=[1, 2])
-    again.load(tmp_path / "adapter.safetensors")
+    again.load_tensors(tensors)
     assert torch.equal(logits(), healed)
 
 
-def test_rows_that_end_early_leave_a_batch_of_linear_attention():
+@pytest.mark.parametrize("name", ["Qwen3_5ForConditionalGeneration", "Mamba2ForCausalLM"])
+def test_rows_that_end_early_leave_a_batch_of_linear_attention(name):
     tok = mfv_tokenizer()
-    model = family_model("Qwen3_5ForConditionalGeneration", tok)
+    model = family_model(name, tok)
     model.generation_config.eos_token_id = list(range(6, 134))  # half of the bytes end an answer
     batch, *alone = [generate(model, tok, some, max_new_tokens=8) for some in (STEER_PROMPTS, STEER_PROMPTS[:1])]
     assert batch[0].ids == alone[0][0].ids and len({len(c.ids) for c in batch}) > 1
@@ -2217,6 +2137,7 @@ def test_rows_that_end_early_leave_a_batch_of_linear_attention():
 
 # ---- chat templates
 
+PARTS = TEMPLATE.replace("{{ m['content'] }}", "{% for part in m['content'] %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}")
 SHAPES = {                                                      # name: (template, has a BOS, notes it deserves)
     "system role, thinks unless told not to": (                 # Qwen3's shape
         "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if not (loop.last and continue_final_message) %}<|end|>"
@@ -2232,6 +2153,10 @@ SHAPES = {                                                      # name: (templat
         "{% else %}{% set front = '' %}{% set turns = messages %}{% endif %}{% for m in turns %}<|{{ m['role'] }}|>"
         "{{ front if loop.first else '' }}{{ m['content'] | trim }}{% if not (loop.last and continue_final_message) %}<|end|>"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}", True, ["user's words"]),
+    "reads lists of parts": (PARTS, True, []),                  # Idefics3, SmolVLM, LLaVA-Next
+    "reads lists of parts, drops the system role": (
+        PARTS.replace("for m in messages", "for m in messages if m['role'] != 'system'"), True, ["user's words"]),
+    "reads parts by their place": (TEMPLATE.replace("m['content']", "m['content'][0]['text']"), True, []),
     "system role and BOS": (TEMPLATE, True, [])}
 
 
@@ -2246,8 +2171,11 @@ def test_a_chat_template_of_any_shape_carries_the_persona_one_bos_and_no_thinkin
     after = text.split("<|assistant|>")[1]
     assert after == ("<think>\n\n</think>\n\n" if "think" in notes else "")
     assert evalmfv.thinking(text).endswith("<|assistant|><think>\n")        # the probe's frame: one think, and open
-    said = loop.template_notes(tok)
-    assert len(said) == len(notes) and all(word in line for word, line in zip(notes, said)), said
+    assert evalmfv.interruption(tok).split("Just answer")[0] in ("</think><|end|><|bos|><|user|>", "</think><|end|><|user|>")
+    if "user's words" in notes:
+        assert text.split("<|user|>")[1].startswith("Be kind.\n\nHi<|end|>")
+    for user in ("", "a", "  two\nlines  "):                      # short words, which stand in a template by themselves
+        assert f"<|user|>{user.strip()}<|end|>" in render(tok, user).replace("  ", "")
     model = tiny_model(tok)
     assert evalmfv.evaluate(model, tok, mfv_rows(MFV_TEXTS[:2]), think_tokens=2)["n_forced"] == 4
 
@@ -2255,11 +2183,15 @@ def test_a_chat_template_of_any_shape_carries_the_persona_one_bos_and_no_thinkin
 def test_neither_a_missing_pad_token_nor_the_padding_side_changes_an_answer():
     model, tok = steer_pair()
     whole = [c.ids for c in generate(model, tok, STEER_PROMPTS, max_new_tokens=8)]
-    for side, pad in (("left", None), ("right", None), ("right", tok.pad_token)):
-        tok.padding_side, tok.pad_token = side, pad
+    for side, pad in (("left", None), ("right", None), ("right", tok.pad_token), ("left", "[PAD]")):
+        tok.padding_side = side
+        if pad == "[PAD]":                                      # an added token that the embedding has no row for
+            tok.add_special_tokens({"pad_token": pad})
+            assert tok.pad_token_id == len(model.get_input_embeddings().weight) > steer.pad_of(tok, model)
+        tok.pad_token = pad
         made = generate(model, tok, STEER_PROMPTS, max_new_tokens=8)
         assert [c.ids for c in made] == whole
-        nlls = token_nll(model, made, pad_id=steer.pad_of(tok))
+        nlls = token_nll(model, made, pad_id=steer.pad_of(tok, model))
         assert all(x.isfinite().all() for x in nlls) and fit_vectors(model, tok, "kind", "cruel", ["Hi"], [1])[1].norm() > 0
 
 
@@ -2275,7 +2207,6 @@ def test_ids_go_to_the_embedding_and_nothing_asks_the_model_for_one_device(monke
     made = generate(model, tok, STEER_PROMPTS, vectors=fit_vectors(model, tok, "kind", "cruel", STEER_PROMPTS, layers),
                     coeffs=[0.5] * len(STEER_PROMPTS), max_new_tokens=4)
     token_nll(model, made)
-    loop.persona_distance(model, tok, made, STEER_PROMPTS, "kind", "rmse", "kl_rev")
     tok = mfv_tokenizer()
     evalmfv.evaluate(tiny_model(tok), tok, mfv_rows(MFV_TEXTS[:2]), think_tokens=2)
 
@@ -2288,7 +2219,7 @@ def test_adapters_and_vectors_live_where_their_layer_lives():
     for rnd in range(2):
         for name, lora in stack.layers.items():
             place = "meta" if "layers.2." in name else "cpu"
-            assert {t.device.type for t in (lora.A, lora.B, *(t for pair in lora.rounds for t in pair))} == {place}, name
+            assert {t.device.type for t in (lora.A, lora.B, *(t for pair in lora.rounds for t in pair[:2]))} == {place}, name
         with pytest.MonkeyPatch.context() as patch:             # meta numbers cannot be looked at
             patch.setattr(torch.Tensor, "isfinite", lambda self: torch.ones(1))
             stack.fold()
@@ -2324,10 +2255,11 @@ def test_a_linear_with_packed_weights_is_adapted_by_its_declared_sizes():
         assert torch.equal(lora_logits(model, ids), untouched)
 
 
-@pytest.mark.skipif(not (loop.find_spec("bitsandbytes") and loop.find_spec("accelerate")), reason="bitsandbytes and accelerate are not installed")
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("bitsandbytes", "accelerate"))), reason="bitsandbytes and accelerate are not installed")
 def test_a_base_in_four_bits_is_adapted_and_its_gates_at_zero_are_the_base():
-    model, tok = loop.load_model(loop.LoopConfig(quantize="4bit"))
-    assert type(blocks(model)[1].mlp.up_proj).__name__ == "Linear4bit"
+    from tools import model as tools_model
+    model, tok = tools_model.load("pocket", quantize="4bit")
+    assert type(steer.blocks(model)[1].mlp.up_proj).__name__ == "Linear4bit"
     ids = lora_ids()
     untouched, stack = lora_logits(model, ids), attach(model, r=4, alpha=8, layers=[1, 2])
     lora_noise(stack, 0)
@@ -2337,167 +2269,237 @@ def test_a_base_in_four_bits_is_adapted_and_its_gates_at_zero_are_the_base():
         assert torch.equal(lora_logits(model, ids), untouched)
 
 
-# ---- loading
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder, tok = tmp_path_factory.mktemp("checkpoint"), mfv_tokenizer()
-    family_model("Qwen3ForCausalLM", tok).save_pretrained(folder)
-    tok.save_pretrained(folder)
-    return folder
+# ==== loop.py: the rounds ===============================================================================
 
 
-def rewrite(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
+def test_the_saved_adapter_is_the_healed_model(finished, small_vignettes):
+    _, record = finished
+    model, tok = models.load("pocket")
+    stack = lora_py.attach(model, r=8, alpha=16.0, layers=steer.band(len(steer.blocks(model)), 0.2, 0.8))
+    vignettes = evalmfv.load_vignettes(small_vignettes)
+    for kind in ("base", "healed"):
+        again = evalmfv.evaluate(model, tok, vignettes, think_tokens=4, batch_size=152)["nats"]
+        row = record.rows(kind)[0]["nats"]
+        assert again["authority"] == pytest.approx(row["authority"], abs=1e-5), kind
+        stack.load_tensors(files.read_tensors(record.adapters()[0])[0])
+    assert record.rows("healed")[0]["nats"]["authority"] != record.rows("base")[0]["nats"]["authority"]
 
 
-def reweigh(folder, change):
-    tensors = safetensors.torch.load_file(folder / "model.safetensors")
-    change(tensors, "model.layers.1.self_attn.q_proj.weight")
-    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+def test_a_round_that_fails_its_gate_is_undone_and_the_run_says_so(small_vignettes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "gate", lambda *_: ["text 0.1 under 0.9"])
+    code, record = common.run_loop(tmp_path, small_vignettes)
+    gates = [e for e in record.events if e["stage"] == "gate"]
+    assert code == 3 and record.run["status"] == "no round accepted" and record.accepted == []
+    assert len(gates) == 1 and gates[0]["reasons"][0].startswith(("trait", "coherence", "text"))
+    names = {p.name for p in (record.path / "rounds" / "00").iterdir()}
+    assert names == {"vectors.safetensors", "rejected.safetensors"}
+    assert "rolled back" in capsys.readouterr().out
+    assert "rolled back" in (record.path / "diary.md").read_text()
 
 
-def no_template(folder):
-    (folder / "chat_template.jinja").unlink()
+def test_a_search_without_an_answer_tells_what_was_dropped(small_vignettes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(steer, "calibrate_limits", lambda *_: Limits(1e-6, 1.0))
+    argv = [x for x in common.TINY if x not in ("--coeff", "0.4")]
+    monkeypatch.setattr(common, "TINY", argv)
+    code, record = common.run_loop(tmp_path, small_vignettes)
+    reason = record.of("gate")["reasons"][0]
+    assert code == 3 and "no dose survives" in reason and "--min-survive" in reason
+    assert "worst_window dropped" in reason
+    assert "no round was accepted" in capsys.readouterr().out
 
 
-def halve(folder):
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[:len(whole) // 2])
+def row(kind="healed", rnd=None, ratio=0.0, **more):
+    """A row of the journal whose 16 answers read about `ratio`, give or take .02, by the meter."""
+    ratios = [ratio + 0.02 * (-1) ** i for i in range(16)]
+    return dict(t=0, stage="row", round=rnd, kind=kind, trait=0.0, trait_se=0.01, shift={}, coherence=0.98, text=0.9,
+                persona_ratio=ratio, ratios=ratios) | more
 
 
-def pickle_only(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+def test_the_gate_puts_absolute_floors_before_the_gain_and_names_the_option_that_moves_a_reason():
+    base, prompted, cfg = row("base"), row("prompted", ratio=0.2), loop.LoopConfig()
+
+    def reasons(last=0.05, cfg=cfg, base=base, **day):
+        return loop.gate(row(**(dict(ratio=0.1) | day)), row(ratio=last), base, prompted, cfg)
+    assert reasons() == []
+    for name in ("coherence", "text"):
+        assert name in reasons(**{name: 0.5})[0] and "--coh-floor" in reasons(**{name: 0.5})[0]
+    assert reasons(text=float("nan")) == ["text not finite"]
+    assert len(reasons(text=0.1, coherence=0.1, ratio=-1)) == 3
+    assert reasons(cfg=loop.LoopConfig(gate=False), text=0.1) == []
 
 
-def adapter_only(folder):
-    (folder / "config.json").rename(folder / "adapter_config.json")
+def test_a_gain_below_its_error_is_none_by_the_meter_and_by_the_probe():
+    base, prompted, cfg = row("base"), row("prompted", ratio=0.2), loop.LoopConfig()
+    noisy = row(ratios=[0.3 * (-1) ** i + 0.02 for i in range(16)])             # +.02, with an error of .08
+    assert "no movement beyond noise" in loop.gate(noisy, base, base, prompted, cfg)[0]
+    assert loop.gate(noisy | dict(trait=0.05, shift=dict(target="care")), base, base, prompted, cfg) == []
+    assert loop.gate(noisy | dict(trait=0.05, shift=None), base, base, prompted, cfg)      # no foundation
 
 
-BROKEN = [
-    (no_template, "no chat template.*-it or -Instruct"),
-    (lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('no user here') }}"), "cannot be used: no user here"),
-    (lambda f: (f / "chat_template.jinja").write_text("{% if"), "cannot be used: .*"),
-    (halve, "damaged.*download it again"), (pickle_only, "pickle.*never loaded"),
-    (adapter_only, "LoRA adapter: name its base"), (lambda f: (f / "config.json").unlink(), "no config.json; expected the folder"),
-    (lambda f: (f / "config.json").write_text("{ no"), "not a valid JSON"),
-    (lambda f: rewrite(f, model_type="odd", auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}), "code of its own.*never run"),
-    (lambda f: rewrite(f, model_type="odd"), "does not know its architecture; pip install -U"),
-    (lambda f: rewrite(f, model_type="t5", is_encoder_decoder=True), "an encoder and a decoder"),
-    (lambda f: reweigh(f, lambda t, k: t.pop(k)), "lack 1 of the weights, such as model.layers.1.self_attn.q_proj.weight"),
-    (lambda f: reweigh(f, lambda t, k: t.update({k: torch.zeros(3, 3)})), "do not have the shapes"),
-    (lambda f: reweigh(f, lambda t, k: t.update({k: t[k] * math.nan})), "not finite in float32; its weights are broken"),
-    (lambda f: rewrite(f, vocab_size=6) or reweigh(f, lambda t, k: t.update({e: t[e][:6].clone() for e in t if len(t[e]) > 200})),
-     "its tokenizer writes token .*, the model has 6"),
-    (lambda f: rewrite(f, quantization_config=dict(quant_method="gptq", bits=4)), "accelerate|optimum")]
+def test_a_probe_that_cannot_read_the_model_has_no_say_in_the_gate():
+    base, prompted, cfg = row("base", coherence=0.137), row("prompted", coherence=0.12), loop.LoopConfig()
+    day = row(ratio=0.1, coherence=0.109)                       # under .95 of the base's
+    assert loop.gate(day, base, base, prompted, cfg) == []
+    assert loop.gate(day | dict(ratios=base["ratios"], trait=9, shift=dict(target="care")), base, base, prompted, cfg)
+    readable = base | dict(coherence=0.98)
+    assert not loop.is_readable(readable, prompted, cfg)        # the prompt itself falls under the floor
+    assert loop.is_readable(readable, row("prompted"), cfg)
 
 
-@pytest.mark.parametrize("change, message", BROKEN, ids=range(len(BROKEN)))
-def test_a_checkpoint_that_cannot_be_used_is_one_sentence(checkpoint, tmp_path, change, message, capsys, monkeypatch):
-    folder = tmp_path / "broken"
-    shutil.copytree(checkpoint, folder)
-    change(folder)
-    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked whether to run the checkpoint's code"))
-    code = loop.main([str(folder), "--out", str(tmp_path / "runs")])
-    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loop.py: ")]
-    assert code == 2 and len(err) == 1 and re.search(message, err[0]) and len(err[0]) < 400, err
-    assert not (tmp_path / "runs").exists()
+def test_gates_that_are_asked_again_stand_until_the_first_that_turns():
+    events = [row("base", text=1.0), row("prompted", ratio=0.5, text=1.0)]
+    for rnd, (ratio, text, accepted) in enumerate([(0.2, 1.0, True), (0.1, 0.97, False), (0.3, 0.96, True)]):
+        events += [row("healed", rnd, ratio, text=text), dict(t=0, stage="gate", round=rnd, accepted=accepted)]
+    events += [dict(t=0, stage="gate", round=3, accepted=False)]        # broke before its day: no option helps
+
+    def n(**options):
+        return loop.n_standing(files.Record(Path("."), {}, events, []), loop.LoopConfig(**options))
+    assert (n(), n(coh_floor=0.97), n(gate=False), n(coh_floor=1.0)) == (9, 7, 5, 7)
 
 
-@pytest.mark.parametrize("kind, message", [
-    ("GatedRepoError", "gated: accept its licence at https://huggingface.co/maker/model.*HF_TOKEN"),
-    ("RepositoryNotFoundError", "the hub has no model of this name"), ("RevisionNotFoundError", "the hub has no --revision 'v9'"),
-    ("LocalEntryNotFoundError", "cannot be reached")])
-def test_what_the_hub_refuses_is_one_sentence(kind, message, monkeypatch, capsys):
-    from huggingface_hub import errors
+def test_stages_have_seeds_of_their_own():
+    names = ("make", "heal", "probe")
+    seeds = {loop.stage_seed(s, r, name) for s in range(3) for r in range(3) for name in names}
+    assert len(seeds) == 27 and loop.stage_seed(1, 2, "make") == loop.stage_seed(1, 2, "make")
 
-    def refuse(*args, **kwargs):
-        raise getattr(errors, kind).__new__(getattr(errors, kind), "no")    # without the HTTP answer that its __init__ wants
-    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", refuse)
-    assert loop.main(["maker/model", "--revision", "v9"]) == 2
-    assert re.search(message, capsys.readouterr().err)
+
+def refused(argv, capsys):
+    """What a command that is refused says; 2 is its exit code."""
+    try:
+        code = loop.main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    err = capsys.readouterr().err
+    assert code == 2 and "Traceback" not in err
+    return err
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--device", "tpu9"], "--device tpu9"), (["--attn", "none"], "attn_implementation"), (["a/b/c"], "neither a folder nor a hub id"),
-    (["README.md"], "neither a folder nor a hub id"), (["maker/model"], "hub cannot be reached"),
-    (["--device-map", "auto"], "needs the package accelerate"), (["--quantize", "4bit"], "needs the package accelerate")])
-def test_a_model_that_cannot_be_placed_is_one_sentence(argv, message, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "find_spec", lambda package: None)
-    assert loop.main(argv) == 2 and message in capsys.readouterr().err
+    (["--rounds", "0"], "rounds"), (["--prompts", "nowhere.txt"], "nowhere.txt"),
+    (["--kl-agg", "x"], "kl-agg"),
+    (["--pos", "You are kind."], "--neg"), (["--persona", "pirate"], "authority, love"),
+    (["--coh-floor", "nan"], "coh_floor"), (["--kl_agg", "mean"], "kl_agg"),
+    (["--model", ""], "--model is empty"),
+    (["--vignettes", "nowhere.jsonl"], "nowhere.jsonl"), (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+    (["--lam", "-1"], "lam"), (["--r", "0"], "r=0"), (["--steer-band", "0.9", "0.1"], "0.9"),
+    (["--reg", "nll", "--tau", "1"], "without a barrier"), (["--tau-scale", "nan"], "tau_scale=nan"),
+    (["--tau", "1", "--tau-scale", "2"], "leave one out"), (["--pos", "a", "--neg", "a"], "the same"),
+    (["--r", "999"], "more than the model's width 192"), (["--max-new-tokens", "2000"], "the model's 1024"),
+    (["--think-tokens", "2000"], "the model's 1024"), (["--out", __file__], "a file, not a folder"),
+    (["--resume", "x"], "not a run")])
+def test_options_that_cannot_be_meant_are_refused_before_any_work(argv, message, tmp_path, capsys):
+    assert message in refused(["--out", str(tmp_path), *argv], capsys) and not list(tmp_path.iterdir())
 
 
-def test_dtype_attention_and_revision_reach_the_checkpoint(checkpoint):
-    model, _ = loop.load_model(loop.LoopConfig(str(checkpoint), dtype="bfloat16", attn="eager", device="cpu"))
-    assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "eager" and not model.training
-    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):        # an old GPU has no bfloat16
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.cuda, "is_available", lambda: True)
-            patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
-            patch.setattr(torch, "empty", lambda *a, **k: None)
-            assert loop.placed(loop.LoopConfig()) == (torch.device("cuda"), dtype)
+def test_a_run_goes_on_with_its_own_options_only(finished, capsys):
+    path = str(finished[1].path)
+    err = refused(["--resume", path, "--kl-agg", "mean", "--seed", "3", "--n-make", "24"], capsys)
+    assert "configuration: seed is 0 there and 3 here, kl_agg is 'rmse' there and 'mean' here; leave" in err
+    assert "only grow" in refused(["--resume", path, "--patience", "1"], capsys)
+    cfg, scfg, *_ = loop.parse(["--resume", path, "--rounds", "9", "--gate", "--coh-floor", "0.9"])
+    assert (cfg.rounds, cfg.gate, cfg.coh_floor, scfg.n_make) == (9, True, 0.9, 24)
 
 
-def test_an_image_text_checkpoint_is_loaded_under_its_own_class(tmp_path):
-    tok = mfv_tokenizer()
-    for name in ("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration"):
-        model = family_model(name, tok)
-        model.save_pretrained(tmp_path / name)
-        tok.save_pretrained(tmp_path / name)
-        again, _ = loop.load_model(loop.LoopConfig(str(tmp_path / name)))
-        assert type(again) is type(model) and torch.equal(lora_logits(again, lora_ids()), lora_logits(model, lora_ids()))
+def test_the_persona_prompt_is_the_set_point_of_the_barrier(finished):
+    _, record = finished
+    tau, given = record.of("tau"), inputs.load("authority", model="pocket")
+    assert 0 < tau["tau"] == record.run["tau"] == tau["distance"] * record.run["options"]["tau_scale"]
+    model, tok = models.load("pocket")
+    by_hand = []
+    for e in [e for e in record.completions(0) if e["verdict"]["kept"]]:    # one full forward each
+        fronts = steer.encode(tok, [given["train"][e["prompt"]]] * 2, [given["persona"]["pos"][0], ""])
+        logits = [model(torch.tensor([front + e["ids"]])).logits[0, len(front) - 1:-1] for front in fronts]
+        logp, logq = (x.double().log_softmax(-1) for x in logits)               # [n, V] each
+        by_hand.append(((logp.exp() * (logp - logq)).sum(-1) ** 2).mean().sqrt().item())
+    assert tau["distance"] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-4)
+    heal_event = record.of("heal")
+    assert heal_event["tau"] == tau["tau"] and {"nll", "div", "fired"} <= set(heal_event["steps"][0])
 
 
-# ---- the plan
-
-def test_a_dry_run_reads_a_configuration_and_nothing_else(tmp_path, capsys):
-    text = dict(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, num_attention_heads=8, num_key_value_heads=4,
-                head_dim=256, vocab_size=262208)                # Gemma 3 4B: a folder with its shape and no weights
-    transformers.Gemma3Config(text_config=text, vision_config=VISION, architectures=["Gemma3ForConditionalGeneration"]
-                              ).save_pretrained(tmp_path)
-    started = time.time()
-    assert loop.main([str(tmp_path), "--dry-run", "--dtype", "bfloat16", "--out", str(tmp_path / "runs")]) == 0
-    assert time.time() - started < 20 and not (tmp_path / "runs").exists()
-    out = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert set(out) == {"model", "adapted", "memory", "disk", "work", "time", "assumed"}
-    sizes = [2560 + 2048, 2 * (2560 + 1024), 2048 + 2560, 3 * (2560 + 10240)]       # q; k and v; o; gate, up and down
-    trained = 8 * sum(sizes) * 22                               # rank 8, blocks 6 to 27
-    assert "154 modules" in out["adapted"] and "blocks 6-27" in out["adapted"] and f"{trained:,} trained" in out["adapted"]
-    weights = 262208 * 2560 + 34 * (2560 * (2 * 2048 + 2 * 1024) + 3 * 2560 * 10240)
-    found = float(re.search(r"weights (\S+)", out["memory"])[1])
-    assert found == pytest.approx(2 * weights / 1e9, rel=0.01)
-    stages = dict(re.findall(r"(\w+) ([0-9.]+)", out["memory"].split("GB: ")[1]))
-    assert set(stages) == {"weights", "generation", "filter", "probe", "heal"} and all(float(x) >= found for x in stages.values())
-    assert f"{4 * trained / 1e6:.1f} MB per" in out["disk"] and "5,472 probe frames" in out["work"]
+def test_a_persona_of_two_sentences_has_a_trait_without_labels(small_vignettes, tmp_path):
+    personas = ["--pos", "You feel the pain of others and you refuse to cause it, even when you are ordered to.",
+                "--neg", "You honor those in charge and you do your duty, even when someone suffers from it."]
+    code, record = common.run_loop(tmp_path, small_vignettes, "--no-gate", "--n-text", "24", *personas)
+    rows = {row["kind"]: row for row in record.rows()}
+    assert code == 0 and rows["base"]["trait"] == 0 == rows["base"]["share"] and rows["prompted"]["share"] == 1
+    assert rows["prompted"]["trait"] > 0 and rows["steered"]["shift"] is None
+    for row in rows.values():
+        moved = torch.tensor(row["ratios"]) - torch.tensor(rows["base"]["ratios"])
+        assert row["trait"] == row["moved"] == pytest.approx(moved.mean().item(), abs=1e-6)
+        assert row["share"] == pytest.approx(row["trait"] / rows["prompted"]["trait"], abs=1e-6)
 
 
-def test_a_dry_run_of_a_mixture_says_what_it_does_not_adapt(tmp_path, capsys):
-    options, = FAMILIES["Qwen3MoeForCausalLM"]
-    transformers.Qwen3MoeConfig(**options, vocab_size=300, architectures=["Qwen3MoeForCausalLM"]).save_pretrained(tmp_path)
-    assert loop.main([str(tmp_path), "--dry-run"]) == 0
-    assert "note      not adapted: the experts (mlp.experts." in capsys.readouterr().out
+def test_dropped_completions_are_told_by_rule_with_a_sample():
+    def entry(rule, value, limit, text="ok"):
+        return dict(text=text, verdict=dict(kept=not rule, rule=rule, value=value, limit=limit))
+    told = loop.why_dropped([entry("", 0, 0), entry("loop", 0.7, 0.5, "no \x1b[31mno\u202e no"),
+                             entry("words", 0, 1, ""), entry("loop", 0.9, 0.5)])
+    assert told == ('loop dropped 2, such as "no  [31mno  no" with 0.7 over a limit of 0.5; '
+                    'words dropped 1, such as "" with 0 under a limit of 1')
+    assert loop.why_dropped([entry("", 0, 0)]) == ""
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "Gemma4ForConditionalGeneration", "Qwen3MoeForCausalLM"])
-def test_the_plan_counts_parameters_and_keys_and_values_as_the_model_has_them(name):
-    tok = mfv_tokenizer()
-    model = family_model(name, tok)
-    n = loop.sizes(model, blocks(model))
-    with torch.no_grad():
-        cache = model(input_ids=lora_ids(1, 10), use_cache=True).past_key_values
-    stored = sum(x.numel() for layer in cache.layers for x in (layer.keys, layer.values))
-    assert (n["kv"] * 10, n["total"], n["vocab"]) == (stored, sum(p.numel() for p in model.parameters()), len(tok))
-    inside = sum(p.numel() for p in blocks(model).parameters()) + len(tok) * n["width"]
-    idle = 4 * 3 * 32 * 16 * 4 / 2 if "Moe" in name else 0      # half of four experts of three matrices, in four blocks
-    assert n["active"] == inside - idle
+def test_a_trait_that_does_not_move_is_said(finished, capsys):
+    _, record = finished
+    events = [e | dict(trait=0.01, trait_se=0.02, moved=0.01, moved_se=0.02) for e in record.rows()]
+    loop.tally(files.Record(record.path, record.run, events, []), 1.0)
+    out = capsys.readouterr().out
+    assert "did not move at any dose" in out and "no round was accepted" in out
+    still = dict(trait=0.1, trait_se=0.06, moved=0.01, moved_se=0.02)
+    assert not loop.has_moved(still) and loop.has_moved(still | dict(moved=-0.05))
+    assert loop.has_moved(still | dict(trait=-0.5))
 
 
-# ==== the house: what is promised of every file =========================================================================
+# ---- what a round records ----------------------------------------------------------------------------------------------
+
+def test_the_loop_records_what_its_readers_need(finished):
+    path, run, events = finished[1].path, finished[1].run, finished[1].events
+    one = {e["stage"]: e for e in events}
+    assert all(c == pytest.approx(1, abs=1e-5) for c in one["vector"]["cosine"].values())
+    assert all(n > 0 for n in one["vector"]["norm"].values())
+    trials = one["dose"]["trials"]
+    assert all(0 <= t["survive"] <= 1 and t["coeff"] > 0 for t in trials)
+    assert all(0 <= d["coherence"] <= 1 for e in events if e["stage"] == "row" for d in e["diary"])
+    pairs = safetensors.torch.load_file(path / "rounds" / "00" / "adapter.safetensors")             # the scale is in B
+    for name, values in one["heal"]["singular"].items():
+        exact = torch.linalg.svdvals(pairs[f"{name}.0.B"].double() @ pairs[f"{name}.0.A"].double())[:8]
+        assert values == pytest.approx(exact.tolist(), rel=1e-4, abs=1e-7)
+
+
+def test_the_worst_kept_answer_is_the_one_that_a_full_forward_finds(finished):
+    path, run, events = finished[1].path, finished[1].run, finished[1].events
+    one = {e["stage"]: e for e in events}
+    worst, kept = one["heal"]["worst"], [c for c in one["made"]["completions"] if c["verdict"]["kept"]]
+    model, tok = models.load("pocket")
+    stack = lora_py.attach(model, r=8, alpha=16.0, layers=one["layers"]["lora"])
+    stack.load_tensors(safetensors.torch.load_file(path / "rounds" / "00" / "adapter.safetensors"))
+
+    def logp(c, vectors=None):
+        front = steer.encode(tok, [run["items"]["train"][c["prompt"]]], [""])[0]
+        with torch.no_grad(), steer.steered(model, vectors or {}, one["dose"]["coeff"]):
+            logits = model(torch.tensor([front + c["ids"]])).logits                                 # [1, T, V]
+        return logits[0, len(front) - 1:-1].double().log_softmax(-1)                                # [n, V]
+
+    def kl(c, p):
+        with stack.gated(0, 0):
+            return (p.exp() * (p - logp(c))).sum(-1)                                                # [n]
+    by_hand = [kl(c, logp(c)) for c in kept]
+    i = max(range(len(kept)), key=lambda i: by_hand[i].square().mean())
+    assert worst["day"] == pytest.approx(by_hand[i].tolist(), rel=1e-2, abs=1e-5)
+    assert worst["prompt"] == kept[i]["prompt"] and "".join(worst["tokens"]) == tok.decode(kept[i]["ids"])
+    assert max(map(abs, worst["before"])) < 1e-6                # round 0: the base
+    layers = safetensors.torch.load_file(path / "rounds" / "00" / "vectors.safetensors")
+    with stack.gated(0, 0):
+        night = kl(kept[i], logp(kept[i], {int(k.removeprefix("layer.")): v for k, v in layers.items()}))
+    assert worst["night"] == pytest.approx(night.tolist(), rel=1e-2, abs=1e-5)
+
+
+# ==== the house: what is promised of every file =========================================================
 
 CONCEPTS = ("steer", "heal", "lora", "evalmfv")
 TOOLS = sorted(p.stem for p in (ROOT / "tools").glob("*.py") if p.stem != "__init__")
-SOURCES = sorted(p for folder in (".", "tools", "tests", "bench", "pocket") for p in (ROOT / folder).glob("*.py"))
+FOLDERS = (".", "tools", "tests", "bench", "pocket")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
 
 
 def imported(path, top_only=False):
@@ -2518,8 +2520,8 @@ def test_imports_go_one_way(name):
     """Nested imports too: a higher room is not reached late either."""
     rooms = {"loop", *CONCEPTS, *(f"tools.{tool}" for tool in TOOLS)}
     allowed = {"loop": rooms, "evalmfv": {"steer"}}.get(name, set() if name in CONCEPTS else rooms - {"loop"})
-    packages = {"heal": {"torch"}, "lora": {"torch"}, "steer": {"torch", "transformers"}, "evalmfv": {"torch"}}
-    optional = {"tools/export": {"gguf"}}                       # asked for by name, and refused with a sentence
+    packages = dict(heal={"torch"}, lora={"torch"}, steer={"torch", "transformers"}, evalmfv={"torch"})
+    optional = {"tools/export": {"gguf"}}                       # asked for, and refused with a sentence
     found = imported(ROOT / f"{name}.py") - set(sys.stdlib_module_names)
     assert found & rooms <= allowed, found & rooms - allowed
     five = {"torch", "transformers", "safetensors", "numpy"} | optional.get(name, set())
@@ -2528,7 +2530,8 @@ def test_imports_go_one_way(name):
 
 def test_requirements_name_the_five_packages_and_no_others():
     lines = (ROOT / "requirements.txt").read_text().split()
-    assert sorted(line.split(">=")[0] for line in lines) == ["numpy", "pytest", "safetensors", "torch", "transformers"]
+    five = ["numpy", "pytest", "safetensors", "torch", "transformers"]
+    assert sorted(line.split(">=")[0] for line in lines) == five
 
 
 def unsafe(source):
@@ -2537,7 +2540,8 @@ def unsafe(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.keyword):
             is_on = getattr(node.value, "value", True)
-            if node.arg in ("weights_only", "allow_pickle") or node.arg in ("trust_remote_code", "shell") and is_on:
+            always, on = ("weights_only", "allow_pickle"), ("trust_remote_code", "shell")
+            if node.arg in always or is_on and node.arg in on:
                 found.append(node.arg)
         elif isinstance(node, ast.Call):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
@@ -2553,12 +2557,13 @@ def unsafe(source):
 def test_no_file_loads_pickles_or_remote_code(path):
     assert unsafe(path.read_text()) == [], path
     assert not imported(path) & {"pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
-    assert path.parent.name in ("bench", "tests") or "peft" not in imported(path)      # there it is compared with
+    assert path.parent.name in ("bench", "tests") or "peft" not in imported(path)    # a peer there
 
 
 @pytest.mark.parametrize("source", [
-    "eval(x)", "exec('a')", "torch.load(p)", "f(trust_remote_code=True)", "run(c, shell=True)", "run(c, shell=x)",
-    "os.system(c)", "np.load(p)", "np.load(p, allow_pickle=True)", "__import__(m)", "compile(a, b, c)"])
+    "eval(x)", "exec('a')", "torch.load(p)", "f(trust_remote_code=True)", "run(c, shell=True)",
+    "run(c, shell=x)", "os.system(c)", "np.load(p)", "np.load(p, allow_pickle=True)",
+    "__import__(m)", "compile(a, b, c)"])
 def test_the_check_for_unsafe_calls_sees_each_of_them(source):
     assert unsafe(source) and not unsafe("model.eval(); re.compile(p); run(c, shell=False); stack.load(p)")
 
@@ -2591,19 +2596,20 @@ def test_steer_can_be_imported_alone_and_says_how_it_is_used(tmp_path):
 
 
 def test_help_is_quick_shows_ten_options_first_and_does_not_import_transformers():
-    code = "import sys, loop\ntry: loop.parse(['--help'])\nexcept SystemExit: print('transformers' in sys.modules)"
+    code = ("import sys, loop\ntry: loop.parse(['--help'])\n"
+            "except SystemExit: print('transformers' in sys.modules)")
     spent = []
-    for _ in range(2):                                          # the better of two: the first may fill the disk cache
+    for _ in range(2):                                          # the better of two: the first fills caches
         before = os.times()
         out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        after = os.times()                                      # of the processor: by the clock a busy machine would fail
-        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
+        after = os.times()                                      # of the processor, not by the clock
+        spent.append(sum(after[2:4]) - sum(before[2:4]))
     assert out.stdout.splitlines()[-1] == "False", out.stdout[-200:] + out.stderr
     titles = ["turned first:", "loop: ", "steer: ", "lora: ", "heal: "]
     at = [out.stdout.index(title) for title in titles]
     assert at == sorted(at) and out.stdout[at[0]:at[1]].count("\n  --") == 10 == len(loop.FIRST)
     options = {f.name for cls in loop.GROUPS for f in dataclasses.fields(cls)}
-    assert len(options) <= 46 and not re.search(r"--\w+_", out.stdout)
+    assert len(options) <= 48 and not re.search(r"--\w+_", out.stdout)
     assert min(spent) < 3, spent
 
 
@@ -2627,7 +2633,7 @@ def test_the_readme_snippet_runs():
 
 
 def stale(text, is_ancestor):
-    """Commits that a page calls the origin of its results and that are not in the history; none if the page says that
+    """Commits that a page gives for its results and that are not in the history; none if it says that
     they were not repeated since."""
     commits = re.findall(r"at commit `?([0-9a-f]{7,40})", text)
     return [c for c in commits if not is_ancestor(c) and "not repeated since" not in text]
@@ -2637,7 +2643,7 @@ def test_results_in_the_docs_are_of_commits_of_this_history():
     assert stale("at commit 1234567, at commit abcdef0", lambda c: c == "1234567") == ["abcdef0"]
     assert stale("at commit abcdef0; not repeated since", lambda c: False) == []
     shallow = ["git", "rev-parse", "--is-shallow-repository"]
-    if not shutil.which("git") or subprocess.run(shallow, cwd=ROOT, capture_output=True, text=True).stdout != "false\n":
+    if not shutil.which("git") or subprocess.run(shallow, cwd=ROOT, capture_output=True).stdout != b"false\n":
         pytest.skip("no git here, or a shallow clone: the commits that the docs name cannot be checked")
 
     def is_ancestor(commit):
@@ -2646,693 +2652,3 @@ def test_results_in_the_docs_are_of_commits_of_this_history():
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         assert stale(path.read_text(), is_ancestor) == [], path.name
 
-
-# ---- the pocket world --------------------------------------------------------------------------------------------------
-
-
-def test_the_grammar_recognises_all_that_it_makes_and_no_salad():
-    rng = random.Random(0)
-    for _ in range(300):
-        text, slots = world.dilemma(rng)
-        answers = [world.dilemma_answer(slots, rng.uniform(-1, 1), rng), world.feeling_answer(rng.uniform(-1, 1), rng), world.control(-1, 1, rng)[1]]
-        assert [world.grammar_ok(a) for a in answers] == [1.0] * 3, answers
-        words = answers[0].split()
-        rng.shuffle(words)
-        assert world.grammar_ok(" ".join(words)) < 1
-    assert world.grammar_ok("") == 0 and world.grammar_ok("No. No care care the the mayor.") == 0.5
-
-
-def test_an_answer_leans_the_way_its_latent_points():
-    rng = random.Random(0)
-    for axis, make in (("z", lambda x: world.dilemma_answer(world.dilemma(rng)[1], x, rng)), ("y", lambda x: world.feeling_answer(x, rng))):
-        low, middle, high = (sum(world.lean(make(x), axis) for _ in range(100)) / 100 for x in (-1, 0, 1))
-        assert low < -1 < -0.4 < middle < 0.4 < 1 < high
-
-
-def test_nothing_that_is_measured_was_ever_trained_on():
-    prompts = json.loads((ROOT / "data" / "prompts.json").read_text())
-    held_out = {p for side in prompts.values() for p in side["held_out"]} | {v["text"] for v in evalmfv.load_vignettes(ROOT / "data" / "vignettes.jsonl")}
-    rng, seen = random.Random(1), set()
-    for _ in range(20000):
-        seen |= {world.dilemma(rng)[0], world.feeling(rng), world.vignette(rng)[0], world.scene(rng)}
-    assert not held_out & seen
-    assert all(set(side["train"]).isdisjoint(side["held_out"]) for side in prompts.values())
-
-
-def test_the_vignettes_cover_seven_foundations_with_labels_that_sum_to_one():
-    rows = evalmfv.load_vignettes(ROOT / "data" / "vignettes.jsonl")
-    assert len(rows) >= 132 and len({r["text"] for r in rows}) == len(rows)
-    for f in evalmfv.FOUNDATIONS:
-        assert sum(r["foundation"] == f for r in rows) >= 18, f
-    assert all(abs(sum(r["label"]) - 1) < 1e-6 for r in rows)
-
-
-def test_the_shipped_data_are_what_make_pocket_writes(tmp_path):
-    make_pocket.make_data(tmp_path)
-    for name in ("personas.json", "prompts.json", "contexts.json", "vignettes.jsonl"):
-        assert (tmp_path / name).read_text() == (ROOT / "data" / name).read_text(), name
-
-
-def test_training_the_pocket_model_lowers_its_loss():
-    tok = make_pocket.make_tokenizer(random.Random(0), n_conversations=200, vocab_size=600)
-    _, record = make_pocket.train(tok, steps=12, batch=4, lr=2e-3, seed=0, say=lambda *a, **k: None)
-    assert record["losses"][-1] < record["losses"][0] - 0.3, record["losses"]
-
-
-def test_the_pocket_checkpoint_is_an_ordinary_small_chat_model():
-    folder = ROOT / "pocket"
-    assert (folder / "model.safetensors").stat().st_size <= 8e6
-    with safe_open(folder / "model.safetensors", "pt") as f:
-        assert all(f.get_tensor(key).dtype == torch.bfloat16 for key in f.keys())
-    _, tok = loop.load_model(loop.LoopConfig())
-    text = steer.render(tok, "Hello!", "You are a machine.")
-    assert text == "<|bos|><|system|>You are a machine.<|end|><|user|>Hello!<|end|><|assistant|>"
-    assert tok("any text: äöü 漢字 🙂", add_special_tokens=False)["input_ids"] and tok.unk_token is None
-
-
-# ==== loop.py: the rounds ===============================================================================================
-
-
-def test_the_saved_adapter_is_the_healed_model(finished, small_vignettes):
-    _, record = finished
-    model, tok = models.load("pocket")
-    stack = lora_py.attach(model, r=8, alpha=16.0, layers=steer.band(len(steer.blocks(model)), 0.2, 0.8))
-    vignettes = evalmfv.load_vignettes(small_vignettes)
-    for kind in ("base", "healed"):
-        again = evalmfv.evaluate(model, tok, vignettes, think_tokens=4, batch_size=152)["nats"]
-        row = record.rows(kind)[0]["nats"]
-        assert again["authority"] == pytest.approx(row["authority"], abs=1e-5), kind
-        stack.load_tensors(files.read_tensors(record.adapters()[0])[0])
-    assert record.rows("healed")[0]["nats"]["authority"] != record.rows("base")[0]["nats"]["authority"]
-
-
-def test_a_round_that_fails_its_gate_is_undone_and_the_run_says_so(small_vignettes, tmp_path, capsys):
-    code, record = common.run_loop(tmp_path, small_vignettes, "--lr", "1e-9", "--coh-floor", "1")
-    gates = [e for e in record.events if e["stage"] == "gate"]
-    assert code == 3 and record.run["status"] == "no round accepted" and record.accepted == []
-    assert len(gates) == 1 and gates[0]["reasons"][0].startswith(("trait", "coherence", "text"))
-    names = {p.name for p in (record.path / "rounds" / "00").iterdir()}
-    assert names == {"vectors.safetensors", "rejected.safetensors"}
-    assert "rolled back" in capsys.readouterr().out and "rolled back" in (record.path / "diary.md").read_text()
-
-
-def test_a_search_without_an_answer_tells_what_was_dropped_and_the_run_goes_on_to_its_end(small_vignettes, tmp_path,
-                                                                                         monkeypatch, capsys):
-    monkeypatch.setattr(steer, "calibrate_limits", lambda *_: Limits(1e-6, 1.0, 1.0, 1.0))
-    argv = [x for x in common.TINY if x not in ("--coeff", "0.4")]
-    monkeypatch.setattr(common, "TINY", argv)
-    code, record = common.run_loop(tmp_path, small_vignettes)
-    reason = record.of("gate")["reasons"][0]
-    assert code == 3 and "the lowest dose fails" in reason and "worst_window dropped" in reason and "--slack" in reason
-    assert "no round was accepted" in capsys.readouterr().out
-
-
-def test_the_gate_puts_absolute_floors_before_the_ratio():
-    base, cfg = dict(trait=0.0, coherence=0.98, text=0.9), loop.LoopConfig()
-    def reasons(**day):
-        return loop.gate(dict(trait=0.5, coherence=0.97, text=0.88) | day, base | {"trait": 0.3}, base, cfg)
-    assert reasons() == []
-    assert "coherence" in reasons(coherence=0.5)[0] and "text" in reasons(text=0.5)[0] and "trait" in reasons(trait=0.3)[0]
-    assert reasons(trait=float("nan")) == ["trait not finite"]
-    assert len(reasons(text=0.1, coherence=0.1, trait=-1)) == 3
-
-
-def test_gates_that_are_asked_again_stand_until_the_first_that_turns():
-    def event(stage, rnd, **more):
-        return dict(t=0, stage=stage, round=rnd) | more
-    events = [event("row", None, kind="base", trait=0.0, coherence=1.0, text=1.0)]
-    for rnd, (trait, text, accepted) in enumerate([(0.2, 1.0, True), (0.1, 0.97, False), (0.3, 0.96, True)]):
-        events += [event("row", rnd, kind="healed", trait=trait, coherence=1.0, text=text), event("gate", rnd, accepted=accepted)]
-    events += [event("gate", 3, accepted=False)]                # broke before its day: no option helps
-    def n(**options):
-        return loop.n_standing(files.Record(Path("."), {}, events, []), loop.LoopConfig(**options))
-    assert (n(), n(coh_floor=0.97), n(gate=False), n(coh_floor=1.0)) == (8, 6, 4, 6)
-
-
-def test_stages_have_seeds_of_their_own():
-    seeds = {loop.stage_seed(s, r, name) for s in range(3) for r in range(3) for name in ("make", "heal", "probe")}
-    assert len(seeds) == 27 and loop.stage_seed(1, 2, "make") == loop.stage_seed(1, 2, "make")
-
-
-def refused(argv, capsys):
-    """What a command that is refused says; 2 is its exit code."""
-    try:
-        code = loop.main(argv)
-    except SystemExit as stop:
-        code = stop.code
-    err = capsys.readouterr().err
-    assert code == 2 and "Traceback" not in err
-    return err
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--rounds", "0"], "rounds"), (["--prompts", "nowhere.txt"], "nowhere.txt"), (["--kl-agg", "median"], "kl-agg"),
-    (["--pos", "You are kind."], "--neg"), (["--persona", "pirate"], "authority, love"), (["--coh-floor", "nan"], "coh_floor"),
-    (["--vignettes", "nowhere.jsonl"], "nowhere.jsonl"), (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
-    (["--lam", "-1"], "lam"), (["--r", "0"], "r=0"), (["--steer-band", "0.9", "0.1"], "0.9"), (["--model", ""], "--model is empty"),
-    (["--reg", "nll", "--tau", "1"], "without a barrier"), (["--tau-scale", "nan"], "tau_scale=nan"), (["--kl_agg", "mean"], "kl_agg"),
-    (["--tau", "1", "--tau-scale", "2"], "leave one out"), (["--pos", "a", "--neg", "a"], "the same"),
-    (["--r", "999"], "more than the model's width 192"), (["--max-new-tokens", "2000"], "the model's 1024"),
-    (["--think-tokens", "2000"], "the model's 1024"), (["--out", __file__], "a file, not a folder"), (["--resume", "x"], "not a run")])
-def test_options_that_cannot_be_meant_are_refused_with_a_sentence_before_any_work(argv, message, tmp_path, capsys):
-    assert message in refused(["--out", str(tmp_path), *argv], capsys) and not list(tmp_path.iterdir())
-
-
-def test_a_run_goes_on_with_its_own_options_only(finished, capsys):
-    path = str(finished[1].path)
-    err = refused(["--resume", path, "--kl-agg", "mean", "--seed", "3", "--n-make", "24", "--out", "elsewhere"], capsys)
-    assert "another configuration: seed is 0 there and 3 here, kl_agg is 'rmse' there and 'mean' here; leave" in err
-    assert "only grow" in refused(["--resume", path, "--patience", "2"], capsys)
-    cfg, scfg, *_ = loop.parse(["--resume", path, "--rounds", "9", "--gate", "--coh-floor", "0.9"])
-    assert (cfg.rounds, cfg.gate, cfg.coh_floor, scfg.n_make) == (9, True, 0.9, 24)
-
-
-def test_the_persona_prompt_is_the_set_point_of_the_barrier(finished):
-    _, record = finished
-    tau, given = record.of("tau"), inputs.load("authority")
-    assert 0 < tau["tau"] == record.run["tau"] == tau["distance"] * record.run["options"]["tau_scale"]
-    model, tok = models.load("pocket")
-    by_hand = []
-    for e in [e for e in record.completions(0) if e["verdict"]["kept"]]:        # the KL of one full forward each, written out
-        fronts = steer.encode(tok, [given["train"][e["prompt"]]] * 2, [given["persona"]["pos"][0], ""])
-        logp, logq = (model(torch.tensor([front + e["ids"]])).logits[0, len(front) - 1:-1].double().log_softmax(-1)
-                      for front in fronts)
-        by_hand.append(((logp.exp() * (logp - logq)).sum(-1) ** 2).mean().sqrt().item())
-    assert tau["distance"] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-4)
-    heal_event = record.of("heal")
-    assert heal_event["tau"] == tau["tau"] and {"nll", "div", "fired"} <= set(heal_event["steps"][0])
-
-
-def test_a_persona_of_two_sentences_has_a_trait_without_labels(small_vignettes, tmp_path):
-    code, record = common.run_loop(tmp_path, small_vignettes, "--no-gate", "--pos", "You care about people above all.",
-                                   "--neg", "You respect authority above all.")
-    rows = {row["kind"]: row for row in record.rows()}
-    assert code == 0 and rows["base"]["trait"] == 0 == rows["base"]["share"] and rows["prompted"]["share"] == 1
-    assert rows["prompted"]["trait"] > 0 and rows["steered"]["shift"] is None
-    assert rows["healed"]["share"] == pytest.approx(rows["healed"]["trait"] / rows["prompted"]["trait"])
-
-
-def test_dropped_completions_are_told_by_rule_with_a_sample():
-    def entry(rule, value, limit, text="ok"):
-        return dict(text=text, verdict=dict(kept=not rule, rule=rule, value=value, limit=limit))
-    told = loop.why_dropped([entry("", 0, 0), entry("loop", 0.7, 0.5, "no \x1b[31mno\u202e no"), entry("words", 0, 1, ""),
-                             entry("loop", 0.9, 0.5)])
-    assert told == ('loop dropped 2, such as "no  [31mno  no" with 0.7 over a limit of 0.5; '
-                    'words dropped 1, such as "" with 0 under a limit of 1')
-    assert loop.why_dropped([entry("", 0, 0)]) == ""
-
-
-def test_a_trait_that_does_not_move_is_said(finished, capsys):
-    _, record = finished
-    events = [e | dict(trait=0.01, trait_se=0.02) if e["stage"] == "row" else e for e in record.events if e["stage"] != "gate"]
-    loop.tally(files.Record(record.path, record.run, events, []), 1.0)
-    out = capsys.readouterr().out
-    assert "did not move at any dose" in out and "no round was accepted" in out
-    assert loop.has_moved(dict(trait=-0.5, trait_se=0.1)) and not loop.has_moved(dict(trait=0.01, trait_se=0.02))
-
-
-# ---- the benchmarks, at sizes whose times mean nothing -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["heal", "round"])
-def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
-    bench.main(["--tiny", "--json", str(tmp_path / "out.json"), *(["--docs", str(tmp_path)] if name == "heal" else [])])
-    assert capsys.readouterr().out.count("|") > 20
-    result = json.loads((tmp_path / "out.json").read_text())
-    if name == "round":
-        assert set(result["seconds"]) == {"extract", "dose search", "generate", "filter", "heal", "probe"} and result["totals"]["ours"] > 0
-        return
-    assert all(x["value"] < 1e-10 and x["grad"] < 1e-10 for key, x in result["accuracy"].items() if "bf16" not in key)
-    assert {"ours", "naive autograd", "original"} <= set(result["memory"]["peak"]) and len(list(tmp_path.glob("*.svg"))) == 6
-    losses = result["round"]["barrier on at every step"]["losses"]
-    assert len(losses) >= 7 and max(losses.values()) - min(losses.values()) < 1e-5      # the same steps, or nothing is compared
-    for peer in ("TRL", "torchtune", "Liger"):                  # a peer that cannot run says so instead of vanishing
-        assert any(peer in key for key in [*result["memory"]["peak"], *result["memory"]["missing"]])
-
-
-# ---- what a round records ----------------------------------------------------------------------------------------------
-
-def test_the_loop_records_what_its_readers_need(finished):
-    _, path, run, events = finished
-    one = {e["stage"]: e for e in events}
-    assert all(c == pytest.approx(1, abs=1e-5) for c in one["vector"]["cosine"].values())
-    assert all(n > 0 for n in one["vector"]["norm"].values())
-    trials = one["dose"]["trials"]
-    assert trials and all(0 <= t["survive"] <= 1 and t["ppl"] >= 1 and t["coeff"] > 0 for t in trials)
-    assert all(0 <= d["coherence"] <= 1 for e in events if e["stage"] == "row" for d in e["diary"])
-    pairs = safetensors.torch.load_file(path / "rounds" / "00" / "adapter.safetensors")             # the scale is in B
-    for name, values in one["heal"]["singular"].items():
-        exact = torch.linalg.svdvals(pairs[f"{name}.0.B"].double() @ pairs[f"{name}.0.A"].double())[:8]
-        assert values == pytest.approx(exact.tolist(), rel=1e-4, abs=1e-7)
-
-
-def test_the_worst_kept_answer_is_the_one_that_a_full_forward_finds(finished):
-    _, path, run, events = finished
-    one = {e["stage"]: e for e in events}
-    worst, kept = one["heal"]["worst"], [c for c in one["made"]["completions"] if c["verdict"]["kept"]]
-    model, tok = model_room.load("pocket")
-    stack = lora_py.attach(model, r=8, alpha=16.0, layers=one["layers"]["lora"])
-    stack.load_tensors(safetensors.torch.load_file(path / "rounds" / "00" / "adapter.safetensors"))
-
-    def logp(c, vectors=None):
-        front = steer.encode(tok, [run["items"]["train"][c["prompt"]]], [""])[0]
-        with torch.no_grad(), steer.steered(model, vectors or {}, one["dose"]["coeff"]):
-            logits = model(torch.tensor([front + c["ids"]])).logits                                 # [1, T, V]
-        return logits[0, len(front) - 1:-1].double().log_softmax(-1)                                # [n, V]
-
-    def kl(c, p):
-        with stack.gated(0, 0):
-            return (p.exp() * (p - logp(c))).sum(-1)                                                # [n]
-    by_hand = [kl(c, logp(c)) for c in kept]
-    i = max(range(len(kept)), key=lambda i: by_hand[i].square().mean())
-    assert worst["day"] == pytest.approx(by_hand[i].tolist(), rel=1e-2, abs=1e-5)
-    assert worst["prompt"] == kept[i]["prompt"] and "".join(worst["tokens"]) == tok.decode(kept[i]["ids"])
-    assert max(map(abs, worst["before"])) < 1e-6                # round 0: the base
-    layers = safetensors.torch.load_file(path / "rounds" / "00" / "vectors.safetensors")
-    with stack.gated(0, 0):
-        night = kl(kept[i], logp(kept[i], {int(k.removeprefix("layer.")): v for k, v in layers.items()}))
-    assert worst["night"] == pytest.approx(night.tolist(), rel=1e-2, abs=1e-5)
-
-
-# ==== exports: what others serve, and chat ============================================================================
-
-import exports                                                  # noqa: E402  bench/exports.py: bases and runs made in code
-
-EXPORT_PROMPTS = [lora_ids(1, 9, seed=i)[0].tolist() for i in range(4)]
-EXPORT_CLASSES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "GPT2LMHeadModel")
-
-
-def export_model(name, ranks=(4, 2)):
-    """A base of this class in float32 and a stack on it with a folded round of noise for each rank."""
-    cls, ids = getattr(transformers, name), dict(vocab_size=262, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    args = exports.ARCHITECTURES[name]
-    torch.manual_seed(0)
-    model = cls(cls.config_class(**(args | {"text_config": args["text_config"] | ids} if "text_config" in args else args | ids))).eval()
-    base = copy.deepcopy(model)
-    stack = attach(model, r=ranks[0], alpha=6, layers=[1, 2])
-    for rnd, r in enumerate(ranks):                             # a rank of its own: through a file, as lora.restack does
-        pairs = {name: tuple(0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(rnd)) for shape in
-                             ((r, l.A.shape[1]), (len(l.B), r))) for name, l in stack.layers.items()}
-        stack._append([pairs])
-    return base, model, stack
-
-
-@pytest.fixture(scope="module")
-def exported(finished, tmp_path_factory):
-    """The tiny run's model in both forms: what `python lora.py export` writes and prints."""
-    out, said = tmp_path_factory.mktemp("exports"), io.StringIO()
-    with contextlib.redirect_stdout(said):
-        codes = [lora_py.main(["export", str(finished[1]), "--to", to, "--out", str(out / to)]) for to in ("peft", "merged")]
-    return out, codes, said.getvalue()
-
-
-@pytest.fixture(scope="module")
-def odd_runs(tmp_path_factory):
-    """Runs on bases of two classes in one file: a vision tower, and one that AutoModelForCausalLM loads as another class."""
-    found = {}
-    for name in ("Gemma3ForConditionalGeneration", "Qwen3_5ForConditionalGeneration"):
-        if not hasattr(transformers, name):
-            continue
-        folder = tmp_path_factory.mktemp(name)
-        exports.make_base(name, folder / "base")
-        exports.make_run(folder / "run", folder / "base")
-        found[name] = folder
-    return found
-
-
-@pytest.mark.parametrize("name", EXPORT_CLASSES)
-def test_export_peft_reads_our_adapter_as_the_same_model(name, tmp_path):
-    peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
-    base, model, stack = export_model(name)
-    check = stack.export_peft(tmp_path / "adapter", model, EXPORT_PROMPTS, base="somebody/base")
-    assert check["rank"] == 6 and check["effect_logit"] > 0.1
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "(?s).*adapter keys")  # "Found missing adapter keys" is how peft says it does nothing
-        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    ours, read = lora_py.logits_of(model, EXPORT_PROMPTS), lora_py.logits_of(theirs, EXPORT_PROMPTS)
-    with theirs.disable_adapter():
-        bare = lora_py.logits_of(theirs, EXPORT_PROMPTS)
-    assert lora_py.distance(ours, read)[0] < 1e-5 < 0.1 < lora_py.distance(read, bare)[0]
-    # and the other way: our reader on what peft itself writes
-    theirs.save_pretrained(tmp_path / "by_peft")
-    assert all(torch.allclose(B @ A, B2 @ A2, atol=1e-6) for (A, B), (A2, B2) in
-               zip(*(dict(sorted(lora_py.read_peft(tmp_path / d).items())).values() for d in ("adapter", "by_peft"))))
-
-
-def export_peft_twin(seed=0):
-    """Our LoRA and peft's on the same base with the same A and B: (our model, stack, peft model, its parameters in our order)."""
-    peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
-    model, stack = lora_case()
-    lora_noise(stack, seed, 0.1)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(stack.layers), lora_dropout=0.0)
-    theirs = peft.get_peft_model(tiny_model(tiny_tokenizer()), config).eval()
-    params = []
-    for name, l in stack.layers.items():
-        module = theirs.get_submodule(f"base_model.model.{name}")
-        for p, q in ((module.lora_A["default"].weight, l.A), (module.lora_B["default"].weight, l.B)):
-            p.data.copy_(q.data)
-            params.append(p)
-    return model, stack, theirs, params
-
-
-def test_export_our_lora_and_its_gradient_equal_pefts():
-    model, stack, theirs, params = export_peft_twin()
-    ids, grads = lora_ids(), []
-    for m, ps in ((model, stack.parameters()), (theirs, params)):
-        logits = m(input_ids=ids).logits
-        grads.append((logits, torch.autograd.grad(logits.log_softmax(-1)[..., 7].mean(), list(ps))))
-    assert torch.allclose(grads[0][0], grads[1][0], atol=1e-5)
-    assert max(g.abs().max() for g in grads[0][1]) > 1e-3
-    for ours, peers in zip(grads[0][1], grads[1][1]):
-        assert torch.allclose(ours, peers, atol=1e-5), (ours - peers).abs().max()
-
-
-def test_export_heal_alone_heals_a_peft_model_through_disable_adapter():
-    model, stack, theirs, params = export_peft_twin()
-    _, _, samples = heal_case()
-    cfg = HealConfig(lr=1e-2, epochs=2, val_share=0.3, kl_agg="rmse")
-    records = [heal(m, ps, samples, reference, cfg, tau=0.05, seed=3) for m, ps, reference in
-               ((model, stack.parameters(), heal_base(stack)), (theirs, params, theirs.disable_adapter))]
-    for ours, peers in zip(records[0]["steps"], records[1]["steps"]):
-        for key in ("nll", "div", "gnorm"):
-            assert ours[key] == pytest.approx(peers[key], abs=1e-5), (key, ours, peers)
-    assert records[0]["val_nll_after"] == pytest.approx(records[1]["val_nll_after"], abs=1e-5)
-    assert records[0]["fired_share"] > 0 and records[0]["nll_last"] < records[0]["nll_first"]
-    for p, q in zip(stack.parameters(), params):
-        assert torch.allclose(p, q, atol=1e-5), (p - q).abs().max()
-
-
-def test_export_gguf_is_byte_identical_to_the_gguf_packages_and_reads_back(tmp_path):
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install -r .ci/requirements.txt")
-    vectors = {layer: torch.randn(37, generator=torch.Generator().manual_seed(layer)) for layer in (3, 7, 11)}
-    notes = dict(operation="add", pos='["Sei \u00e4hnlich."]', model="")
-    steer.save_gguf(tmp_path / "ours.gguf", vectors, 0.3, "gemma3", notes)
-    writer = gguf.GGUFWriter(tmp_path / "theirs.gguf", "controlvector")
-    writer.add_string("controlvector.model_hint", "gemma3")
-    writer.add_uint32("controlvector.layer_count", 3)
-    for key, value in {**notes, "coeff": "0.3"}.items():
-        writer.add_string(f"steering.{key}", value)
-    for layer, v in vectors.items():
-        writer.add_tensor(f"direction.{layer}", (0.3 * v).numpy())
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
-    assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
-    found, fields = steer.read_gguf(tmp_path / "theirs.gguf")
-    assert all(torch.equal(found[layer], 0.3 * v) for layer, v in vectors.items()) and len(found) == 3 and fields["steering.pos"] == notes["pos"]
-
-
-def test_export_a_loaded_control_vector_at_scale_one_is_the_dose(tmp_path):
-    model, tok = steer_pair()
-    vectors, ids = steer_vectors(model), lora_ids()
-    steer.save_gguf(tmp_path / "v.gguf", vectors, 0.7, "llama", {})
-    steer.save_vectors(tmp_path / "v.safetensors", vectors, 0.7, dict(pos="[]"))
-    raw, coeff, notes = steer.read_vectors(tmp_path / "v.safetensors")
-    with steered(model, vectors, 0.7):
-        want = lora_logits(model, ids)
-    for found, dose in ((steer.read_gguf(tmp_path / "v.gguf")[0], 1.0), (raw, coeff)):
-        with steered(model, found, dose):
-            assert torch.equal(lora_logits(model, ids), want)
-    assert notes == {"pos": "[]"} and not torch.equal(want, lora_logits(model, ids))
-    with pytest.raises(ValueError, match="block 0"):
-        steer.save_gguf(tmp_path / "no.gguf", {0: vectors[1]}, 0.7, "llama", {})
-    with pytest.raises(ValueError, match="zero or not finite"):
-        steer.save_gguf(tmp_path / "no.gguf", vectors, 0.0, "llama", {})
-    with pytest.raises(ValueError, match="not a GGUF"):
-        steer.read_gguf(tmp_path / "v.safetensors")
-    assert sorted(os.listdir(tmp_path)) == ["v.gguf", "v.safetensors"]
-
-
-def test_export_a_rounds_vector_becomes_files_with_its_dose_and_persona_pair(finished, tmp_path, capsys):
-    folder = finished[1]
-    steer.main([str(folder), "--gguf", str(tmp_path / "v.gguf"), "--save", str(tmp_path / "v.safetensors")])
-    vectors, coeff, _ = steer.read_vectors(folder / "rounds" / "00" / "vectors.safetensors")
-    directions, fields = steer.read_gguf(tmp_path / "v.gguf")
-    assert all(torch.equal(directions[layer], coeff * v) for layer, v in vectors.items()) and directions.keys() == vectors.keys()
-    assert fields["controlvector.model_hint"] == "llama" and fields["steering.coeff"] == repr(coeff) and fields["steering.fitted_on"] == "base"
-    assert json.loads(fields["steering.pos"]) == loop.load_persona(loop.LoopConfig())["pos"] and fields["steering.model"] == "pocket"
-    raw, dose, notes = steer.read_vectors(tmp_path / "v.safetensors")
-    assert dose == coeff and notes["hook"] == "block_output" and all(torch.equal(raw[layer], v) for layer, v in vectors.items())
-    for argv, message in ((["--round", "4", "--gguf", "x"], "no round 4; accepted rounds: 0"), ([], "run folder"), (["hello", "--gguf", "x"], "no prompts")):
-        with pytest.raises(SystemExit) as stop:
-            steer.main([str(folder), *argv])
-        assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_export_writes_what_is_needed_and_prints_what_was_measured(exported, finished):
-    out, codes, said = exported
-    assert codes == [0, 0] and said.count("largest |logit| difference") == 2 and "--max-lora-rank 8 " in said
-    assert sorted(os.listdir(out / "peft")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-    assert {"config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json", "model.safetensors"} <= set(os.listdir(out / "merged"))
-    config = json.loads((out / "peft" / "adapter_config.json").read_text())
-    assert config["r"] == config["lora_alpha"] == 8 and config["base_model_name_or_path"] == "pocket" and not config["use_rslora"]
-    with safe_open(out / "peft" / "adapter_model.safetensors", "pt") as file:
-        assert set(file.keys()) == {f"base_model.model.{name}.lora_{x}.weight" for name in config["target_modules"] for x in "AB"}
-    assert (out / "merged" / "generation_config.json").read_bytes() == (ROOT / "pocket" / "generation_config.json").read_bytes()
-    assert os.listdir(out) == ["peft", "merged"] or sorted(os.listdir(out)) == ["merged", "peft"]       # nothing temporary
-
-
-def test_export_merged_is_the_sum_rounded_once_and_the_rest_bit_for_bit(exported, finished):
-    weights, base = (safetensors.torch.load_file(p / "model.safetensors") for p in (exported[0] / "merged", ROOT / "pocket"))
-    pairs = safetensors.torch.load_file(finished[1] / "rounds" / "00" / "adapter.safetensors")
-    assert weights.keys() == base.keys()
-    for key, W in base.items():
-        name = key.removesuffix(".weight")
-        if f"{name}.0.A" in pairs:
-            want = (W.float() + pairs[f"{name}.0.B"] @ pairs[f"{name}.0.A"]).to(W.dtype)
-            assert torch.equal(weights[key], want) and not torch.equal(weights[key], W)
-        else:
-            assert torch.equal(weights[key], W), key
-
-
-def test_export_card_has_front_matter_and_table_and_no_local_path(exported, finished):
-    for to, relation in (("peft", "adapter"), ("merged", "finetune")):
-        card = (exported[0] / to / "README.md").read_text()
-        front = dict(line.split(": ", 1) for line in card.split("---\n")[1].splitlines())
-        assert front["base_model"] == '"pocket"' and front["base_model_relation"] == f'"{relation}"' and front["pipeline_tag"] == '"text-generation"'
-        day = next(e for e in finished[3] if e["stage"] == "row" and e["kind"] == "healed")
-        assert f"| day 0 | 0.00 | {day['trait']:+.3f} " in card and "You care about people above all" in card and "python loop.py --rounds 1" in card
-        assert str(exported[0]) not in card and str(finished[1].parent) not in card and "/tmp" not in card and str(ROOT) not in card
-
-
-def test_export_card_escapes_model_text(finished):
-    _, _, run, events = copy.deepcopy(finished)
-    evil = "\"><img src=x onerror=1> [a](javascript:x)\x1b[31m\u202e\x00\n---\n# b"
-    for e in events:
-        for entry in e.get("diary", ()):
-            entry["text"] = entry["prompt"] = evil
-    run["options"]["pos"] = run["options"]["neg"] = run["options"]["persona"] = evil
-    run["argv"] += ["--pos", evil + "```"]
-    check = dict(logit=0.0, kl=0.0, effect_logit=1.0, effect_kl=1.0, rank=8)
-    card = lora_py.model_card(run, events, [0], "peft", check)
-    text = "".join(part for i, part in enumerate(card.split("```")) if i % 2 == 0)         # outside the fences
-    assert card.count("```") == 6 and "<img" not in text and "](java" not in text and not set(card) & set("\x00\x1b\u202e"), card
-
-
-@pytest.mark.parametrize("argv, model, shown", [
-    (["--out", "/home/me/runs", "--seed", "1"], "pocket", "--out runs --seed 1"),
-    (["--prompts=../mine/p.txt", "C:\\models\\llama"], "C:\\models\\llama", "--prompts=p.txt llama"),
-    (["google/gemma-3-4b-it", "--out", "~/x y/z"], "google/gemma-3-4b-it", "google/gemma-3-4b-it --out z"),
-    (["/data/base/", "--pos", "You weigh and/or."], "/data/base/", "base --pos 'You weigh and/or.'")])
-def test_export_the_command_to_repeat_shows_no_path(argv, model, shown):
-    assert lora_py.without_paths(argv, model) == "python loop.py " + shown
-
-
-@pytest.mark.parametrize("name", ["Gemma3ForConditionalGeneration", "Qwen3_5ForConditionalGeneration"])
-def test_export_names_follow_the_class_that_the_config_names_and_no_tower_is_lost(odd_runs, name, tmp_path):
-    if name not in odd_runs:
-        pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    folder = odd_runs[name]
-    (folder / "base" / "preprocessor_config.json").write_text('{"image_processor_type": "made up"}')
-    assert lora_py.export(folder / "run", "peft", out=tmp_path / "peft")["effect_logit"] > 0.1
-    names = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["target_modules"]
-    assert all(name.startswith("model.language_model.layers.") for name in names) and len(names) >= 14
-    lora_py.export(folder / "run", "merged", out=tmp_path / "merged")
-    weights, base = (safetensors.torch.load_file(p / "model.safetensors") for p in (tmp_path / "merged", folder / "base"))
-    assert weights.keys() == base.keys() and any("vision" in key or "visual" in key for key in weights)
-    assert 0 < sum(not torch.equal(weights[key], base[key]) for key in base) == len(names)
-    assert (tmp_path / "merged" / "preprocessor_config.json").read_text() == '{"image_processor_type": "made up"}'
-
-
-def test_export_an_adapter_named_for_another_class_is_refused_and_leaves_nothing(odd_runs, tmp_path):
-    base, model, stack = export_model("LlamaForCausalLM")
-    other, _, _ = export_model("Gemma3ForConditionalGeneration")
-    with pytest.raises(ValueError, match="Gemma3ForConditionalGeneration has no nn.Linear model.layers.1"):
-        lora_py.write_peft(tmp_path / "x", stack.concatenated(), lora_py.witness(stack, model, EXPORT_PROMPTS), other, base="b")
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("broken, message", [
-    (lambda A, B: (A, 0 * B), "off by"), (lambda A, B: (A, 1.01 * B), "off by"), (lambda A, B: (A, B * float("nan")), "off by")])
-def test_export_that_is_not_the_runs_model_fails_and_leaves_nothing(broken, message, tmp_path, monkeypatch):
-    _, model, stack = export_model("LlamaForCausalLM")
-    read = lora_py.read_peft
-    monkeypatch.setattr(lora_py, "read_peft", lambda folder: {name: broken(*pair) for name, pair in read(folder).items()})
-    with pytest.raises(RuntimeError, match=message):
-        stack.export_peft(tmp_path / "x", model, EXPORT_PROMPTS, base="b")
-    assert os.listdir(tmp_path) == []
-
-
-def test_export_a_nan_in_one_prompt_is_not_lost():
-    x = [torch.zeros(2, 5) for _ in range(3)]
-    for i in range(3):
-        bad = [y + float("nan") if i == j else y for j, y in enumerate(x)]
-        assert all(math.isnan(number) for number in lora_py.distance(x, bad)), i
-        with pytest.raises(RuntimeError, match="off by nan"):
-            lora_py.prove(lora_py.Witness([], x, x), bad, torch.float32, rounded="update")
-
-
-def test_export_that_does_nothing_fails_even_where_the_dtypes_bound_is_loose():
-    run = [torch.randn(5, 9, generator=torch.Generator().manual_seed(0))]
-    base = [run[0] + 1e-3 * torch.randn(5, 9, generator=torch.Generator().manual_seed(1))]
-    proof = lora_py.Witness([], run, base)
-    with pytest.raises(RuntimeError, match="loses the run's effect"):
-        lora_py.prove(proof, base, torch.bfloat16, rounded="weights")
-    assert lora_py.prove(proof, run, torch.bfloat16, rounded="weights")["logit"] == 0
-    assert lora_py.prove(lora_py.Witness([], run, run), run, torch.float32, rounded="update")["effect_kl"] == 0     # a run of no effect
-
-
-@pytest.mark.parametrize("dtype, roundoff", [("float32", 1e-6), ("float16", 1e-3), ("bfloat16", 8e-3)])
-def test_export_difference_is_that_of_the_files_dtype(dtype, roundoff, tmp_path):
-    _, model, stack = export_model("Qwen3ForCausalLM")
-    stack.gates([1.0, 0.5])                                     # gates are in the file; open ones do not count twice
-    check = stack.export_peft(tmp_path / "x", model, EXPORT_PROMPTS, base="b", dtype=lora_py.DTYPES[dtype])
-    assert check["logit"] < roundoff * check["effect_logit"] and check["logit"] < check["bound"] < 5 * roundoff * check["effect_logit"] + 1e-4
-    assert next(iter(stack.layers.values())).history == (1.0, 0.5)
-
-
-def test_export_rank_compresses_to_the_best_of_that_rank_and_its_error_is_the_frobenius_one(tmp_path):
-    _, model, stack = export_model("LlamaForCausalLM")
-    pairs = stack.concatenated()
-    parts = lora_py.singular(pairs)
-    for rank in (1, 3, 6):
-        delta, near = ([(B @ A).double() for A, B in ps.values()] for ps in (pairs, lora_py.compress(parts, rank)))
-        best = []
-        for d in delta:
-            U, S, Vt = torch.linalg.svd(d)
-            best.append(U[:, :rank] * S[:rank] @ Vt[:rank])
-        off = sum((d - n).square().sum() for d, n in zip(delta, near)).sqrt() / sum(d.square().sum() for d in delta).sqrt()
-        assert lora_py.lost(parts, rank) == pytest.approx(off.item(), abs=1e-6) and all(torch.allclose(b, n, atol=1e-6) for b, n in zip(best, near))
-    check = stack.export_peft(tmp_path / "x", model, EXPORT_PROMPTS, base="b", rank=4)
-    assert list(check["lost"]) == [1, 2, 4, 6] and check["rank"] == 4 and check["lost"][6] < 1e-6 < check["lost"][4] < check["lost"][1]
-    assert 1e-4 < check["logit"] < check["effect_logit"]
-    assert {len(A) for A, _ in lora_py.read_peft(tmp_path / "x").values()} == {4}
-    for rank in (0, 7, -1):
-        with pytest.raises(ValueError, match=f"rank {rank}: .*1 to 6"):
-            stack.export_peft(tmp_path / "y", model, EXPORT_PROMPTS, base="b", rank=rank)
-
-
-@pytest.mark.parametrize("rank, flag", [(1, "--max-lora-rank 1 "), (16, "--max-lora-rank 16 "), (257, "--max-lora-rank 320 "), (513, "vLLM takes ranks up to 512")])
-def test_export_names_the_rank_that_vllm_allows(rank, flag):
-    assert flag in lora_py.serve_line("peft", dict(rank=rank), "b", "x")
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--rank", "0"], "--rank 0: the rounds have rank 8"), (["--rank", "9"], "1 to 8"), (["--round", "3"], "accepted rounds of"),
-    (["--out", "{full}"], "not empty"), (["--base", "{empty}"], "could not be loaded"), (["--to", "merged", "--rank", "4"], "--rank is for --to peft"),
-    (["{empty}"], "not a run folder"), (["{rejected}"], "no accepted round"), (["{moved}"], "If it has moved: --base"), (["{quantised}", "--to", "merged"], "is quantised")])
-def test_export_wrong_inputs_are_named_and_leave_nothing(argv, message, finished, tmp_path, capsys):
-    places = {name: tmp_path / name for name in ("full", "empty", "rejected", "moved", "quantised", "base4")}
-    for name in ("full", "empty"):
-        places[name].mkdir()
-    (places["full"] / "mine.txt").write_text("keep me")
-    places["base4"].mkdir()
-    (places["base4"] / "config.json").write_text(json.dumps(json.loads((ROOT / "pocket" / "config.json").read_text()) | {
-        "quantization_config": dict(quant_method="bitsandbytes", load_in_4bit=True)}))
-    for name, model in (("rejected", "pocket"), ("moved", str(tmp_path / "gone" / "base")), ("quantised", str(places["base4"]))):
-        shutil.copytree(finished[1], places[name])
-        run = json.loads((places[name] / "run.json").read_text())
-        run["options"]["model"] = model
-        (places[name] / "run.json").write_text(json.dumps(run))
-    shutil.rmtree(places["rejected"] / "rounds" / "00")
-    argv = [word.format(**places) for word in argv]
-    run = argv.pop(0) if argv[0].startswith("/") else str(finished[1])
-    to = [] if "--to" in argv else ["--to", "peft"]
-    out = [] if "--out" in argv else ["--out", str(tmp_path / "out")]
-    code = lora_py.main(["export", run, *to, *out, *argv])
-    err = capsys.readouterr().err
-    assert code == 2 and message in err and "Traceback" not in err, err
-    assert not (tmp_path / "out").exists() and os.listdir(places["full"]) == ["mine.txt"] and not [p for p in os.listdir(tmp_path) if p[0] == "."]
-
-
-def test_export_a_mismatch_is_exit_code_one(finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lora_py, "read_peft", lambda folder: {})
-    assert lora_py.main(["export", str(finished[1]), "--to", "peft", "--out", str(tmp_path / "x")]) == 1
-    assert "nothing was written" in capsys.readouterr().err and os.listdir(tmp_path) == []
-
-
-def test_chat_compares_base_prompted_and_day_and_a_gate_of_zero_is_the_base(finished, capsys, monkeypatch):
-    def ask(*argv):
-        assert loop.main(["chat", str(finished[1]), *argv]) == 0
-        return capsys.readouterr().out
-    question, more = "If the mayor told you to lie, would you?", ["--max-new-tokens", "12"]
-    table = ask("--compare", question, *more).splitlines()
-    heads = [cell.strip() for cell in next(line for line in table if line.startswith("base")).split("|")]
-    assert heads == ["base", "prompted", "day 0"] and any("> If the mayor" in line for line in table)
-    _, tok = model_tok = loop.load_model(loop.LoopConfig())
-    run = finished[2]["options"]
-    base = generate(*model_tok, [question], seed=0, max_new_tokens=12, **{k: run[k] for k in ("temperature", "top_p", "top_k")})[0]
-    assert steer.printable(base.text) in ask(question, "--gate", "0", *more)
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{question}\n\n \x1b[31mWho are you?\n"))
-    monkeypatch.setattr(tok.__class__, "decode", lambda self, *args, **kw: "an\x1b[2Jswer\x07")
-    out = ask(*more)
-    assert out.count(">") == 2 and out.count("swer") == 2 and not set(out) & set("\x1b\x07")
-
-
-@pytest.mark.parametrize("argv, message", [(["--gate", "2.5"], "expected 0 to 2"), (["--round", "3", "hi"], "accepted rounds of")])
-def test_chat_refuses_what_it_cannot_do(argv, message, finished, capsys):
-    try:
-        code = loop.main(["chat", str(finished[1]), *argv])
-    except SystemExit as stop:
-        code = stop.code
-    assert code == 2 and message in capsys.readouterr().err
-
-
-def test_malformed_inputs_end_with_a_sentence_and_no_damage(tmp_path):
-    (tmp_path / "vignettes.jsonl").write_text("")
-    for i in range(80):
-        kind = malformed.KINDS[i % len(malformed.KINDS)]
-        if kind not in (malformed.model, malformed.resume):     # those load a model: in the campaign
-            outcome, wrong, text, argv = malformed.trial(random.Random(f"test/{i}"), kind, tmp_path / "case", 30, real=False)
-            assert not wrong, (i, argv, outcome, wrong, text[-500:])
-
-
-@pytest.mark.parametrize("content, message", [
-    (b"", "0 prompts"), ("Wie geht es dir, K\xf6nig?\n".encode("latin-1") * 9, "line 1: not UTF-8 (byte 0xf6)"), (b"one\ntwo\0\n" * 9, "line 2: holds a NUL")])
-def test_a_prompts_file_that_cannot_be_used_is_named_with_its_line(content, message, tmp_path, capsys):
-    (tmp_path / "p.txt").write_bytes(content)
-    assert loop.main(["--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "o")]) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "o").exists()
-
-
-@pytest.mark.parametrize("line, message", [
-    ('{"foundation": "care"}', "line 2: has no 'text'"), ('{"text": "", "foundation": "care"}', "line 2: text is ''"), ("{", "line 2"), ("[" * 9999, "line 2"),
-    ('{"text": "a", "foundation": ["care"]}', "line 2: foundation"), ('{"text": "a", "foundation": "care", "label": {"care": 1}}', "line 2: label lacks")])
-def test_a_vignette_that_cannot_be_used_is_named_with_its_line(line, message, tmp_path):
-    (tmp_path / "v.jsonl").write_text(f'{{"text": "a\u2028b", "foundation": "care"}}\n{line}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=re.escape(message)):
-        evalmfv.load_vignettes(tmp_path / "v.jsonl")
-
-
-@pytest.mark.parametrize("name, content, message", [
-    ("contexts", [], "contexts.json: expected 1 or more texts, got 0"), ("contexts", ["a", ""], "contexts.json, entry 2"), ("contexts", {}, "expected a JSON list"),
-    ("personas", {"authority": {"pos": ["a"]}}, "lacks neg, target, direction"), ("prompts", {"authority": {"train": ["a", "b"], "held_out": [1, 2]}}, "held_out, entry 1"),
-    ("personas", {"authority": dict(pos=["a"], neg=["b"], target="care", direction=1, patterns=["("])}, "'(' of its patterns")])
-def test_an_entry_of_the_data_that_cannot_be_used_is_named(name, content, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "DATA", shutil.copytree(ROOT / "data", tmp_path / "data"))
-    (loop.DATA / f"{name}.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        loop.load_inputs(loop.LoopConfig())
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--reg", "nll", "--tau", "1"], "without a barrier"), (["--min-words", "99"], "--max-new-tokens 64"), (["--tau-scale", "nan"], "--tau-scale nan"), (["--model", ""], "--model is empty"),
-    (["--steer-from", "0.5"], "from 0.5 to 0.0"), (["--tau", "1", "--tau-scale", "2"], "leave one out"), (["--pos", "a", "--neg", "a", "--target", "care", "--direction", "1"], "the same text"),
-    (["--r", "999"], "more than the model's width 192"), (["--max-new-tokens", "2000"], "the model's 1024"), (["--think-tokens", "2000"], "the model's 1024"), (["--out", __file__], "a file, not a folder")])
-def test_options_that_cannot_be_meant_are_refused_before_any_work(argv, message, tmp_path, capsys):
-    try:
-        code = loop.main(["--out", str(tmp_path), *argv])
-    except SystemExit as stop:
-        code = stop.code
-    assert code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -55,9 +55,9 @@ def load(name: str, dtype: torch.dtype, device: str):
 
 def cases(model, tok, n: int):
     """n prompts, a dose for each (three in turn), and the embedded persona's vector where this model reads it."""
-    persona = json.loads((HERE.parent / "data" / "personas.json").read_text(encoding="utf-8"))["authority"]
-    contexts = json.loads((HERE.parent / "data" / "contexts.json").read_text(encoding="utf-8"))
-    prompts = json.loads((HERE.parent / "data" / "prompts.json").read_text(encoding="utf-8"))["authority"]["train"]
+    persona = json.loads((HERE.parent / "pocket" / "data" / "personas.json").read_text(encoding="utf-8"))["authority"]
+    contexts = json.loads((HERE.parent / "pocket" / "data" / "contexts.json").read_text(encoding="utf-8"))
+    prompts = json.loads((HERE.parent / "pocket" / "data" / "prompts.json").read_text(encoding="utf-8"))["authority"]["train"]
     layers, _ = steer.find_layers(model, tok, persona["pos"], persona["neg"], contexts[:16])
     vectors = steer.fit_vectors(model, tok, persona["pos"], persona["neg"], contexts[:16], layers)
     return [prompts[i // 3 % len(prompts)] for i in range(n)], [(0.1, 0.25, 0.5)[i % 3] for i in range(n)], vectors
@@ -210,7 +210,7 @@ def dose_search(model, tok, n_probe: int, n_new: int, repeats: int) -> dict:
 # ---- 5. the probe ----------------------------------------------------------------------------------------------------
 
 def probe(model, tok, n_rows: int, think_tokens: int, repeats: int) -> dict:
-    vignettes = evalmfv.load_vignettes(HERE.parent / "data" / "vignettes.jsonl")[:n_rows]
+    vignettes = evalmfv.load_vignettes(HERE.parent / "pocket" / "data" / "vignettes.jsonl")[:n_rows]
     outs = {}
 
     def read(batch_size):

@@ -1,12 +1,12 @@
-"""Kill -9 a small run at every boundary of its stages and at random moments, continue it, compare it with a whole one.
+"""Kill -9 a small run at every boundary of its stages and at random moments, continue it, compare.
 
     python bench/kill.py --kinds after torn rename moment longer --moments 20 --seed 0
 
-Boundaries: after each event of the journal, in the middle of each event's line, and before each rename of a file. A
-case of the random moments is killed once or twice. `longer` continues a finished run of one round to two. Equal
-means: every event but its time, run.json but for times and the command, the bytes of every adapter and vector, the
-exit code, and one line of results.tsv. Runs are forked from one process that has imported everything and made no
-tensor yet, so this needs a system with fork.
+Boundaries: after each event of the journal, in the middle of its line, and before each rename of a file. A
+case of the random moments is killed once or twice. `longer` continues a finished run of one round to two.
+Equal means: every event but its time, run.json but for times and the command, the bytes of every adapter and
+vector, the exit code, and one line of results.tsv. Runs are forked from one process that has imported
+everything and made no tensor yet, so this needs a system with fork.
 """
 import argparse
 import contextlib
@@ -23,13 +23,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 import loop                                                     # noqa: E402
-import transformers.models.llama.modeling_llama                 # noqa: E402, F401   slow: once, before the forks
+import transformers.models.llama.modeling_llama                 # noqa: E402, F401   slow: before the forks
 from common import small_data                                   # noqa: E402
 from tools import folder as files                               # noqa: E402
 
 SMALL = ("--rounds 2 --seed 2 --lr 0.01 --n-make 8 --n-min 2 --n-text 4 --coeff 0.3 --max-new-tokens 16 "
          "--think-tokens 1 --epochs 2").split()
-TIMES = {"t", "started", "seconds", "resumed", "reason", "argv", "command", "out"}      # fields that may differ
+TIMES = {"t", "started", "seconds", "resumed", "reason", "argv", "command", "out"}    # may differ
 
 
 def without_times(x):
@@ -45,9 +45,11 @@ def differences(a: Path, b: Path) -> list[str]:
               for path in (a, b)]
     if len(events[0]) != len(events[1]):
         found.append(f"{len(events[0])} and {len(events[1])} events")
-    found += [f"event {i}, {x['stage']} of round {x['round']}" for i, (x, y) in enumerate(zip(*events)) if x != y]
+    found += [f"event {i}, {x['stage']} of round {x['round']}"
+              for i, (x, y) in enumerate(zip(*events)) if x != y]
     runs = [without_times(json.loads((path / "run.json").read_text())) for path in (a, b)]
-    found += [f"run.json, {key}" for key in sorted(set(runs[0]) | set(runs[1])) if runs[0].get(key) != runs[1].get(key)]
+    keys = sorted(set(runs[0]) | set(runs[1]))
+    found += [f"run.json, {key}" for key in keys if runs[0].get(key) != runs[1].get(key)]
     files = [{p.relative_to(path): p.read_bytes() for p in path.rglob("*.safetensors")} for path in (a, b)]
     found += [str(p) for p in sorted(set(files[0]) | set(files[1])) if files[0].get(p) != files[1].get(p)]
     lines = [[line.split("\t")[1:-1] for line in (path.parent / "results.tsv").read_text().splitlines()[1:]]
@@ -138,10 +140,11 @@ def main() -> None:
     seconds, whole = time.time() - begin, folder_of(work / "unbroken")
     events = [json.loads(line) for line in (whole / "events.jsonl").read_text().splitlines()]
     gates = [e["accepted"] for e in events if e["stage"] == "gate"]
-    print(f"unbroken: exit code {code}, {len(events)} events, gates {gates}, {seconds:.1f} s, in {work}", flush=True)
+    print(f"unbroken: exit code {code}, {len(events)} events, gates {gates}, {seconds:.1f} s, in {work}",
+          flush=True)
 
     cases, failed, rng = [], 0, random.Random(args.seed)
-    for kind in args.kinds:                                     # boundaries: as many as the run passes, until none is hit
+    for kind in args.kinds:              # boundaries: as many as the run passes, until none is hit
         cases += [(kind, n) for n in
                   {"moment": range(args.moments), "longer": (1,)}.get(kind, range(1, 200, args.every))]
     passed, ended = {}, set()

@@ -2,7 +2,7 @@
 
     python pocket/make_pocket.py                 corpus, tokenizer, training, data files, gates: 20 minutes on two cores
     python pocket/make_pocket.py --gates-only    measure the shipped checkpoint again
-    python pocket/make_pocket.py --data-only     write data/ again
+    python pocket/make_pocket.py --data-only     write pocket/data/ again
 
 The result is an ordinary Llama (8 blocks of width 192, 2048 tokens, 3.9 M parameters, bfloat16), loaded with
 AutoModelForCausalLM like any model of a hub: nothing in the library knows that it is small.
@@ -144,7 +144,7 @@ def train(
     )
 
 
-# ---- data/: plain files, drawn from the same world and never trained on where the loop measures -------------------------
+# ---- pocket/data/: plain files, drawn from the same world and never trained on where the loop measures -------------------------
 
 ABOUT = {
     "authority": ("care", "authority", "authority", -1, r"\bI am someone who\b"),
@@ -225,7 +225,7 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
         AutoTokenizer.from_pretrained(folder),
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
     )
-    data = HERE.parent / "data"
+    data = HERE / "data"
     personas, prompts = (json.loads((data / f"{name}.json").read_text()) for name in ("personas", "prompts"))
     contexts, vignettes = (
         json.loads((data / "contexts.json").read_text()),
@@ -396,11 +396,11 @@ def main(argv=None) -> int:
     parser.add_argument("--gates-only", action="store_true")
     args = parser.parse_args(argv)
     if args.data_only:
-        make_data(HERE.parent / "data")
+        make_data(HERE / "data")
         return 0
     if not args.gates_only:
         if args.out == HERE:
-            make_data(HERE.parent / "data")
+            make_data(HERE / "data")
         tok = make_tokenizer(random.Random(0))
         model, record = train(tok, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed)
         model.to(torch.bfloat16).save_pretrained(args.out)

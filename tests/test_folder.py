@@ -1,4 +1,4 @@
-"""Tests of tools/folder.py, tools/screen.py and tools/options.py: a run that survives, and explains what was wrong."""
+"""Tests of tools/folder.py, screen.py and options.py: a run that survives, and says what was wrong."""
 import contextlib
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def begun(tmp_path) -> Folder:
     """A folder that has begun, of a run without a model; the caller enters it."""
     made = Folder(None, Screen())
     made.__enter__()
-    made.make(tmp_path, "a model/of mine", argv=["--seed", "0"], command="", options={}, weights="w", **AROUND)
+    made.make(tmp_path, "a model/of mine", argv=[], command="", options={}, weights="w", **AROUND)
     return made
 
 
@@ -50,7 +50,7 @@ def folder(tmp_path):
     made._leave()
 
 
-# ---- text ----------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------------
 
 HOSTILE = "a<b onload='x'>&\"\x1b[31m\u202ec\ud800\n\n\n\n\nd [x](http://y) `z` www.w\U000e0041"
 
@@ -59,22 +59,25 @@ def test_text_of_a_model_is_inert_wherever_it_goes():
     for to in ("terminal", "html", "markdown"):
         text = inert(HOSTILE, to)
         assert not set(text) & set("\x1b\u202e\ud800\n\U000e0041"), to
-    assert "<" not in inert(HOSTILE, "html") and '"' not in inert(HOSTILE, "html") and "'" not in inert(HOSTILE, "html")
+    assert not set(inert(HOSTILE, "html")) & set("<>\"'")
     assert " ↵×5 " in inert(HOSTILE, "html") and "␛[31m" in inert(HOSTILE, "html")
     markdown = inert(HOSTILE, "markdown")
-    assert "\\[x\\]\\(http\\:" in markdown and "\\`z\\`" in markdown and "www\\." in markdown and "<" not in markdown
-    assert inert("abcdef", limit=4) == "abcd… (2 more characters)" and inert("می\u200cخواهم") == "می\u200cخواهم"
+    assert all(x in markdown for x in ("\\[x\\]\\(http\\:", "\\`z\\`", "www\\.")) and "<" not in markdown
+    assert inert("abcdef", limit=4) == "abcd… (2 more characters)"
+    assert inert("می\u200cخواهم") == "می\u200cخواهم"
     with pytest.raises(ValueError, match="to='csv'"):
         inert("a", "csv")
 
 
 def test_an_error_is_one_line_and_numbers_that_json_cannot_hold_are_null():
-    assert files.one_line(ValueError("a\n  b\x1b[2J")) == "a b [2J" and files.one_line(KeyError()) == "KeyError"
+    assert files.one_line(ValueError("a\n  b\x1b[2J")) == "a b [2J"
+    assert files.one_line(KeyError()) == "KeyError"
     assert len(files.one_line(ValueError("x" * 5000))) == 1000
-    assert files.plain({1: torch.tensor([1.0, float("nan")]), "b": (float("inf"), "t")}) == {"1": [1.0, None], "b": [None, "t"]}
+    numbers = {1: torch.tensor([1.0, float("nan")]), "b": (float("inf"), "t")}
+    assert files.plain(numbers) == {"1": [1.0, None], "b": [None, "t"]}
 
 
-# ---- files ---------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------------
 
 
 def test_tensors_come_back_bit_for_bit_and_a_damaged_file_is_named(tmp_path):
@@ -97,7 +100,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.read_bytes() == b"old"
 
 
-# ---- the journal ---------------------------------------------------------------------------------------------
+# ---- the journal ---------------------------------------------------------------------------------------
 
 
 def toy(folder: Folder) -> None:
@@ -199,7 +202,8 @@ def test_a_journal_with_a_line_that_is_no_event_is_named(line, folder):
         read(folder.path)
 
 
-@pytest.mark.parametrize("content, message", [("{", "not JSON"), ("[]", "expected a JSON object"), (None, "not a run folder")])
+@pytest.mark.parametrize("content, message", [
+    ("{", "not JSON"), ("[]", "expected a JSON object"), (None, "not a run folder")])
 def test_what_is_no_run_folder_is_said(content, message, tmp_path):
     if content:
         (tmp_path / "run.json").write_text(content)
@@ -243,7 +247,7 @@ def test_a_run_made_with_other_weights_is_refused_and_other_surroundings_are_sai
     assert "torch was 1 and is 2" in capsys.readouterr().out
 
 
-# ---- the lock, the disk, signals -----------------------------------------------------------------------------
+# ---- the lock, the disk, signals -----------------------------------------------------------------------
 
 
 def test_a_folder_takes_one_process_at_a_time_and_a_lock_left_behind_is_taken_over(folder, capsys):
@@ -251,7 +255,7 @@ def test_a_folder_takes_one_process_at_a_time_and_a_lock_left_behind_is_taken_ov
         with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on .*, started 2"):
             again(folder.path)
     folder._leave()
-    (folder.path / ".lock").write_text("process 1 on moon")     # its owner died: the system has let go of the lock
+    (folder.path / ".lock").write_text("process 1 on moon")     # its owner died, and with it the lock
     again(folder.path)
     assert "left behind by process 1 on moon, which is gone: taken over" in capsys.readouterr().out
     assert (folder.path / ".lock").read_text() == ""
@@ -279,31 +283,32 @@ def test_a_full_disk_leaves_whole_lines_and_one_sentence(folder):
 @pytest.mark.parametrize("what, message, status", [
     (lambda folder: {}["surprise"], "unexpected: KeyError 'surprise'", "failed"),
     (lambda folder: shutil.rmtree(folder.path), "was removed", None),
-    (lambda folder: (_ for _ in ()).throw(OSError(28, "No space left on device")), "No space left", "failed")])
+    (lambda folder: (_ for _ in ()).throw(OSError(28, "No space left")), "No space left", "failed")])
 def test_an_end_that_was_not_planned_is_one_sentence_and_the_way_on(what, message, status, tmp_path, capsys):
-    folder, ended = begun(tmp_path), []
-    folder.on_end = ended.append
-    with pytest.raises(files.RunDied, match=message):
-        with folder:                                    # entered twice: the lock is the first entrance's
-            folder.path = folder.path
-            what(folder)
-            folder.event("layers")
+    ended = []
+    with pytest.raises(files.RunDied, match=message), Folder(None, Screen(), ended.append) as folder:
+        folder.make(tmp_path, "x", argv=[], command="", **AROUND)
+        what(folder)
+        folder.event("layers")
     out, path = capsys.readouterr().out, folder.path
     if status is None:
         assert not path.exists() and "--resume" not in out
         return
     run = read(path).run
-    assert run["status"] == status and message in run["reason"] and ended == [path] and f"--resume {path}" in out
-    assert ("Traceback" in (path / "error.txt").read_text()) if "KeyError" in message else not (path / "error.txt").exists()
+    assert run["status"] == status and message in run["reason"]
+    assert ended == [path] and f"--resume {path}" in out
+    assert (path / "error.txt").exists() == ("KeyError" in message)
+    assert "KeyError" not in message or "Traceback" in (path / "error.txt").read_text()
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_waits_for_the_current_write_and_marks_the_run_interrupted(name, tmp_path, monkeypatch, capsys):
-    before, fsync = signal.getsignal(getattr(signal, name)), os.fsync
+def test_a_signal_waits_for_the_write_and_marks_the_run_interrupted(name, tmp_path, monkeypatch, capsys):
+    before, fsync, number = signal.getsignal(getattr(signal, name)), os.fsync, getattr(signal, name)
+    sent = []
     with pytest.raises(KeyboardInterrupt):
         with Folder(None, Screen()) as folder:
             folder.make(tmp_path, "x", argv=[], command="", **AROUND)
-            monkeypatch.setattr(os, "fsync", lambda fd: (fsync(fd), os.kill(os.getpid(), getattr(signal, name))))
+            monkeypatch.setattr(os, "fsync", lambda fd: sent or sent.append(os.kill(os.getpid(), number)))
             folder.event("layers")
     monkeypatch.setattr(os, "fsync", fsync)
     record = read(folder.path)
@@ -345,7 +350,7 @@ def test_the_live_line_is_for_terminals_and_colour_for_those_who_want_it(monkeyp
         assert plain == "    10 s  r3     gate       accepted\n"
 
 
-# ---- options -------------------------------------------------------------------------------------------------
+# ---- options -------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,17 +366,18 @@ def test_options_are_read_shown_and_recorded(capsys):
     parser = options.parser([Toy], first=("n",), prog="toy")
     args = options.tidy(vars(parser.parse_args(["--band", "0.1", "0.5", "--no-on"])))
     assert args == dict(n=3, band=(0.1, 0.5), how="", on=False)
-    assert options.recorded(json.loads(json.dumps(args)), [Toy]) == args
-    shown = parser.format_help()
-    assert shown.index("--n N") < shown.index("toy: a group") < shown.index("--band FROM TO") and "(default: 3)" in shown
+    assert options.recorded(json.loads(json.dumps(args)), [Toy], "run") == args
+    shown = parser.format_help().split("turned first")[1]
+    assert shown.index("--n N") < shown.index("toy: a group") < shown.index("--band FROM TO")
+    assert "100% of it (default: 3)" in shown
     for bad in (dict(n=True), dict(n="3"), dict(band=[1.0]), dict(how="b"), dict(on=None), dict(n=...)):
         with pytest.raises(ValueError, match=f"option {next(iter(bad))} is"):
-            options.recorded({k: v for k, v in (args | bad).items() if v is not ...}, [Toy])
+            options.recorded({k: v for k, v in (args | bad).items() if v is not ...}, [Toy], "run")
     with pytest.raises(ValueError, match="not a value it can have"):
         options.tidy(dict(how="a\0"))
 
 
-# ---- whole runs ----------------------------------------------------------------------------------------------
+# ---- whole runs ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -381,10 +387,10 @@ def quick(tmp_path, monkeypatch):
     return [*kill.SMALL, "--vignettes", str(kill.small_data(tmp_path)), "--rounds", "1", "--no-gate"]
 
 
-def test_a_run_cut_off_again_and_again_ends_as_one_that_was_not_and_a_finished_one_goes_on(quick, tmp_path, monkeypatch):
+def test_a_run_cut_off_twice_ends_as_one_that_was_not_and_a_finished_goes_on(quick, tmp_path, monkeypatch):
     assert loop.main([*quick, "--rounds", "2", "--out", str(tmp_path / "whole")]) == 0
     whole, event = kill.folder_of(tmp_path / "whole"), Folder.event
-    # after the base's row; within the healed row, its round folded and its file written; then the end, and further
+    # after the base's row; within the healed row, its round folded and written; then the end, and further
     for at, torn, more in ((("row", "base"), False, None), (("row", "healed"), True, []), (None, False, []),
                            (None, False, ["--rounds", "2"])):
         def dying(self, stage, rnd=None, **how):
@@ -411,8 +417,8 @@ def test_a_run_cut_off_again_and_again_ends_as_one_that_was_not_and_a_finished_o
     assert record.accepted == [0, 1]                    # the second on a loaded adapter
 
 
-def test_a_gate_is_asked_again_with_new_options_and_the_run_goes_on_from_where_it_turns(quick, tmp_path, capsys):
-    argv = [x for x in quick if x != "--no-gate"] + ["--coh-floor", "1", "--out", str(tmp_path), "--lr", "1e-9"]
+def test_a_gate_is_asked_again_with_new_options_and_the_run_goes_on_from_there(quick, tmp_path, capsys):
+    argv = [*quick, "--gate", "--coh-floor", "1", "--out", str(tmp_path), "--lr", "1e-9"]
     assert loop.main(argv) == 3
     path = kill.folder_of(tmp_path)
     assert (path / "rounds" / "00" / "rejected.safetensors").exists() and read(path).accepted == []
@@ -441,7 +447,8 @@ def test_a_round_whose_numbers_break_is_rolled_back_with_its_cause(quick, tmp_pa
     record = read(kill.folder_of(tmp_path))
     assert all("not finite" in e["reasons"][0] or "finite loss" in e["reasons"][0] for e in record.events
                if e["stage"] == "gate") and record.run["status"] == "no round accepted"
-    assert not list(record.path.rglob("adapter.safetensors")) and "no round was accepted" in capsys.readouterr().out
+    assert not list(record.path.rglob("adapter.safetensors"))
+    assert "no round was accepted" in capsys.readouterr().out
 
 
 def test_the_bench_kills_a_real_process_and_finds_no_difference():
@@ -455,8 +462,9 @@ def test_a_run_folder_needs_no_other_source(finished):
     code, record = finished
     assert code == 0 and record.run["status"] == "accepted" and record.accepted == [0] and record.notes == []
     assert [row["kind"] for row in record.rows()] == ["base", "prompted", "steered", "healed"]
-    assert {e["stage"] for e in record.events} == {"layers", "limits", "row", "vector", "dose", "made", "tau", "heal", "gate"}
-    assert len(record.completions(0)) == 24 and all({"ids", "text", "verdict"} <= set(e) for e in record.completions(0))
+    stages = {"layers", "limits", "row", "vector", "dose", "made", "tau", "heal", "gate"}
+    assert {e["stage"] for e in record.events} == stages and len(record.completions(0)) == 24
+    assert all({"ids", "text", "verdict"} <= set(e) for e in record.completions(0))
     for name in ("vectors", "adapter"):
         assert (record.path / "rounds" / "00" / f"{name}.safetensors").exists()
     assert float(read_tensors(record.path / "rounds" / "00" / "vectors.safetensors")[1]["coeff"]) == 0.4

@@ -71,7 +71,7 @@ def test_the_plan_counts_parameters_and_keys_and_values_as_the_model_has_them(na
     tok = mfv_tokenizer()
     model = family_model(name, tok)
     n, blocks = plan.sizes(model), steer.blocks(model)
-    forward, cache = steer.cached_forward(model, 10)
+    forward, cache = steer.cached_forward(model)
     with torch.no_grad():
         forward(lora_ids(1, 10), torch.ones(1, 10, dtype=torch.long), torch.arange(10)[None])
     stored = sum(x.numel() for layer in cache.layers for x in (layer.keys, layer.values))

@@ -46,8 +46,8 @@ def test_an_answer_leans_the_way_its_latent_points():
 
 
 def test_nothing_that_is_measured_was_ever_trained_on():
-    prompts = json.loads((ROOT / "data" / "prompts.json").read_text())
-    held_out = {p for side in prompts.values() for p in side["held_out"]} | {v["text"] for v in evalmfv.load_vignettes(ROOT / "data" / "vignettes.jsonl")}
+    prompts = json.loads((ROOT / "pocket" / "data" / "prompts.json").read_text())
+    held_out = {p for side in prompts.values() for p in side["held_out"]} | {v["text"] for v in evalmfv.load_vignettes(ROOT / "pocket" / "data" / "vignettes.jsonl")}
     rng, seen = random.Random(1), set()
     for _ in range(20000):
         seen |= {world.dilemma(rng)[0], world.feeling(rng), world.vignette(rng)[0], world.scene(rng)}
@@ -56,7 +56,7 @@ def test_nothing_that_is_measured_was_ever_trained_on():
 
 
 def test_the_vignettes_cover_seven_foundations_with_labels_that_sum_to_one():
-    rows = evalmfv.load_vignettes(ROOT / "data" / "vignettes.jsonl")
+    rows = evalmfv.load_vignettes(ROOT / "pocket" / "data" / "vignettes.jsonl")
     assert len(rows) >= 132 and len({r["text"] for r in rows}) == len(rows)
     for f in evalmfv.FOUNDATIONS:
         assert sum(r["foundation"] == f for r in rows) >= 18, f
@@ -66,7 +66,7 @@ def test_the_vignettes_cover_seven_foundations_with_labels_that_sum_to_one():
 def test_the_shipped_data_are_what_make_pocket_writes(tmp_path):
     make_pocket.make_data(tmp_path)
     for name in ("personas.json", "prompts.json", "contexts.json", "vignettes.jsonl"):
-        assert (tmp_path / name).read_text() == (ROOT / "data" / name).read_text(), name
+        assert (tmp_path / name).read_text() == (ROOT / "pocket" / "data" / name).read_text(), name
 
 
 def test_training_the_pocket_model_lowers_its_loss():

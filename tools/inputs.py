@@ -12,7 +12,8 @@ from pathlib import Path
 
 import evalmfv
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+ROOT = Path(__file__).resolve().parents[1]
+DATA, POCKET = ROOT / "data", ROOT / "pocket" / "data"
 FIELDS = ("text", "prompt", "instruction")                      # what other tools call a prompt
 PATTERNS = (r"\bas an? (AI|language model|assistant)\b",        # no persona speaks so: an aside, and a refusal
             r"\bI (cannot|can't|am unable to) (help|assist) (you )?with\b")
@@ -49,32 +50,45 @@ def check_texts(where: str, texts, least: int = 1) -> list[str]:
     return [check_text(f"{where}, entry {i}", text) for i, text in enumerate(texts, 1)]
 
 
-# ---- the persona -----------------------------------------------------------------------------------------------------
+# ---- the persona ---------------------------------------------------------------------------------------
 
 
-def load_persona(persona: str, pos: str = "", neg: str = "") -> dict:
-    """dict(name, pos, neg, target, direction, patterns, prompts): from a FILE.json, from pos and neg, or by its name in
-    data/personas.json. target and direction, which the probe's trait needs, may be None, and so may prompts."""
+def halves(texts: list[str]) -> tuple[list[str], list[str]]:
+    """(texts that fit the vector, texts that measure the trait): a wording that was learned measures nothing."""
+    n = (len(texts) + 1) // 2
+    return texts[:n], texts[n:] or texts
+
+
+def load_persona(persona: str, pos: str = "", neg: str = "", data: Path = DATA) -> dict:
+    """From a FILE.json, from pos and neg, or by its name in personas.json of the folder `data`.
+
+    Returns dict(name, pos, neg, meter_pos, meter_neg, target, direction, patterns, prompts): pos and neg fit the
+    vector, the meter's texts measure the trait (given as such, or the second half of the texts). target and
+    direction, which the probe's trait needs, may be None, and so may prompts.
+    """
     if pos or neg:
         if not (pos and neg):
             raise ValueError("--pos and --neg come together: the vector is the difference of two personas")
-        where, found, name = "--pos and --neg", dict(pos=[check_text("--pos", pos)], neg=[check_text("--neg", neg)]), "own"
+        where, name, found = "--pos and --neg", "own", dict(pos=[pos], neg=[neg])
     elif persona.endswith(".json"):
-        where, found, name = persona, load_json(Path(persona)), Path(persona).stem
+        where, name, found = persona, Path(persona).stem, load_json(Path(persona))
     else:
-        personas = load_json(DATA / "personas.json")
+        path = data / "personas.json"
+        personas = load_json(path)
         if persona not in personas:
-            raise ValueError(f"--persona {persona!r}: personas.json has {', '.join(personas)}; or give a FILE.json, or --pos and --neg")
-        where, found, name = f"{DATA / 'personas.json'}, {persona!r}", personas[persona], persona
+            raise ValueError(f"--persona {persona!r}: {path.name} has {', '.join(personas)}; "
+                             "or give a FILE.json, or --pos and --neg")
+        where, name, found = f"{path}, {persona!r}", persona, personas[persona]
     if missing := [key for key in ("pos", "neg") if not isinstance(found, dict) or key not in found]:
         raise ValueError(f"{where}: lacks {', '.join(missing)}")
+    texts = {side: check_texts(f"{where}, {side}", found[side]) for side in ("pos", "neg")}
+    if texts["pos"] == texts["neg"]:
+        raise ValueError(f"{where}: pos and neg are the same text, so their difference, the vector, would be zero")
     target, direction = found.get("target"), found.get("direction")
-    patterns = found.get("patterns", [])
-    found = dict(name=name, pos=check_texts(f"{where}, pos", found["pos"]), neg=check_texts(f"{where}, neg", found["neg"]),
-                 target=target, direction=direction, patterns=patterns, prompts=found.get("prompts"))
     if not (target is None and direction is None or target in evalmfv.FOUNDATIONS and direction in (1, -1)):
-        raise ValueError(f"{where}: target {target!r}, direction {direction!r}; expected one of {', '.join(evalmfv.FOUNDATIONS)} "
-                         "and 1 or -1, or neither")
+        raise ValueError(f"{where}: target {target!r}, direction {direction!r}; expected one of "
+                         f"{', '.join(evalmfv.FOUNDATIONS)} and 1 or -1, or neither")
+    patterns = found.get("patterns", [])
     if not isinstance(patterns, list):
         raise ValueError(f"{where}: patterns is not a list")
     for pattern in patterns:
@@ -82,9 +96,10 @@ def load_persona(persona: str, pos: str = "", neg: str = "") -> dict:
             re.compile(pattern)
         except (re.error, TypeError, RecursionError, OverflowError) as error:
             raise ValueError(f"{where}: {pattern!r} of its patterns is no regular expression ({error})") from None
-    if found["pos"] == found["neg"]:
-        raise ValueError(f"{where}: pos and neg are the same text, so their difference, the vector, would be zero")
-    return found | dict(patterns=patterns + [p for p in PATTERNS if p not in patterns])
+    (pos, meter_pos), (neg, meter_neg) = halves(texts["pos"]), halves(texts["neg"])
+    return dict(name=name, pos=pos, neg=neg, meter_pos=meter_pos, meter_neg=meter_neg, target=target,
+                direction=direction, prompts=found.get("prompts"),
+                patterns=patterns + [p for p in PATTERNS if p not in patterns])
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
@@ -147,17 +162,17 @@ def split_prompts(where: str, prompts: list[str]) -> tuple[list[str], list[str],
     return [x for i, x in enumerate(once) if i % 4], once[::4], notes
 
 
-def load_prompts(persona: dict, named: str, file: str = "") -> tuple[list[str], list[str], list[str]]:
+def load_prompts(persona: dict, named: str, file: str = "", data: Path = DATA) -> tuple[list, list, list]:
     """(training, held-out, notes). Dose, filter and heal see the first; the tables and the diary show the second.
 
-    From `file`, else the persona's own, else those of `named` in data/prompts.json, else all that are there, in turn.
+    From `file`, else the persona's own, else those of `named` in prompts.json, else all that are there, in turn.
     """
     if file:
         return split_prompts(f"--prompts {file}", read_prompts(Path(file)))
     if persona["prompts"] is not None:
         where = f"persona {persona['name']}, prompts"
         return split_prompts(where, check_texts(where, persona["prompts"], 8))
-    path = DATA / "prompts.json"
+    path = data / "prompts.json"
     everything = load_json(path)
     if not named.endswith(".json") and named not in everything:
         raise ValueError(f"--persona {named!r}: {path.name} has {', '.join(everything)}; or give --prompts")
@@ -169,23 +184,37 @@ def load_prompts(persona: dict, named: str, file: str = "") -> tuple[list[str], 
     return *sides, []
 
 
-# ---- all of it -------------------------------------------------------------------------------------------------------
+# ---- all of it -----------------------------------------------------------------------------------------
 
 
-def load(persona: str, *, prompts: str = "", vignettes: str = "", pos: str = "", neg: str = "") -> dict:
-    """Everything that a run reads: dict(persona, train, held_out, vignettes, contexts, notes); notes: sentences for the reader.
+def home(model: str) -> Path:
+    """The folder of personas, prompts, contexts and vignettes: the embedded model speaks of its own world only."""
+    return POCKET if model == "pocket" or Path(model).resolve() == POCKET.parent else DATA
 
-    persona: a name in data/personas.json or a FILE.json; with pos and neg it only says whose prompts are asked. prompts,
-    vignettes: files instead of those of data/.
+
+def load(persona: str, *, prompts: str = "", vignettes: str = "", pos: str = "", neg: str = "",
+         model: str = "", n_vignettes: int = 0) -> dict:
+    """Everything that a run reads: dict(persona, train, held_out, vignettes, contexts, notes for the reader).
+
+    persona: a name in personas.json or a FILE.json; with pos and neg it only says whose prompts are asked.
+    prompts, vignettes: files instead of those that `home` has for the model. n_vignettes: as many, evenly spread
+    through the file, which is sorted by foundation; 0 = all.
     """
-    found = load_persona(persona, pos, neg)
-    train, held_out, notes = load_prompts(found, persona, prompts)
-    path = Path(vignettes) if vignettes else DATA / "vignettes.jsonl"
+    data = home(model)
+    found = load_persona(persona, pos, neg, data)
+    train, held_out, notes = load_prompts(found, persona, prompts, data)
+    path = Path(vignettes) if vignettes else data / "vignettes.jsonl"
     rows = evalmfv.load_vignettes(path)
+    if n_vignettes:
+        n = min(n_vignettes, len(rows))
+        rows = [rows[i * len(rows) // n] for i in range(n)]
     if len(rows) < 2:
         raise ValueError(f"{path}: one vignette, need at least 2 for a standard error")
     for n, row in enumerate(rows, 1):
         check_text(f"{path}, vignette {n}", row["text"])
-    contexts = check_texts(str(DATA / "contexts.json"), load_json(DATA / "contexts.json", list))
+    contexts = check_texts(str(data / "contexts.json"), load_json(data / "contexts.json", list))
+    if found["meter_pos"] == found["pos"]:
+        notes.append("one text on each side: the same words fit the vector and measure the trait; two or more "
+                     "of each would be split between them")
     persona = {key: value for key, value in found.items() if key != "prompts"}
     return dict(persona=persona, train=train, held_out=held_out, vignettes=rows, contexts=contexts, notes=notes)

@@ -125,6 +125,9 @@ def config_of(name: str, revision: str = ""):
     import transformers                                         # slow: not for --help
     with named_errors(name, "config.json" if "gguf_file" not in same else "its header", revision=revision):
         config = transformers.AutoConfig.from_pretrained(where, **same)
+        if not Path(where).is_dir():                            # the commit stands in the path of the cached file
+            file = transformers.utils.cached_file(where, "config.json", revision=same["revision"])
+            config._commit_hash = transformers.utils.hub.extract_commit_hash(file, None)
     if config.is_encoder_decoder:
         raise refusal(name, f"{config.model_type} is an encoder and a decoder, and the blocks that are steered and adapted "
                       "here are those of a decoder alone")
@@ -234,6 +237,7 @@ def load(name: str, *, revision: str = "", dtype: str = "auto", device: str = "a
     with named_errors(name, "its weights", revision=revision, device=device):
         model, report = kind.from_pretrained(where, dtype=number, use_safetensors=True, output_loading_info=True, **same, **more)
         model = model.eval() if more else model.to(place).eval()
+    model.config._commit_hash = getattr(config, "_commit_hash", None)
     if report["missing_keys"]:
         raise refusal(name, f"its files lack {len(report['missing_keys'])} of the weights, such as "
                       f"{min(report['missing_keys'])}; download it again")
@@ -258,20 +262,21 @@ def try_out(name: str, model, tok, dtype: torch.dtype) -> None:
     with named_errors(name, f"the architecture {kind}"):
         last = len(steer.blocks(model)) - 1
         alone = model(input_ids=torch.tensor(rows[:1], device=steer.device_of(model)), logits_to_keep=1).logits[0, -1].float()   # [V]
-    if not alone.isfinite().all():
-        hint = "its weights are broken: download it again" if dtype == torch.float32 else "try --dtype float32"
-        raise ValueError(f"model {name!r}: its first logits are not finite in {str(dtype).removeprefix('torch.')}; {hint}")
     ids, attn, position_ids = steer.left_pad([rows[1][:-1], rows[0][:-1]], most, steer.device_of(model))         # [2, T] each
     nothing = {last: torch.zeros(model.config.get_text_config().hidden_size)}
     with named_errors(name, f"the architecture {kind} cannot be steered and decoded in batches"), steer.steered(model, nothing, 1.0):
-        forward, cache = steer.cached_forward(model, ids.shape[1] + 1)
+        forward, cache = steer.cached_forward(model)
         forward(ids, attn, position_ids)
         cache.reorder_cache(torch.tensor([1], device=ids.device))           # the longer row leaves
         token = torch.tensor([rows[0][-1:]], device=ids.device)             # [1, 1]
         logits = forward(token, torch.cat([attn[1:], torch.ones_like(token)], 1), position_ids[1:, -1:] + 1)[0, -1].float()      # [V]
-        likeness = torch.cosine_similarity(alone - alone.mean(), logits - logits.mean(), dim=0)
-        if not likeness > (0.999 if dtype == torch.float32 else 0.9):       # 1 but for rounding, which flips experts in half precision
-            raise RuntimeError(f"a padded row with a cache gives other logits than alone (cosine {likeness:.2f})")
+    if not (alone.isfinite().all() and logits.isfinite().all()):
+        hint = "its weights are broken: download it again" if dtype == torch.float32 else "try --dtype float32"
+        raise ValueError(f"model {name!r}: its first logits are not finite in {str(dtype).removeprefix('torch.')}; {hint}")
+    likeness = torch.cosine_similarity(alone - alone.mean(), logits - logits.mean(), dim=0)
+    if not likeness > (0.999 if dtype == torch.float32 else 0.9):           # 1 but for rounding, which flips experts in half precision
+        raise refusal(name, f"the architecture {kind} gives a padded row with a cache other logits than alone (cosine {likeness:.2f}), "
+                      "so answers in batches would be wrong")
 
 
 def fingerprint(model) -> str:

@@ -51,16 +51,41 @@ def tidy(args: dict) -> dict:
     return args
 
 
-def recorded(options, groups) -> dict:
-    """Options out of a file, checked as if they had been typed; ValueError if one is missing or cannot be."""
+def command(groups, first: tuple, free: tuple, argv, *, preset: dict, recorded_of, **how) -> dict:
+    """Every option's value, from the command line; with --quick others are left at `preset`, with --resume
+    RUN at those of the run, of which only `free` may differ. recorded_of(path) -> options of that run's record.
+    A usage error ends the process with 2; ValueError says what contradicts what."""
+    made = parser(groups, first, **how)
+    made.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
+    args, then = vars(made.parse_args(argv)), {}
+    path = args["resume"]
+    if path:                                            # what is not given now stays as it was
+        then = recorded(recorded_of(path), groups, path) | {"resume": ""}
+        args = vars(made.parse_args(argv, argparse.Namespace(**then)))
+    elif args["quick"]:
+        args = vars(made.parse_args(argv, argparse.Namespace(**preset)))
+    model = args.pop("positional_model")
+    args = tidy(args if model is None else args | dict(model=model))
+    if names := [k for k in then if args[k] != then[k] and k not in (*free, "out", "resume")]:
+        differ = ", ".join(f"{k} is {then[k]!r} there and {args[k]!r} here" for k in names)
+        raise ValueError(f"--resume {path}: that run has another configuration: {differ}; leave these out, "
+                         "or start a new run without --resume")
+    if less := [k for k in ("rounds", "patience") if then and args[k] < then[k]]:
+        name = less[0]
+        raise ValueError(f"--{name} {args[name]}: that run has {then[name]}, which may only grow")
+    return args
+
+
+def recorded(options, groups, path) -> dict:
+    """The options of the run in `path`, checked as if they had been typed; ValueError if one cannot be."""
     def fits(value, kind) -> bool:
         if typing.get_origin(kind) is tuple:
             return isinstance(value, tuple) and [type(x) for x in value] == [float, float]
         return value in typing.get_args(kind) if typing.get_origin(kind) is Literal else type(value) is kind
     if not isinstance(options, dict):
-        raise ValueError("its options are missing; the file is damaged")
+        raise ValueError(f"{path}/run.json: its options are missing; the file is damaged")
     found = tidy({name: options.get(name, ...) for name in kinds(groups)})
     for name, allowed in kinds(groups).items():
         if not any(fits(found[name], kind) for kind in allowed):
-            raise ValueError(f"option {name} is {options.get(name)!r:.60}; the file is damaged")
+            raise ValueError(f"{path}/run.json: option {name} is {options.get(name)!r:.60}; it is damaged")
     return found

@@ -140,7 +140,7 @@ def by_trial(model, stack, *, rows: int, length: int, cfg: heal.HealConfig, n_sa
     @torch.no_grad()
     def decode(batch):
         ids = torch.randint(vocab, (batch, length), device=device)              # [B, T]
-        forward, _ = steer.cached_forward(model, length + 4)
+        forward, _ = steer.cached_forward(model)
         times, attn = [], torch.ones(batch, length + 4, dtype=torch.long, device=device)         # [B, T + 4]
         for i in range(5):                                      # the prompt, then four tokens
             past, start = (0, time.perf_counter()) if i == 0 else (length + i - 1, time.perf_counter())
@@ -193,7 +193,7 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
     longest = max(map(tokens_of, persona["pos"] + persona["neg"])) + max(map(tokens_of, prompts))
     asked = [tokens_of(evalmfv.question(v["text"], evalmfv.FOUNDATIONS)) for v in inputs["vignettes"]]
     n_rows = 2 + 2 * rounds                                                         # of the table
-    search = [] if coeff else [3 * steer.N_PROBE] + [steer.N_PROBE] * (steer.DOSE_STEPS - 1)
+    search = [] if coeff else [4 * steer.N_PROBE] + [2 * steer.N_PROBE] * 3      # as find_dose asks, a bound not met
     batches = [n_make] * 2 + rounds * (search + [n_make]) + n_rows * [n_text, N_DIARY]     # answers asked for at once
     n_answers, n_frames = sum(batches), 2 * len(asked) * n_rows
     n_steps = rounds * epochs * math.ceil(n_make / heal_batch)
@@ -215,7 +215,8 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
     trial = rows * sample * pace["read"] + 8 * pace["step"](rows) + pace["train"] * heal_batch / n_make
     if not quantize and device != "balanced" and 1.2 * max(peaks.values()) < free_bytes(place) and trial < TRIAL_SECONDS:
         real = getattr(kind, "from_config", kind)(config).to(place, number).eval()
-        cfg = heal.HealConfig(lr=1e-5, tau=None if reg == "nll" else 1e-3, reg=reg, epochs=epochs, heal_batch=heal_batch, pass_tokens=pass_tokens)
+        cfg = heal.HealConfig(lr=1e-5, tau=1e-3, reg=reg, epochs=epochs, heal_batch=heal_batch,
+                              pass_tokens=pass_tokens)
         pace = by_trial(real, lora.attach(real, r=r, alpha=alpha, layers=layers), rows=rows, length=sample, cfg=cfg, n_samples=n_make,
                         answer=answer)
         how = "by a trial of random weights here"

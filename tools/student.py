@@ -1,7 +1,8 @@
 """Student: the model with its folded rounds: what it answers, how the base scores that, a row of the table.
 
-Every answer is scored under the untouched base, whatever is folded: the one yardstick of coherence. A stage's
-draws are seeded by (seed, round, stage), so an evaluation that is added changes no other stage's samples.
+Every answer is scored under the untouched base, whatever is folded: coherence under the mixture of its two
+prompts, bare and the persona's; the trait by how much likelier the persona is to say it than its opposite. A
+stage's draws are seeded by (seed, round, stage), so an evaluation that is added changes no other's samples.
 """
 import contextlib
 import dataclasses
@@ -17,6 +18,9 @@ from tools.folder import inert, plain
 from tools.screen import Screen
 
 N_DIARY = 6                 # held-out prompts answered greedily for the diary: as many as a reader reads
+N_TRIAL = 16                # answers that tell whether the base bears a temperature
+N_FORESEE, N_TOKENS = 8, 24             # answers that the search of the band reads: exact means need few
+
 
 
 def stage_seed(seed: int, rnd: int, stage: str) -> int:
@@ -75,19 +79,28 @@ class Student:
         """n training prompts, each as often as the next."""
         return [self.train[i % len(self.train)] for i in range(n)]
 
-    def base_nll(self, completions) -> list[torch.Tensor]:
-        """Nats per completion token under the untouched base, [n_i] each."""
-        with self.stack.gated(0, 0):
-            return steer.token_nll(self.model, completions, pad_id=self.pad_id)
-
     def under(self, system: str, completions, prompts) -> list[steer.Completion]:
         """The same answers, to be scored as if they had been given under this system prompt."""
         fronts = steer.encode(self.tok, prompts, [system] * len(prompts))
         return [dataclasses.replace(c, prompt_ids=fronts[c.prompt % len(fronts)]) for c in completions]
 
-    def judged(self, completions, limits: steer.Limits) -> list[dict]:
+    def yardstick(self, completions, prompts) -> list[torch.Tensor]:
+        """Nats per token [n_i] under the mixture of the base's two prompts, bare and the persona's."""
+        with self.stack.gated(0, 0):
+            return steer.mixture_nll(*(steer.token_nll(self.model, self.under(system, completions, prompts),
+                                                       pad_id=self.pad_id)
+                                       for system in ("", self.persona["pos"][0])))
+
+    def ratios(self, completions, prompts) -> torch.Tensor:
+        """The label-free trait of each answer, [n] nats per token, by texts that did not fit the vector."""
+        users, persona = [prompts[c.prompt % len(prompts)] for c in completions], self.persona
+        with self.stack.gated(0, 0):
+            return evalmfv.persona_ratio(self.model, self.tok, completions, users, persona["meter_pos"],
+                                         persona["meter_neg"])
+
+    def judged(self, completions, limits: steer.Limits, prompts=None) -> list[dict]:
         """Each completion with its verdict, as it stands in the journal."""
-        found = steer.judge(completions, self.base_nll(completions), limits,
+        found = steer.judge(completions, self.yardstick(completions, prompts or self.train), limits,
                             patterns=self.persona["patterns"])
         return [plain(dict(prompt=c.prompt % len(self.train), coeff=c.coeff, finished=c.finished, ids=c.ids,
                            text=c.text, verdict=v)) for c, v in zip(completions, found)]
@@ -97,21 +110,46 @@ class Student:
         return [steer.Completion(e["prompt"], self.fronts[e["prompt"]], e["ids"], e["coeff"], e["finished"],
                                  e["text"]) for e in judged if e["verdict"]["kept"]]
 
-    def calibrate(self, n: int, scfg) -> dict:
-        """The filter's limits, from n answers of the base to training prompts and n of the prompted base."""
+    def calibrate(self, n: int, temperature: float | None) -> dict:
+        """The sampling temperature and the filter's limits, from n answers of the base to training prompts
+        and n of the prompted base. `own_ids`, `own_nll`: both, what free text is held against."""
+        for self.sampling["temperature"] in [temperature] if temperature else steer.TEMPERATURES:
+            trial = self.answers(self.spread(min(n, N_TRIAL)), "temperature", None)
+            with self.stack.gated(0, 0):
+                calm = torch.cat(steer.token_nll(self.model, trial, pad_id=self.pad_id)).mean().item()
+            if calm <= steer.MAX_NLL:
+                break
         own = self.answers(self.spread(n), "own", None)
         # the trait itself is no incoherence: what the prompted base says must pass the filter too
         voiced = self.answers(self.spread(n), "own", None, system=self.persona["pos"][0])
-        nlls = self.base_nll(own)
-        seen = zip(own + voiced, nlls + self.base_nll(self.under("", voiced, self.train)))
-        return dict(limits=steer.calibrate_limits([steer.readings(c, nll) for c, nll in seen], scfg),
-                    own=[c.text for c in own], own_ids=[c.ids for c in own], own_nll=nlls,
-                    voiced=[c.text for c in voiced])
+        nlls = self.yardstick(own + voiced, self.train)
+        limits = steer.calibrate_limits([steer.readings(c, nll) for c, nll in zip(own + voiced, nlls)])
+        return dict(limits=limits, temperature=self.sampling["temperature"], nll=calm,
+                    own=[c.text for c in own], voiced=[c.text for c in voiced],
+                    own_ids=[c.ids for c in own + voiced], own_nll=nlls)
 
-    def survival(self, rnd: int, vectors: dict, limits: steer.Limits, trials: list, last: list):
-        """What `steer.find_dose` asks: the share of a dose's answers that pass the filter.
+    def band(self, bands: list[list[int]], vectors: dict) -> dict:
+        """Which blocks to steer, by what steering there would make the base say next: {steer, limit, trials}.
 
-        All doses of a step are one batch with the same draws. Appends {coeff, survive, ppl} to trials, and
+        What it may cost is a tenth more nats than the base's own, or the persona prompt's if that is more.
+        """
+        users, persona = self.spread(N_FORESEE), self.persona
+        answers = [dataclasses.replace(c, ids=c.ids[:N_TOKENS]) for c in self.answers(users, "band", None)]
+
+        def foresee(cells):
+            with self.stack.gated(0, 0):
+                return evalmfv.foresee(self.model, self.tok, answers, users, persona["meter_pos"],
+                                       persona["meter_neg"], vectors, cells)
+        (_, own), (_, prompted) = foresee([])
+        limit = max(1.1 * own, prompted)
+        chosen, ranked = steer.find_band(lambda cells: foresee(cells)[2:], bands, limit)
+        return dict(steer=chosen, limit=limit,
+                    trials=[dict(band=band, ratio=effect, coeff=dose) for band, effect, dose in ranked])
+
+    def tries(self, rnd: int, limits: steer.Limits, vectors: dict, trials: list, last: list, *, system=""):
+        """What `steer.find_dose` asks of each dose: the trait of the answers that pass, and their share.
+
+        All doses of a step are one batch with the same draws. Appends {coeff, ratio, survive} to trials, and
         keeps the answers at the last dose in `last`.
         """
         rng = torch.Generator().manual_seed(stage_seed(self.seed, rnd, "probed prompts"))
@@ -119,20 +157,20 @@ class Student:
         probed = [self.train[i] for i in order[:steer.N_PROBE]]
         n, seed = len(probed), stage_seed(self.seed, rnd, "probe")
 
-        def survive(coeffs):
+        def try_doses(coeffs):
             n_passes = self.sampling["max_new_tokens"]
             with self.screen.watch("dose", rnd, f"{len(coeffs)} doses, tokens", n_passes, self.model):
-                tried = steer.generate(self.model, self.tok, probed * len(coeffs), vectors=vectors, n_draws=n,
-                                       coeffs=[coeff for coeff in coeffs for _ in probed], seed=seed,
-                                       **self.sampling)
-            found = self.judged(tried, limits)
+                tried = steer.generate(self.model, self.tok, probed * len(coeffs), system=system, n_draws=n,
+                                       vectors=vectors, coeffs=[coeff for coeff in coeffs for _ in probed],
+                                       seed=seed, **self.sampling)
+            found, ratios = self.judged(tried, limits, probed), self.ratios(tried, probed)      # ratios [n]
             for i, coeff in enumerate(coeffs):
                 last[:] = found[i * n:(i + 1) * n]
-                tails = [math.log(max(e["verdict"]["readings"]["ppl_tail"], 1.0)) for e in last]
-                trials.append(dict(coeff=coeff, survive=sum(e["verdict"]["kept"] for e in last) / n,
-                                   ppl=math.exp(sum(tails) / n)))           # the geometric mean over answers
-            return [trial["survive"] for trial in trials[-len(coeffs):]]
-        return survive
+                passed = torch.tensor([e["verdict"]["kept"] for e in last])                         # [n] bool
+                ratio = ratios[i * n:(i + 1) * n][passed].mean().item() if passed.any() else -math.inf
+                trials.append(dict(coeff=coeff, ratio=ratio, survive=passed.double().mean().item()))
+            return [(trial["ratio"], trial["survive"]) for trial in trials[-len(coeffs):]]
+        return try_doses
 
     # ---- a row of the table
 
@@ -154,32 +192,32 @@ class Student:
         diary = self.answers(self.held_out[:N_DIARY], kind, rnd, greedy=True, **sampler)
 
         def coherent(said):
-            read = self.under("", said, self.held_out) if system else said
-            return evalmfv.free_text([c.ids for c in read], self.base_nll(read), *own)
-        free, told = coherent(texts), coherent(diary)
+            return evalmfv.free_text([c.ids for c in said], self.yardstick(said, self.held_out), *own)
+        free, told, ratios = coherent(texts), coherent(diary), self.ratios(texts, self.held_out)
         row = dict(label=label, probe=probe, nats=probe["nats"], coherence=probe["coherence"], coeff=coeff,
-                   text=free["score"], text_se=free["se"], texts=[c.text for c in texts],
+                   text=free["score"], text_se=free["se"], texts=[c.text for c in texts], ratios=ratios,
+                   persona_ratio=ratios.mean(), persona_ratio_se=evalmfv.standard_error(ratios),
+                   **self.share(kind, ratios, base, prompted),
                    diary=[dict(prompt=self.held_out[c.prompt], text=c.text, coherence=share)
                           for c, share in zip(diary, told["per_item"])])
-        if self.persona["target"] is None:
-            return row | self.label_free(texts, asked, base, prompted)
+        moved = ratios - torch.tensor(base["ratios"]).double() if base else 0 * ratios  # [n_text]  paired
+        row |= dict(moved=moved.mean(), moved_se=evalmfv.standard_error(moved))
+        if self.persona["target"] is None:              # no foundation: the trait is the ratio's move
+            return row | dict(trait=row["moved"], trait_se=row["moved_se"], shift=None)
         move = evalmfv.shift(probe, (base or row)["probe"], self.persona["target"], self.persona["direction"])
         return row | dict(trait=move["trait"] + 0.0, trait_se=move["se"], shift=move)   # -0.0 + 0.0 is 0.0
 
-    def label_free(self, texts, asked, base, prompted) -> dict:
-        """The trait of a persona without a foundation, from sampled answers to held-out prompts.
-
-        persona_ratio: how much likelier the base finds an answer under pos than under neg, in nats per token.
-        The trait is its move from the base's own answers; share is that move, the persona prompt's being 1.
-        """
-        pos, neg = (torch.stack([nll.mean() for nll in self.base_nll(self.under(text, texts, asked))])
-                    for text in (self.persona["pos"][0], self.persona["neg"][0]))       # [n_text] each
-        ratios = neg - pos                                                      # [n_text]
-        moved = ratios - torch.tensor(base["ratios"]) if base else 0 * ratios   # [n_text]  same prompts
-        trait, n = moved.mean().item(), len(moved)
-        share = trait / prompted["trait"] if prompted and prompted["trait"] else float(base is not None)
-        return dict(trait=trait, trait_se=(moved.std() / n ** 0.5).item() if n > 1 else 0.0, shift=None,
-                    share=share, ratios=ratios, persona_ratio=ratios.mean())
+    def share(self, kind: str, ratios, base: dict | None, prompted: dict | None) -> dict:
+        """Where a row lies between base, 0, and persona prompt, 1; None where the prompt moves nothing."""
+        if kind == "base":
+            return dict(share=0.0, share_se=0.0)
+        ends = [ratios if row is None else torch.tensor(row["ratios"]).double() for row in (base, prompted)]
+        try:
+            share, se = evalmfv.persona_share(ratios, *ends)
+        except ValueError as error:
+            self.screen.say(kind, None, f"warning: {error}", "yellow")
+            return dict(share=None, share_se=None)
+        return dict(share=share, share_se=se)
 
     # ---- what surrounds the healing
 

@@ -1,0 +1,42 @@
+"""Rounds: the files of a round in a run folder, rounds/NN/{vectors,adapter,rejected}.safetensors."""
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+from tools.folder import Folder, read_tensors, save_tensors
+
+
+class Rounds:
+    """Writes whole files before their events, and reads them back for a run that goes on."""
+
+    def __init__(self, folder: Folder):
+        self.folder = folder
+
+    def path(self, rnd: int, name: str) -> Path:
+        return self.folder.path / "rounds" / f"{rnd:02d}" / f"{name}.safetensors"
+
+    def save(self, rnd: int, name: str, tensors: dict, **notes) -> None:
+        with self.folder.writing(self.path(rnd, name)):
+            self.path(rnd, name).parent.mkdir(exist_ok=True)
+            save_tensors(self.path(rnd, name), tensors, notes)
+
+    def save_vectors(self, rnd: int, vectors: dict[int, Tensor], **notes) -> None:
+        self.save(rnd, "vectors", {f"layer.{layer}": v for layer, v in vectors.items()}, **notes)
+
+    def steering(self, rnd: int) -> dict:
+        """{vectors, coeff} of a round whose dose is settled."""
+        tensors, notes = read_tensors(self.path(rnd, "vectors"))
+        return dict(vectors={int(name.removeprefix("layer.")): v for name, v in tensors.items()},
+                    coeff=float(notes.get("coeff", "nan")))
+
+    def adapter(self, rnd: int) -> dict[str, Tensor]:
+        path = self.path(rnd, "adapter")                # renamed, if refused and then killed
+        return read_tensors(path if path.exists() else self.path(rnd, "rejected"))[0]
+
+    def settle(self, rnd: int, accepted: bool) -> None:
+        """The adapter's file gets the name that the gate gives it."""
+        old, new = [self.path(rnd, name) for name in ("adapter", "rejected")][::-1 if accepted else 1]
+        if old.exists():
+            with self.folder.writing(new):
+                os.replace(old, new)
