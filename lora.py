@@ -42,7 +42,7 @@ def check_ranges(cfg) -> None:
     for f in fields(cfg):
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
         values = value if isinstance(value, tuple) else (value,)
-        if low is not None and not all(x is None or low <= x <= high for x in values):        # false for nan too
+        if low is not None and not all(x is None or low <= x <= high for x in values):    # false for nan too
             raise ValueError(f"{f.name}={value}: expected a number from {low:g} to {high:g}")
 
 

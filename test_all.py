@@ -1,6 +1,6 @@
 """Tests of the concept files, in their order: heal, lora, steer, evalmfv, loop; then what the house promises.
 
-`pytest`: CPU, offline, small random models made in code and the embedded one. tests/ has those of tools/, pocket/, bench/.
+`pytest`: CPU, offline, small random models made in code and the embedded one. tests/ has those of the rest.
 """
 import ast
 import contextlib
@@ -40,8 +40,8 @@ import lora as lora_py                                          # noqa: E402
 import steer                                                    # noqa: E402
 from common import tiny_model, tiny_tokenizer                   # noqa: E402
 from evalmfv import FOUNDATIONS                                 # noqa: E402
-from heal import (AGGREGATES, HealConfig, Passes, Sample, aggregate, divergences, forward_kl, heal,  # noqa: E402
-                  lr_factor, naive_losses, reverse_kl, split, token_losses)
+from heal import (AGGREGATES, HealConfig, Passes, Sample, aggregate, divergences, forward_kl,  # noqa: E402
+                  heal, lr_factor, naive_losses, reverse_kl, split, token_losses)
 from lora import LoraConfig, attach                             # noqa: E402
 from steer import (Completion, Limits, SteerConfig, band, calibrate_limits, choose, find_dose,  # noqa: E402
                    fit_vectors, generate, judge, readings, render, repeats, steered, token_nll)
@@ -49,7 +49,7 @@ from tools import folder as files                               # noqa: E402
 from tools import inputs                                        # noqa: E402
 from tools import model as models                               # noqa: E402
 
-torch.set_num_threads(1)                                        # small models: a second thread costs more than it gives
+torch.set_num_threads(1)                              # small models: a second thread costs more
 
 SPECIALS = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = ("<|bos|>{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
@@ -60,11 +60,12 @@ TEMPLATE = ("<|bos|>{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}
 # ==== heal.py: the barrier and the round ====================================================================
 
 def heal_case(dtype=torch.float32, history=0):
-    """A tiny model, a stack with `history` folded rounds, seeded noise in the current round, six uneven samples."""
+    """A tiny model, a stack of `history` folded rounds, noise in the current round, six uneven samples."""
     model = tiny_model(tiny_tokenizer(), dtype=dtype)
     if dtype == torch.float64:                                  # transformers' norm rounds to float32
         for name, norm in [(name, m) for name, m in model.named_modules() if name.endswith("norm")]:
-            exact = torch.nn.RMSNorm(len(norm.weight), eps=norm.variance_epsilon, dtype=dtype).requires_grad_(False)
+            exact = torch.nn.RMSNorm(len(norm.weight), eps=norm.variance_epsilon, dtype=dtype)
+            exact.requires_grad_(False)
             model.set_submodule(name, exact)                    # the weights are ones in both
     stack = attach(model, r=4, alpha=8, layers=[1, 2])
     for rnd in range(history + 1):
@@ -100,12 +101,13 @@ def heal_flat(tensors):
 
 
 def heal_run(model, stack, samples, tau=0.0, seed=0, rnd=0, held_out=False, **options):
-    """heal() without its warnings and, as one prompt is never held out, without validation: most tests look elsewhere."""
+    """heal() without its warnings and, as a lone prompt is never held out, without validation."""
     cfg = HealConfig(**{"tau": tau, "lr": 1e-3, **options})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return heal(model, stack.parameters(), samples if held_out else [s._replace(group=0) for s in samples],
-                    heal_base(stack), cfg, seed=seed, rnd=rnd, spectral=stack.spectral if cfg.spectral else None)
+        samples = samples if held_out else [s._replace(group=0) for s in samples]
+        return heal(model, stack.parameters(), samples, heal_base(stack), cfg, seed=seed, rnd=rnd,
+                    spectral=stack.spectral if cfg.spectral else None)
 
 
 def heal_numbers(record, keys=("nll", "div", "gnorm")):
@@ -127,7 +129,8 @@ def test_heal_reverse_kl_equals_a_double_loop_and_torch_distributions():
     naive = torch.tensor(heal_double_loop(p, q), dtype=torch.float64)
     peer = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=p),
                                              torch.distributions.Categorical(logits=q))
-    assert torch.allclose(reverse_kl(p, q), naive, atol=1e-12) and torch.allclose(reverse_kl(p, q), peer, atol=1e-12)
+    assert torch.allclose(reverse_kl(p, q), naive, atol=1e-12)
+    assert torch.allclose(reverse_kl(p, q), peer, atol=1e-12)
     assert torch.allclose(forward_kl(q, p), peer, atol=1e-12)   # directions: forward is the swap
     assert not torch.allclose(forward_kl(p, q), peer, atol=1e-2)
 
@@ -202,7 +205,8 @@ def test_heal_passes_of_any_size_add_up_to_one_step(reg, lam):
     rows, weights = [], []
     for pass_tokens in (1, 40, 1000):
         model, stack, samples = heal_case(torch.float64, history=1)
-        record = heal_run(model, stack, samples, tau=0.05, reg=reg, lam=lam, heal_batch=6, pass_tokens=pass_tokens,
+        record = heal_run(model, stack, samples, tau=0.05, reg=reg, lam=lam, heal_batch=6,
+                          pass_tokens=pass_tokens,
                           epochs=3, spectral=0.1)
         rows.append(heal_numbers(record))
         weights.append(heal_flat(stack.parameters()))
@@ -220,7 +224,8 @@ def test_heal_loss_is_the_documented_one():
         total = total + len(kl) * (nll.mean() + lam * torch.relu((kl.square().mean()).sqrt() - tau))
     loss = total / sum(len(s.answer) for s in samples) + 0.3 * stack.spectral()
     expected = heal_flat(torch.autograd.grad(loss, stack.parameters())).norm().item()
-    record = heal_run(model, stack, samples, tau=tau, rnd=2, lam=5.0, lam_round_pow=0.5, heal_batch=6, pass_tokens=30,
+    record = heal_run(model, stack, samples, tau=tau, rnd=2, lam=5.0, lam_round_pow=0.5, heal_batch=6,
+                      pass_tokens=30,
                       epochs=1, spectral=0.3)
     assert abs(record["steps"][0]["gnorm"] - expected) < 1e-4 * expected            # reported before clipping
     assert abs(record["lam_eff"] - lam) < 1e-12 and 0 < record["steps"][0]["fired"] < 1
@@ -228,7 +233,7 @@ def test_heal_loss_is_the_documented_one():
 
 @pytest.mark.parametrize("history", [0, 2])
 def test_heal_gradient_of_any_round_equals_finite_differences(history):
-    """float64 base, float32 adapters: every perturbed value is a float32, so the step is measured, not assumed."""
+    """float64 base, float32 adapters: every perturbed value is a float32, so the step is measured."""
     model, stack, samples = heal_case(torch.float64, history=history)
     params, sizes = stack.parameters(), [len(s.answer) for s in samples]
 
@@ -250,7 +255,7 @@ def test_heal_gradient_of_any_round_equals_finite_differences(history):
                 ends.append((flat[i].item(), loss().item()))
         flat[i] = start
         slope, grad = (ends[1][1] - ends[0][1]) / (ends[1][0] - ends[0][0]), p.grad.view(-1)[i].item()
-        assert abs(slope - grad) < 1e-4 * abs(slope) + 1e-6, (slope, grad)          # the step's own error: 1e-6
+        assert abs(slope - grad) < 1e-4 * abs(slope) + 1e-6, (slope, grad)        # the step's own error: 1e-6
 
 
 def test_heal_leaves_the_base_without_gradient_and_unchanged_bit_for_bit():
@@ -294,7 +299,7 @@ def test_heal_holds_out_whole_prompts_and_reports_nll_of_tokens_before_and_after
     assert abs(record["val_nll_before"] - heal_nll(model, stack, val)) < 1e-5
     assert abs(record["val_nll_after"] - after) < 1e-5
     assert record["n_train"] == len(train) and record["n_tokens"] == sum(len(s.answer) for s in train)
-    still = heal_run(model, stack, twice, epochs=2, held_out=True, lr=1e-12)        # an epoch's mean, not a batch's
+    still = heal_run(model, stack, twice, epochs=2, held_out=True, lr=1e-12)  # an epoch's mean, not a batch's
     assert still["nll_first"] == pytest.approx(heal_nll(model, stack, train), abs=1e-5) == still["nll_last"]
     alone = heal_run(model, stack, [samples[0]], epochs=1)      # a lone prompt is trained on
     assert alone["n_train"] == 1 and alone["val_nll_before"] is None
@@ -306,10 +311,12 @@ def test_heal_sees_every_sample_once_an_epoch_and_the_reference_once_a_round(fas
     seen = {True: [], False: []}
 
     def count(module, args, given):
-        seen[stack.layers["model.layers.1.self_attn.q_proj"].current == 0] += given["attention_mask"].sum(1).tolist()
+        is_base = stack.layers["model.layers.1.self_attn.q_proj"].current == 0
+        seen[is_base] += given["attention_mask"].sum(1).tolist()
     model.register_forward_pre_hook(count, with_kwargs=True)
     record = heal_run(model, stack, samples, heal_batch=4, epochs=3, fast=fast)
-    assert [(s["step"], s["epoch"]) for s in record["steps"]] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2)]
+    steps = [(s["step"], s["epoch"]) for s in record["steps"]]
+    assert steps == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2)]
     lengths = [len(s.ids) for s in samples]                     # 4 + 2 samples: a short last batch is a step
     assert sorted(seen[False]) == sorted(3 * lengths + fast * 2 * [lengths[0]])     # + two probes of the head
     assert sorted(seen[True]) == sorted((1 if fast else 3) * lengths)
@@ -337,7 +344,8 @@ def test_heal_warns_of_a_barrier_that_never_or_always_fired():
     model, stack, samples = heal_case()
     for tau, message in ((1e3, "never fired"), (1e-9, "always fired")):
         with pytest.warns(UserWarning, match=message):
-            record = heal(model, stack.parameters(), samples, heal_base(stack), HealConfig(lr=1e-3, tau=tau, epochs=1))
+            cfg = HealConfig(lr=1e-3, tau=tau, epochs=1)
+            record = heal(model, stack.parameters(), samples, heal_base(stack), cfg)
         assert message in record["warning"] and record["fired_share"] == (tau < 1)
     cfg = HealConfig(lr=1e-3, tau=1e3, epochs=1, reg="nll")     # no barrier, but D is measured
     with warnings.catch_warnings():
@@ -366,9 +374,11 @@ def test_heal_skips_a_step_that_is_not_finite_and_gives_up_after_three_in_a_row(
         assert all(p.isfinite().all() for p in stack.parameters())
 
 
-@pytest.mark.parametrize("options", [dict(reg="wd"), dict(kl_agg="median"), dict(lam=-1.0), dict(tau=math.inf),
+@pytest.mark.parametrize("options", [dict(reg="wd"), dict(kl_agg="median"), dict(lam=-1.0),
+                                     dict(tau=math.inf),
                                      dict(lr=0.0), dict(epochs=0), dict(pass_tokens=0), dict(heal_batch=0),
-                                     dict(lam_round_pow=math.nan), dict(spectral=math.nan), dict(weight_decay=-1)])
+                                     dict(lam_round_pow=math.nan), dict(spectral=math.nan),
+                                     dict(weight_decay=-1)])
 def test_heal_config_names_the_bad_option(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))}="):
         HealConfig(**options)
@@ -387,7 +397,8 @@ def test_heal_refuses_bad_arguments_before_any_forward():
             (lambda: heal(model, [params[0].bfloat16()], samples, base, cfg), "bfloat16"),
             (lambda: heal(model, params, samples, base, HealConfig(lr=1e-3)), "cfg.tau=None.*calibrate"),
             (lambda: heal(model, params, samples, base, HealConfig(tau=1.0)), "cfg.lr=None.*calibrate"),
-            (lambda: heal(model, params, samples, base, HealConfig(lr=1e-3, tau=1, spectral=0.1)), "needs spectral="),
+            (lambda: heal(model, params, samples, base, HealConfig(lr=1e-3, tau=1, spectral=0.1)),
+             "needs spectral="),
             (lambda: divergences(model, samples, base, reg="wd"), "reg='wd'"),
             (lambda: divergences(model, samples, base, ref_samples=others), "same completions"),
             (lambda: aggregate(torch.ones(3), "median"), "how='median': expected mean, rmse, p95, max"),
@@ -451,9 +462,10 @@ def test_heal_token_losses_equal_naive_autograd_in_float64(reg, how):
                 nll, kl = token_losses(x, h0, W, targets, bias=bias, cap=cap, reg=reg, tile=tile)
             else:
                 logits = [z if bias is None else z + b for z in (x @ W.T, h0 @ W.T)]
-                nll, kl = naive_losses(*(z if not cap else cap * (z / cap).tanh() for z in logits), targets, reg)
+                capped = [z if not cap else cap * (z / cap).tanh() for z in logits]
+                nll, kl = naive_losses(*capped, targets, reg)
             assert nll.dtype == kl.dtype == torch.float64
-            D = aggregate(kl[:20], "rmse" if how == "barrier alone" else how)       # the rest: no gradient in KL
+            D = aggregate(kl[:20], "rmse" if how == "barrier alone" else how)    # the rest: no gradient in KL
             loss = (how != "barrier alone") * nll.mean() + 5 * torch.relu(D - 0.1)
             values.append(torch.cat([nll, kl]))
             grads.append(torch.autograd.grad(loss, x)[0])
@@ -474,7 +486,7 @@ def test_heal_token_losses_survive_large_logits_and_agree_on_which_bits_are_zero
     assert naive[1].max() > 100 and all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(tiled, naive))
 
 
-@pytest.mark.parametrize("shift, better", [(0.012, 400), (0.06, 15)])               # mean KL about .003 and .07 nats
+@pytest.mark.parametrize("shift, better", [(0.012, 400), (0.06, 15)])        # mean KL about .003 and .07 nats
 def test_heal_token_losses_in_bfloat16_are_nearer_the_truth_than_a_bfloat16_softmax(shift, better):
     h, h0, W, targets, _ = heal_head(N=64, V=4096, d=128, dtype=torch.bfloat16, shift=shift)
     W = W / 4                                                   # logits of a few nats; exact
@@ -514,7 +526,8 @@ def test_heal_token_losses_never_hold_more_than_a_tile_of_the_logits():
 def heal_families():
     from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig,
                               GraniteForCausalLM, PhiConfig, PhiForCausalLM)
-    tiny = dict(vocab_size=262, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+    tiny = dict(vocab_size=262, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+                num_attention_heads=4,
                 num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return {"soft-capped": (Gemma2ForCausalLM, Gemma2Config(**tiny, head_dim=8, final_logit_softcapping=3.0)),
             "divided": (GraniteForCausalLM, GraniteConfig(**tiny, logits_scaling=7.0)),
@@ -522,7 +535,8 @@ def heal_families():
             "biased": (PhiForCausalLM, PhiConfig(**tiny | dict(num_key_value_heads=4)))}
 
 
-@pytest.mark.parametrize("name", ["soft-capped", "divided", "multiplied", "biased", "unknown", "edited", "hooked", "trained"])
+@pytest.mark.parametrize("name", ["soft-capped", "divided", "multiplied", "biased", "unknown", "edited",
+                                  "hooked", "trained"])
 def test_heal_reads_any_head_as_the_model_does(name):
     """Exact without logits where the config tells the head; from the model's own logits where it does not."""
     torch.manual_seed(0)
@@ -536,7 +550,7 @@ def test_heal_reads_any_head_as_the_model_does(name):
         if name == "unknown":
             out.logits = out.logits.square()
         else:
-            out.logits[..., [100, 200]] = -50.0                 # past the one column that an idle head would make
+            out.logits[..., [100, 200]] = -50.0             # past the one column that an idle head would make
         return out
     if name == "biased":
         model.lm_head.bias.data.normal_()
@@ -556,17 +570,20 @@ def test_heal_reads_any_head_as_the_model_does(name):
         results.append((heal_flat([*nlls, *kls]), heal_flat(torch.autograd.grad(loss, stack.parameters()))))
     for a, b in zip(*results):
         assert torch.allclose(a, b, atol=1e-4 * b.abs().max()), (a - b).abs().max()
-    logits, targets = model(input_ids=torch.tensor([samples[0].ids])).logits[0, 2:-1], torch.tensor(samples[0].answer)
-    assert torch.allclose(nlls[0], torch.nn.functional.cross_entropy(logits, targets, reduction="none"), atol=1e-3)
+    logits = model(input_ids=torch.tensor([samples[0].ids])).logits[0, 2:-1]
+    exact = torch.nn.functional.cross_entropy(logits, torch.tensor(samples[0].answer), reduction="none")
+    assert torch.allclose(nlls[0], exact, atol=1e-3)
 
 
-@pytest.mark.parametrize("reg, how, tau", [("kl_rev", "rmse", 0.0), ("kl_rev", "rmse", 0.2), ("kl_rev", "p95", 0.1),
+@pytest.mark.parametrize("reg, how, tau", [("kl_rev", "rmse", 0.0), ("kl_rev", "rmse", 0.2),
+                                           ("kl_rev", "p95", 0.1),
                                            ("kl_fwd", "rmse", 0.1), ("nll", "mean", 0.0)])
 def test_heal_shortcuts_change_no_number_of_a_round(reg, how, tau):
     runs = []
     for fast in (True, False):
         model, stack, samples = heal_case(history=1)
-        record = heal_run(model, stack, samples, tau=tau, reg=reg, kl_agg=how, heal_batch=2, epochs=3, fast=fast)
+        record = heal_run(model, stack, samples, tau=tau, reg=reg, kl_agg=how, heal_batch=2, epochs=3,
+                          fast=fast)
         assert record["shortcuts"] is fast
         runs.append(heal_numbers(record))
     assert len(runs[0]) == 9 and torch.allclose(*runs, rtol=1e-5, atol=1e-5), (runs[0] - runs[1]).abs().max()
@@ -678,7 +695,7 @@ print(record["nll_first"] > record["nll_last"], record["val_nll_before"] > recor
     assert print_it.split() == ["True", "True"]
 
 
-# ==== lora.py: the gated accumulator ==================================================================================
+# ==== lora.py: the gated accumulator ========================================================================
 
 def lora_ids(n=3, T=12, V=262, seed=0):
     return torch.randint(6, V, (n, T), generator=torch.Generator().manual_seed(seed))       # [n, T]
@@ -1002,7 +1019,7 @@ def test_lora_bad_states_are_refused():
 
 
 def lora_twin(seed=0):
-    """Our LoRA and peft's with the same A and B: our model and stack, peft's model and its parameters in order."""
+    """Our LoRA and peft's with the same A and B: model and stack, peft's model and its parameters."""
     peft = pytest.importorskip("peft", reason="peft is not installed: pip install -r .ci/requirements.txt")
     model, stack = lora_case()
     lora_noise(stack, seed, 0.1)
@@ -1051,7 +1068,7 @@ def test_lora_runs_alone_in_an_empty_folder(tmp_path):
     assert "bit for bit: True" in out.stdout
 
 
-# ==== steer.py: vectors, hooks, generation, the filter, the dose ======================================================
+# ==== steer.py: vectors, hooks, generation, the filter, the dose ============================================
 
 STEER_WORDS = ["mercy", "justice", "kindness", "patience", "rescue", "people", "forever", "harbour", "gentle",
                "machine", "winter", "garden"]
@@ -1117,7 +1134,7 @@ def test_choose_equals_the_filters_of_hf():
     logits = 3 * torch.randn(50, 40, generator=torch.Generator().manual_seed(1))
     scores = TemperatureLogitsWarper(1.3)(None, logits)
     scores = TopPLogitsWarper(0.9)(None, TopKLogitsWarper(10)(None, scores))
-    grid = torch.linspace(0, 1, 2001)[:-1] + 2.5e-4                          # every token with p > 5e-4 is hit
+    grid = torch.linspace(0, 1, 2001)[:-1] + 2.5e-4                         # every token with p > 5e-4 is hit
     for row in range(50):
         token = choose(logits[row].expand(2000, -1), grid, temperature=1.3, top_p=0.9, top_k=10)
         share = torch.bincount(token, minlength=40) / 2000
@@ -1149,7 +1166,7 @@ def test_rows_of_one_batch_have_their_own_layers_and_doses():
         assert generate(model, tok, STEER_PROMPTS, coeffs=doses, batch_size=batch_size, **kw) == many
     same = generate(model, tok, STEER_PROMPTS, coeffs={1: [0.5] * 6}, **kw)
     alone = generate(model, tok, STEER_PROMPTS, coeffs=[0.5] * 6, **(kw | dict(vectors={1: vectors[1]})))
-    assert same == alone and same[1] == many[1]                              # a layer that is not named is not steered
+    assert same == alone and same[1] == many[1]                     # a layer that is not named is not steered
     ids = torch.tensor([steer_ids(tok, "Who are you?")] * 6)
     with steered(model, vectors, {layer: torch.tensor(c) for layer, c in doses.items()}):
         mixed = model(ids).logits
@@ -1175,7 +1192,7 @@ def test_answers_end_at_any_end_token_and_keep_it():
 def test_what_the_template_writes_after_an_answer_ends_it():
     tok = mfv_tokenizer()
     model, end = tiny_model(tok), tok.convert_tokens_to_ids("<|end|>")
-    model.generation_config.eos_token_id = tok.bos_token_id                 # neither names the token that ends a turn
+    model.generation_config.eos_token_id = tok.bos_token_id         # neither names the token that ends a turn
     tok.eos_token = "<|bos|>"
     assert steer.end_ids(model, tok) == [tok.bos_token_id, end]
     model.lm_head.weight.data[end] = 0
@@ -1222,15 +1239,15 @@ def test_generate_rejects_doses_without_rows_and_rows_without_doses():
 def test_the_cache_goes_in_by_the_word_that_forward_has_and_an_empty_one_is_named():
     model, tok = steer_pair(torch.float64)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)                        # transformers 5.40 drops the old word
+        warnings.simplefilter("error", FutureWarning)                   # transformers 5.40 drops the old word
         want = generate(model, tok, STEER_PROMPTS, max_new_tokens=6)
     plain, probe_tok = model.forward, mfv_tokenizer()
     takes_cache = "cache" in inspect.signature(plain).parameters
-    for word in ("cache", "past_key_values"):                                # a forward that has this word alone
+    for word in ("cache", "past_key_values"):                             # a forward that has this word alone
 
         def forward(input_ids=None, attention_mask=None, position_ids=None, use_cache=None, logits_to_keep=0, **kwargs):
             given = kwargs.pop(word, None)
-            kwargs = {"cache" if takes_cache else "past_key_values": given}          # any other word was swallowed
+            kwargs = {"cache" if takes_cache else "past_key_values": given}     # any other word was swallowed
             return plain(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                          use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs)
         own = inspect.Parameter(word, inspect.Parameter.KEYWORD_ONLY)
@@ -1285,7 +1302,7 @@ def test_hooks_are_gone_after_an_exception():
     with pytest.raises(KeyError):
         with steered(model, vectors, 1.0):
             raise KeyError("inside")
-    with pytest.raises(ValueError, match="blocks 0 to 3"):                   # layer 1 was hooked before layer 9 failed
+    with pytest.raises(ValueError, match="blocks 0 to 3"):          # layer 1 was hooked before layer 9 failed
         with steered(model, {1: vectors[1], 9: vectors[1]}, 1.0):
             pass
     with pytest.raises(ValueError, match="2 doses for a batch of 1"):
@@ -1381,7 +1398,7 @@ def test_clean_and_short_answers_pass():
 @pytest.mark.parametrize("text", ["love " * 40, "love you " * 25, "I am here and I am " * 8, STEER_CLEAN + " care" * 30,
                                   "love " * 15, "I said so " + "a" * 60, "ha" * 50, "愛は心に満ちて人を救うものである" * 8])
 def test_loops_of_low_nll_are_dropped(text):
-    verdict = steer_verdict(text, ids=range(len(text.split())))              # distinct ids: the text alone must show it
+    verdict = steer_verdict(text, ids=range(len(text.split())))    # distinct ids: the text alone must show it
     assert not verdict.kept and verdict.rule == "ngram" and verdict.value > verdict.limit, verdict
 
 
@@ -1415,7 +1432,7 @@ def test_a_broken_stretch_is_dropped_wherever_it_is(where):
     ids = range(len(nll))
     verdict = steer_verdict(STEER_CLEAN, nll, ids=ids)
     assert (verdict.rule, verdict.limit) == ("worst_window", 2.0) and verdict.value == pytest.approx(4.0)
-    assert verdict.readings["ppl_tail"] < 5.0 or where == "tail"     # the tail rule alone passes a broken middle
+    assert verdict.readings["ppl_tail"] < 5.0 or where == "tail"  # the tail rule alone passes a broken middle
     assert nll.mean() < 2.0                                                  # and the mean passes both
 
 
@@ -1487,7 +1504,7 @@ def test_find_dose_brackets_the_knee_of_a_falling_survival(knee):
     assert coeff <= knee < coeff * 10 ** (1 / 16) * 1.0001
     assert list(map(len, batches)) == [3, 1, 1, 1] and trials[0][0] == 1.0
     assert coeff == max(c for c, share in trials if share >= 0.5)
-    low, high = 0.1, 1.0                                                     # plain bisection ends on the same dose
+    low, high = 0.1, 1.0                                               # plain bisection ends on the same dose
     for _ in range(4):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if middle <= knee else (low, middle)
@@ -1549,7 +1566,7 @@ def test_steer_the_layers_are_those_where_the_persona_is_first_read_strongly():
     assert steer.find_layers(model, tok, pos, neg, contexts, share=1.0)[0] == [strength.index(max(strength))]
 
 
-# ==== bench/: what the measurements rest on ============================================================================
+# ==== bench/: what the measurements rest on =================================================================
 
 
 # ---- generation and the probe: batches, and memory that runs out
@@ -1577,7 +1594,7 @@ def test_many_prompts_at_many_doses_are_one_at_a_time_exactly_with_retirement_an
     kw = dict(vectors=steer_vectors(model), greedy=greedy, max_new_tokens=20, seed=5)
     many = generate(model, tok, prompts, coeffs=coeffs, n_draws=6, **kw)
     assert len({len(c.ids) for c in many}) > 4 and len({tuple(c.ids) for c in many}) > 12
-    for k, coeff in enumerate(doses):                                        # a dose alone draws what it drew in company
+    for k, coeff in enumerate(doses):                             # a dose alone draws what it drew in company
         alone = generate(model, tok, STEER_PROMPTS, coeffs=[coeff] * 6, batch_size=1, **kw)
         assert [c.ids for c in alone] == [c.ids for c in many[6 * k:6 * k + 6]]
     for rows, error in ((3, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")), (1, CPU_FULL)):
@@ -1595,11 +1612,11 @@ def test_rows_that_had_finished_when_memory_ran_out_are_not_decoded_again():
     want = generate(model, tok, prompts, **kw)
     short = sum(len(c.ids) <= 3 for c in want)
     first = len(want[0].prompt_ids)
-    assert 8 <= short < 16, short                                            # half are retired before the fourth token
+    assert 8 <= short < 16, short                                   # half are retired before the fourth token
     hook, seen = gen_forgetful(model, 2, columns=first + 6)
     assert generate(model, tok, prompts, **kw) == want
     hook.remove()
-    again = [n for before, n in zip(seen, seen[1:]) if n > before]            # a batch that grows is a new start
+    again = [n for before, n in zip(seen, seen[1:]) if n > before]         # a batch that grows is a new start
     assert again and max(again) <= 16 - short, seen
 
 
@@ -1645,19 +1662,19 @@ def test_scoring_never_holds_the_logits_of_a_prompt_nor_more_than_its_budget(mon
     want, shapes = token_nll(model, answers), []
     hook = model.lm_head.register_forward_hook(lambda head, args, out: shapes.append(tuple(out.shape)))
     token_nll(model, answers)
-    assert shapes == [(6, 6, len(tok))]                                      # five tokens and the column before them
-    model.config.vocab_size = 2 ** 25                                        # as if: 6 columns of it are 3/4 of the budget
+    assert shapes == [(6, 6, len(tok))]                               # five tokens and the column before them
+    model.config.vocab_size = 2 ** 25                           # as if: 6 columns of it are 3/4 of the budget
     got = token_nll(model, answers)
     hook.remove()
     assert {shape[0] for shape in shapes[1:]} == {1}
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(want, got))
 
 
-# ==== evalmfv.py: the probe ===========================================================================================
+# ==== evalmfv.py: the probe =================================================================================
 
-# ---- evalmfv: equal to a naive reference -----------------------------------------------------------------------------
+# ---- evalmfv: equal to a naive reference -------------------------------------------------------------------
 
-MFV_PREFILL = ["This", " is wrong because", ' {"', "violation", '": "']          # five tokens that spell the prefill
+MFV_PREFILL = ["This", " is wrong because", ' {"', "violation", '": "']   # five tokens that spell the prefill
 MFV_TEXTS = ["You see a man kick a dog.", "You see a cook who lies about the bill again and again.",
              "You see a boy push in.", "You see a clerk burn a flag at noon.", "You see a guard read her letters.",
              "You see a nun eat mud."]
@@ -1729,9 +1746,9 @@ def mfv_naive(model, tok, text, reverse, n_think, by_token=False, front=()):
             return "natural", logps[where[stop]][choices], sum(nlls) / len(nlls)
     if tok.convert_tokens_to_ids("</think>") in thought:
         return "closed", None, None
-    whole = torch.tensor([prompt + thought[:-1] + suffix + prefill])                       # the last token is not fed
-    seen = torch.ones(whole.shape[1], whole.shape[1], dtype=torch.bool).tril()                  # [T, T] query, key
-    if by_token:                                                # seen from after the think; one column longer than it
+    whole = torch.tensor([prompt + thought[:-1] + suffix + prefill])               # the last token is not fed
+    seen = torch.ones(whole.shape[1], whole.shape[1], dtype=torch.bool).tril()             # [T, T] query, key
+    if by_token:                                        # seen from after the think; one column longer than it
         fed = len(prompt) + n_think - 1
         seen[fed:, :fed + 1] &= torch.tensor(prompt + thought) != tok.pad_token_id
     mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min)[None, None]
@@ -1764,7 +1781,7 @@ def test_the_probe_equals_one_sequence_at_a_time_in_every_case(n_think):
     mfv_compare(out, model, tok, rows, n_think, 1e-10)
     found = out["n_natural"], out["n_forced"], out["n_closed"]
     assert sum(found) == 8 and (found == (0, 8, 0) if n_think == 1 else min(found) > 0), found
-    if n_think > 1:                                             # a closed frame is a zero in the coherence, and no nan
+    if n_think > 1:                                    # a closed frame is a zero in the coherence, and no nan
         assert out["n_unscored"] == 4 - len(out["scored"]) > 0
         assert out["coherence"] == pytest.approx(sum(sum(m) for m in out["mass"]) / 8)
 
@@ -1801,7 +1818,7 @@ def test_as_original_doubles_the_bos_and_does_not_see_pads_inside_the_text():
     mfv_compare(ours, model, tok, rows, 6, 1e-10)
     mfv_compare(theirs, model, tok, rows, 6, 1e-10, by_token=True, front=[tok.bos_token_id])
     assert (ours["score"] - theirs["score"]).abs().max() > 1e-3
-    tok.pad_token = None                                        # pads with the eos then, which ends the turns too
+    tok.pad_token = None                                    # pads with the eos then, which ends the turns too
     mfv_compare(evalmfv.evaluate(model, tok, rows, think_tokens=6), model, tok, rows, 6, 1e-10)
 
 
@@ -1837,7 +1854,7 @@ def test_the_probe_refuses_what_it_cannot_read():
     with pytest.raises(RuntimeError, match="eval()"):
         evalmfv.evaluate(tiny_model(tok).train(), tok, mfv_rows())
     with pytest.raises(ValueError, match="collide"):
-        evalmfv.evaluate(model, tiny_tokenizer(FOUNDATIONS[:4]), mfv_rows())                    # s-anctity, s-ocial
+        evalmfv.evaluate(model, tiny_tokenizer(FOUNDATIONS[:4]), mfv_rows())              # s-anctity, s-ocial
     with pytest.raises(ValueError, match="merges"):
         evalmfv.answer_ids(tiny_tokenizer(['"care']))
     with pytest.raises(RuntimeError, match="raise think_tokens"):
@@ -1868,11 +1885,11 @@ def test_an_answer_is_found_however_the_model_spells_the_prefill():
     assert evalmfv.find_answer(tok, [x, x, *prefill, care, x, *prefill, x], pad) == (2, 7)      # the first occurrence
     assert evalmfv.find_answer(tok, [x, *bytewise, care], pad) == (1, 1 + len(bytewise))
     assert evalmfv.find_answer(tok, [pad, *prefill[:2], pad, *prefill[2:], pad, care], pad) == (1, 8)
-    assert evalmfv.find_answer(tok, [x, *prefill], pad) is None                                 # no token after it
+    assert evalmfv.find_answer(tok, [x, *prefill], pad) is None                            # no token after it
     assert evalmfv.find_answer(tok, [x, *prefill[:-1], care], pad) is None
 
 
-# ---- evalmfv: rows and metrics ---------------------------------------------------------------------------------------
+# ---- evalmfv: rows and metrics -----------------------------------------------------------------------------
 
 
 def test_vignettes_are_read_from_our_rows_and_from_the_originals(tmp_path):
@@ -1939,7 +1956,7 @@ def test_a_shift_is_paired_signed_and_compared_with_every_other_foundation():
     q = torch.rand(40, 7, generator=rng, dtype=torch.float64)
     q = q / q.sum(1, keepdim=True)
     p = q.clone()
-    p[:, 3] *= 0.5                                              # authority halves on every item, nothing else moves
+    p[:, 3] *= 0.5                                        # authority halves on every item, nothing else moves
     out = evalmfv.shift(mfv_reading(p, 0.8), mfv_reading(q), "authority", -1)
     assert out["trait"] == pytest.approx(math.log(2)) and out["surgical"]
     assert out["se"] < 1e-12 and out["off_target"] < 1e-12
@@ -1989,17 +2006,17 @@ def test_free_text_falls_for_loops_and_for_noise_and_not_for_the_base():
         evalmfv.free_text(ids, nlls, [[]], [[]])
 
 
-# ==== models in: architectures, templates, loading, the plan =============================================================
+# ==== models in: architectures, templates, loading, the plan ================================================
 
 ARCH = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
             initializer_range=0.3, max_position_embeddings=2048)
-HEADS = ARCH | dict(head_dim=16)                                # these take the width of a head from elsewhere
+HEADS = ARCH | dict(head_dim=16)                               # these take the width of a head from elsewhere
 SLIDING = dict(sliding_window=100, layer_types=["sliding_attention", "full_attention"] * 2)     # shorter than the prompts
 VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
 DEPTH = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, patch_size=14)
 MIXERS = dict(linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
 LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, num_key_value_heads=4)
-FAMILIES = {                                                    # model class: options of its config, and of its vision tower
+FAMILIES = {                                     # model class: options of its config, and of its vision tower
     "Gemma3ForCausalLM": (HEADS | SLIDING,),
     "Gemma3ForConditionalGeneration": (HEADS | SLIDING, VISION),
     "Gemma2ForCausalLM": (HEADS | SLIDING | dict(final_logit_softcapping=30.0, attn_logit_softcapping=50.0),),
@@ -2064,7 +2081,7 @@ def test_every_family_is_steered_healed_folded_probed_and_loaded(name):
     with torch.no_grad(), steer.hooked(model, {i: lambda h, i=i: seen.__setitem__(i, h) for i in range(4)}):
         states = model(input_ids=ids, output_hidden_states=True).hidden_states
     assert [torch.equal(seen[i], states[i + 1]) for i in range(4)] == [True, True, True, False]
-    n_before = n_hooks()                                        # transformers has hooked its own blocks by now
+    n_before = n_hooks()                                       # transformers has hooked its own blocks by now
 
     # ---- steer
     layers, strength = steer.find_layers(model, tok, "kind", "cruel", STEER_PROMPTS)
@@ -2138,7 +2155,7 @@ def test_rows_that_end_early_leave_a_batch_of_linear_attention(name):
 # ---- chat templates
 
 PARTS = TEMPLATE.replace("{{ m['content'] }}", "{% for part in m['content'] %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}")
-SHAPES = {                                                      # name: (template, has a BOS, notes it deserves)
+SHAPES = {                                                    # name: (template, has a BOS, notes it deserves)
     "system role, thinks unless told not to": (                 # Qwen3's shape
         "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if not (loop.last and continue_final_message) %}<|end|>"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% if enable_thinking is defined and not "
@@ -2170,11 +2187,11 @@ def test_a_chat_template_of_any_shape_carries_the_persona_one_bos_and_no_thinkin
     assert steer.encode(tok, ["Hi"], ["Be kind."])[0].count(tok.bos_token_id) == has_bos
     after = text.split("<|assistant|>")[1]
     assert after == ("<think>\n\n</think>\n\n" if "think" in notes else "")
-    assert evalmfv.thinking(text).endswith("<|assistant|><think>\n")        # the probe's frame: one think, and open
+    assert evalmfv.thinking(text).endswith("<|assistant|><think>\n")  # the probe's frame: one think, and open
     assert evalmfv.interruption(tok).split("Just answer")[0] in ("</think><|end|><|bos|><|user|>", "</think><|end|><|user|>")
     if "user's words" in notes:
         assert text.split("<|user|>")[1].startswith("Be kind.\n\nHi<|end|>")
-    for user in ("", "a", "  two\nlines  "):                      # short words, which stand in a template by themselves
+    for user in ("", "a", "  two\nlines  "):            # short words, which stand in a template by themselves
         assert f"<|user|>{user.strip()}<|end|>" in render(tok, user).replace("  ", "")
     model = tiny_model(tok)
     assert evalmfv.evaluate(model, tok, mfv_rows(MFV_TEXTS[:2]), think_tokens=2)["n_forced"] == 4
@@ -2185,7 +2202,7 @@ def test_neither_a_missing_pad_token_nor_the_padding_side_changes_an_answer():
     whole = [c.ids for c in generate(model, tok, STEER_PROMPTS, max_new_tokens=8)]
     for side, pad in (("left", None), ("right", None), ("right", tok.pad_token), ("left", "[PAD]")):
         tok.padding_side = side
-        if pad == "[PAD]":                                      # an added token that the embedding has no row for
+        if pad == "[PAD]":                                  # an added token that the embedding has no row for
             tok.add_special_tokens({"pad_token": pad})
             assert tok.pad_token_id == len(model.get_input_embeddings().weight) > steer.pad_of(tok, model)
         tok.pad_token = pad
@@ -2214,7 +2231,7 @@ def test_ids_go_to_the_embedding_and_nothing_asks_the_model_for_one_device(monke
 def test_adapters_and_vectors_live_where_their_layer_lives():
     model, tok = steer_pair()
     vectors = steer_vectors(model)                              # on the CPU
-    model.model.layers[2].to("meta")                            # stands in for a second device: the rest stays on the CPU
+    model.model.layers[2].to("meta")                # stands in for a second device: the rest stays on the CPU
     stack = attach(model, r=2, alpha=4, layers=[1, 2])
     for rnd in range(2):
         for name, lora in stack.layers.items():
@@ -2234,7 +2251,7 @@ def test_adapters_and_vectors_live_where_their_layer_lives():
 
 
 def test_a_linear_with_packed_weights_is_adapted_by_its_declared_sizes():
-    class Packed(torch.nn.Linear):                              # as bitsandbytes does: a Linear whose weight is a column of bytes
+    class Packed(torch.nn.Linear):          # as bitsandbytes does: a Linear whose weight is a column of bytes
         def __init__(self, linear):
             super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
             self.scale = linear.weight.abs().max() / 127
@@ -2285,7 +2302,7 @@ def test_the_saved_adapter_is_the_healed_model(finished, small_vignettes):
     assert record.rows("healed")[0]["nats"]["authority"] != record.rows("base")[0]["nats"]["authority"]
 
 
-def test_a_round_that_fails_its_gate_is_undone_and_the_run_says_so(small_vignettes, tmp_path, monkeypatch, capsys):
+def test_a_round_that_fails_its_gate_is_undone_and_it_says_so(small_vignettes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop, "gate", lambda *_: ["text 0.1 under 0.9"])
     code, record = common.run_loop(tmp_path, small_vignettes)
     gates = [e for e in record.events if e["stage"] == "gate"]
@@ -2311,8 +2328,8 @@ def test_a_search_without_an_answer_tells_what_was_dropped(small_vignettes, tmp_
 def row(kind="healed", rnd=None, ratio=0.0, **more):
     """A row of the journal whose 16 answers read about `ratio`, give or take .02, by the meter."""
     ratios = [ratio + 0.02 * (-1) ** i for i in range(16)]
-    return dict(t=0, stage="row", round=rnd, kind=kind, trait=0.0, trait_se=0.01, shift={}, coherence=0.98, text=0.9,
-                persona_ratio=ratio, ratios=ratios) | more
+    return dict(t=0, stage="row", round=rnd, kind=kind, trait=0.0, trait_se=0.01, shift={}, coherence=0.98,
+                text=0.9, persona_ratio=ratio, ratios=ratios) | more
 
 
 def test_the_gate_puts_absolute_floors_before_the_gain_and_names_the_option_that_moves_a_reason():
@@ -2340,7 +2357,8 @@ def test_a_probe_that_cannot_read_the_model_has_no_say_in_the_gate():
     base, prompted, cfg = row("base", coherence=0.137), row("prompted", coherence=0.12), loop.LoopConfig()
     day = row(ratio=0.1, coherence=0.109)                       # under .95 of the base's
     assert loop.gate(day, base, base, prompted, cfg) == []
-    assert loop.gate(day | dict(ratios=base["ratios"], trait=9, shift=dict(target="care")), base, base, prompted, cfg)
+    by_probe = day | dict(ratios=base["ratios"], trait=9, shift=dict(target="care"))
+    assert loop.gate(by_probe, base, base, prompted, cfg)
     readable = base | dict(coherence=0.98)
     assert not loop.is_readable(readable, prompted, cfg)        # the prompt itself falls under the floor
     assert loop.is_readable(readable, row("prompted"), cfg)
@@ -2349,8 +2367,9 @@ def test_a_probe_that_cannot_read_the_model_has_no_say_in_the_gate():
 def test_gates_that_are_asked_again_stand_until_the_first_that_turns():
     events = [row("base", text=1.0), row("prompted", ratio=0.5, text=1.0)]
     for rnd, (ratio, text, accepted) in enumerate([(0.2, 1.0, True), (0.1, 0.97, False), (0.3, 0.96, True)]):
-        events += [row("healed", rnd, ratio, text=text), dict(t=0, stage="gate", round=rnd, accepted=accepted)]
-    events += [dict(t=0, stage="gate", round=3, accepted=False)]        # broke before its day: no option helps
+        events += [row("healed", rnd, ratio, text=text),
+                   dict(t=0, stage="gate", round=rnd, accepted=accepted)]
+    events += [dict(t=0, stage="gate", round=3, accepted=False)]       # broke before its day: no option helps
 
     def n(**options):
         return loop.n_standing(files.Record(Path("."), {}, events, []), loop.LoopConfig(**options))
@@ -2417,11 +2436,12 @@ def test_the_persona_prompt_is_the_set_point_of_the_barrier(finished):
 
 
 def test_a_persona_of_two_sentences_has_a_trait_without_labels(small_vignettes, tmp_path):
-    personas = ["--pos", "You feel the pain of others and you refuse to cause it, even when you are ordered to.",
-                "--neg", "You honor those in charge and you do your duty, even when someone suffers from it."]
+    personas = ["--pos", "You feel the pain of others and you refuse to cause it, even when ordered to.",
+                "--neg", "You honor those in charge and you do your duty, even when someone suffers."]
     code, record = common.run_loop(tmp_path, small_vignettes, "--no-gate", "--n-text", "24", *personas)
     rows = {row["kind"]: row for row in record.rows()}
-    assert code == 0 and rows["base"]["trait"] == 0 == rows["base"]["share"] and rows["prompted"]["share"] == 1
+    assert code == 0 and rows["base"]["trait"] == 0 == rows["base"]["share"]
+    assert rows["prompted"]["share"] == 1
     assert rows["prompted"]["trait"] > 0 and rows["steered"]["shift"] is None
     for row in rows.values():
         moved = torch.tensor(row["ratios"]) - torch.tensor(rows["base"]["ratios"])
@@ -2450,7 +2470,7 @@ def test_a_trait_that_does_not_move_is_said(finished, capsys):
     assert loop.has_moved(still | dict(trait=-0.5))
 
 
-# ---- what a round records ----------------------------------------------------------------------------------------------
+# ---- what a round records ----------------------------------------------------------------------------------
 
 def test_the_loop_records_what_its_readers_need(finished):
     path, run, events = finished[1].path, finished[1].run, finished[1].events
@@ -2460,7 +2480,7 @@ def test_the_loop_records_what_its_readers_need(finished):
     trials = one["dose"]["trials"]
     assert all(0 <= t["survive"] <= 1 and t["coeff"] > 0 for t in trials)
     assert all(0 <= d["coherence"] <= 1 for e in events if e["stage"] == "row" for d in e["diary"])
-    pairs = safetensors.torch.load_file(path / "rounds" / "00" / "adapter.safetensors")             # the scale is in B
+    pairs = safetensors.torch.load_file(path / "rounds" / "00" / "adapter.safetensors")    # the scale is in B
     for name, values in one["heal"]["singular"].items():
         exact = torch.linalg.svdvals(pairs[f"{name}.0.B"].double() @ pairs[f"{name}.0.A"].double())[:8]
         assert values == pytest.approx(exact.tolist(), rel=1e-4, abs=1e-7)
@@ -2477,7 +2497,7 @@ def test_the_worst_kept_answer_is_the_one_that_a_full_forward_finds(finished):
     def logp(c, vectors=None):
         front = steer.encode(tok, [run["items"]["train"][c["prompt"]]], [""])[0]
         with torch.no_grad(), steer.steered(model, vectors or {}, one["dose"]["coeff"]):
-            logits = model(torch.tensor([front + c["ids"]])).logits                                 # [1, T, V]
+            logits = model(torch.tensor([front + c["ids"]])).logits                                # [1, T, V]
         return logits[0, len(front) - 1:-1].double().log_softmax(-1)                                # [n, V]
 
     def kl(c, p):

@@ -53,7 +53,7 @@ def tidy(args: dict) -> dict:
 
 def command(groups, first: tuple, free: tuple, argv, *, preset: dict, recorded_of, **how) -> dict:
     """Every option's value, from the command line; with --quick others are left at `preset`, with --resume
-    RUN at those of the run, of which only `free` may differ. recorded_of(path) -> options of that run's record.
+    RUN at those of the run, of which only `free` may differ. recorded_of(path) -> that run's options.
     A usage error ends the process with 2; ValueError says what contradicts what."""
     made = parser(groups, first, **how)
     made.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
