@@ -16,7 +16,7 @@ from torch import Tensor
 
 import steer
 
-DOSES = (-4.0, -2.0, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+DOSES = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 
 
 class Score(NamedTuple):

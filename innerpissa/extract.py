@@ -11,13 +11,14 @@ input|^2; _pos and _neg take one side's rows, _dual is the mean of both sides' v
 The solve is m x m (Woodbury), never d x d. Every vector gets the length of the mean difference, so that a dose
 of 1 means the same for all of them; its sign is that of moving from neg to pos.
 
-Needs torch, steer.py and contrast.py's pairs. What comes out goes into `steer.steered`, names as keys.
+Needs torch, steer.py and contrast.py's pairs. What comes out for a block goes into `steer.steered`.
 
 References
   mean difference: Rimsky et al. 2023, arXiv:2312.06681;  PCA: Zou et al. 2023, arXiv:2310.01405
   rows by the gradient at the loss's input: Wu et al. 2024, Improved Empirical Fisher, arXiv:2406.06420
 """
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -42,13 +43,29 @@ def places(model, kind: str, layers: list[int]) -> list[int | str]:
         return list(layers)
     found, names = [], {id(m): name for name, m in model.named_modules()}
     for i in layers:
-        inside = [names[id(m)] for m in steer.module_at(model, i).modules()]
+        inside = [names[id(m)] for m in steer.blocks(model)[i].modules()]
         hits = [name for name in inside if name.endswith(tuple("." + end for end in KINDS[kind]))]
         if not hits:
             last = sorted({name.rsplit(".", 1)[-1] for name in inside})
             raise ValueError(f"module {kind!r} matches nothing in block {i}; there are {', '.join(last)}")
         found.append(hits[0])
     return found
+
+
+@contextmanager
+def hooked_at(model, hooks: dict):
+    """steer.hooked by module names as well: each hook(output) -> new output or None, inside the `with` only."""
+    def wrap(hook):
+        return lambda module, args, out: hook(out)          # a named module returns one tensor
+    handles = []
+    try:
+        for name in (k for k in hooks if isinstance(k, str)):
+            handles.append(model.get_submodule(name).register_forward_hook(wrap(hooks[name])))
+        with steer.hooked(model, {k: hook for k, hook in hooks.items() if not isinstance(k, str)}):
+            yield model
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -77,7 +94,7 @@ def read(model, pairs: list[Pair], where: list[int | str], *, block: int, pad_id
             return hook
         start = model.get_input_embeddings().register_forward_hook(lambda _, args, out: out.requires_grad_())
         try:
-            with torch.enable_grad(), steer.hooked(model, {k: keep(k) for k in where}):
+            with torch.enable_grad(), hooked_at(model, {k: keep(k) for k in where}):
                 seen = look(model, *both_sides(some), block, 1, pad_id)
                 seen.h.retain_grad()
                 pos, neg = seen.h[:, 0].chunk(2)                                # [b, d] each

@@ -1,17 +1,15 @@
 """Train: InnerPiSSA on a chat model, and the two tables in which it stands beside its rivals.
 
-    python innerpissa/train.py [MODEL] --persona love            the embedded model: minutes on two cores
-    python innerpissa/train.py HuggingFaceTB/SmolLM2-360M-Instruct --methods "InnerPiSSA,mean difference,prompted"
-    python innerpissa/train.py --ablations                       what each part of it is worth
+    python innerpissa/train.py                          the embedded model: minutes on two cores
+    python innerpissa/train.py HuggingFaceTB/SmolLM2-360M-Instruct --dilemmas FILE --methods "mean,InnerPiSSA"
+    python innerpissa/train.py --methods InnerPiSSA --rotate none            one part of it changed
 
 Every method is trained and read once per seed: a seed draws the pairs, their split and the adapter's start. The
 tables give means and the standard deviation over seeds. What is chosen, the scale of the dial, is chosen on odd
 items and scored on even ones. At the end a run folder holds the first seed's adapter at --c, for
-`python loop.py report | chat | export`.
+`python loop.py report | chat | export`. Its three rows are of few items: the tables are the result.
 """
-import argparse
 import dataclasses
-import json
 import math
 import shlex
 import sys
@@ -24,34 +22,22 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch                                                    # noqa: E402
 
-import evalmfv                                                  # noqa: E402
-import heal                                                     # noqa: E402
-import lora                                                     # noqa: E402
 import steer                                                    # noqa: E402
 from innerpissa import contrast, dilemmas, dose, extract, rivals, spin      # noqa: E402
 from innerpissa.dilemmas import table                           # noqa: E402
 from lora import check_ranges, opt                              # noqa: E402
 from tools import export, folder, inputs, model as models, options          # noqa: E402
+from tools.rounds import Rounds                                 # noqa: E402
 from tools.screen import Screen                                 # noqa: E402
 from tools.student import Student                               # noqa: E402
+from tools.table import show                                    # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-VECTORS = {"random": "random", "PCA": "pca_diff", "mean difference": "mean", "fisher dual": "fisher_reg2_dual"}
-METHODS = ("random", "mean difference", "PCA", "fisher dual", "prompted", "LoRA by nll", "LoRA", "IA3", "VeRA",
-           "ROAD", "DeLoRA", "healed loop", "InnerPiSSA, free K", "InnerPiSSA")
-ABLATIONS = {                                               # name: (spin fields, contrast fields, where)
-    "as it is": ({}, {}, {}),
-    "rotate U and V": (dict(rotate="UV"), {}, {}), "no rotation": (dict(rotate="none"), {}, {}),
-    "no scaling": (dict(scale="none"), {}, {}), "mult for add": (dict(scale="mult"), {}, {}),
-    "free odd K": (dict(rotate="free"), {}, {}),
-    "top directions": (dict(select="top"), {}, {}), "difference's": (dict(select="difference"), {}, {}),
-    "activation space": ({}, dict(space="activation"), {}), "sigmoid": ({}, dict(separation="sigmoid"), {}),
-    "rmse KL barrier": ({}, dict(barrier="rmse"), {}), "no barrier": ({}, dict(barrier="none"), {}),
-    "no monotone": ({}, dict(monotone=0.0), {}), "against the base": ({}, dict(against="base"), {}),
-    "o only": ({}, {}, dict(modules="o_proj")), "down only": ({}, {}, dict(modules="down_proj")),
-    "all Linears": ({}, {}, dict(modules="")), "late blocks": ({}, {}, dict(band=(0.6, 0.9)))}
-# ours are trained like InnerPiSSA; what is not a rotation takes a lower rate, or it leaves the barrier at once
-RATE = {"LoRA by nll": 1e-3, "LoRA": 1e-3, "DeLoRA": 1e-3}
+VECTORS = {"random": "random", "mean": "mean", "PCA": "pca_diff", "fisher dual": "fisher_reg2_dual"}
+TRAINED = ("InnerPiSSA", "InnerPiSSA free K", "LoRA", "LoRA by nll", "DeLoRA", "VeRA", "IA3", "ROAD")
+METHODS = (*VECTORS, "prompted", *TRAINED)
+RATE = {"LoRA by nll": 1e-3, "LoRA": 1e-3, "DeLoRA": 1e-3}      # less than the rotation's, which is clamped
+CODE = ("steer", "lora", *(f"innerpissa/{name}" for name in ("spin", "contrast", "rivals", "dose", "dilemmas")))
 
 
 @dataclass(frozen=True)
@@ -63,15 +49,14 @@ class TrainConfig:
     device: str = opt("auto", "cpu, cuda, ...; auto = cuda if there is one")
     persona: str = opt("love", "name in data/personas.json, or a FILE.json")
     prompts: str = opt("", "text file, a prompt a line; empty = the persona's")
-    dilemmas: str = opt("", "items of dilemmas.py, or DailyDilemmas; empty = data/pocket.jsonl, or real.jsonl")
-    target: str = opt("", "the value that should move; empty = the persona's name, or its foundation")
-    n_pairs: int = opt(96, "pairs per seed", 16, 1e6)
+    dilemmas: str = opt("", "items of dilemmas.py, or DailyDilemmas; empty = the embedded world's")
+    target: str = opt("", "the value that should move, of those that items are tagged with; empty = the persona's name")
+    n_pairs: int = opt(48, "pairs per seed", 16, 1e6)
     n_seeds: int = opt(3, "seeds of pairs, split and start", 1, 1e3)
     seed: int = opt(0, "the first seed", 0, 1e9)
-    band: tuple[float, float] = opt((0.25, 0.75), "adapt the blocks of these depths (fractions)", 0, 1)
+    band: tuple[float, float] = opt((0.25, 0.6), "adapt the blocks of these depths (fractions)", 0, 1)
     modules: str = opt("o_proj,down_proj", "Linears to adapt, by the ends of their names; empty = all of a block")
-    methods: str = opt(",".join(METHODS).replace("InnerPiSSA, free K", "InnerPiSSA free K"), "rows of the tables")
-    ablations: bool = opt(False, "the parts of InnerPiSSA, one changed at a time, instead of the rivals")
+    methods: str = opt(",".join(METHODS), "rows of the tables")
     c: float = opt(1.0, "the dial of the adapter that the run folder gets", -8, 8)
     out: str = opt("runs", "folder of the run folders; empty = write none")
 
@@ -79,13 +64,12 @@ class TrainConfig:
         check_ranges(self)
         unknown = [m for m in self.names() if m not in METHODS]
         if unknown or not self.names():
-            raise ValueError(f"--methods {', '.join(unknown) or 'is empty'}: expected some of {', '.join(METHODS)}")
+            raise ValueError(f"--methods: {', '.join(unknown) or 'nothing'}; expected some of {', '.join(METHODS)}")
         if not self.band[0] < self.band[1]:
             raise ValueError(f"--band {self.band}: expected the lower depth first")
 
     def names(self) -> list[str]:
-        asked = [m.strip().replace("InnerPiSSA free K", "InnerPiSSA, free K") for m in self.methods.split(",") if m.strip()]
-        return [m for m in METHODS if m in asked] + [m for m in asked if m not in METHODS]
+        return [m.strip() for m in self.methods.split(",") if m.strip()]
 
 
 GROUPS = (TrainConfig, spin.SpinConfig, contrast.ContrastConfig)
@@ -105,24 +89,24 @@ class Bench:
         spin.linears(model, self.layers, self.targets)      # says at once if a module matches nothing
         said = steer.generate(model, tok, given["held_out"], max_new_tokens=32, seed=cfg.seed)
         self.texts = list(zip(given["held_out"], said))     # the base's own answers, for the change of nll
-        self.questions = [i.text for i in items if i.values.get(target) and i.options == ("Yes", "No")]
-        self.signs = torch.tensor([[float(i.values[target])] for i in items if i.values.get(target)
-                                   and i.options == ("Yes", "No")], dtype=torch.float64)        # [n, 1]
+        tagged = [i for i in items if i.values.get(target) and i.options == ("Yes", "No")]
+        self.questions = [i.text for i in tagged]
+        self.signs = torch.tensor([[i.values[target]] for i in tagged], dtype=torch.float64)    # [n, 1]
         if len(self.questions) < 4:
             raise ValueError(f"target {target!r}: {len(self.questions)} yes-or-no items are tagged with it, need 4")
 
     def pairs(self, seed: int) -> list[contrast.Pair]:
-        return contrast.make_pairs(self.model, self.tok, self.persona["pos"], self.persona["neg"], self.given["train"],
+        persona = self.persona
+        return contrast.make_pairs(self.model, self.tok, persona["pos"], persona["neg"], self.given["train"],
                                    n=self.cfg.n_pairs, n_read=self.ccfg.n_read, seed=seed)
 
     # ---- a method as a dial: (dialed, doses, systems, facts)
 
     @contextmanager
-    def dial_of(self, method: str, seed: int, scfg=None, ccfg=None, layers=None, targets=...):
+    def dial_of(self, method: str, seed: int):
         """Inside the `with`, the method is on the model, dial at 0; yields what reads it and what training said."""
-        scfg, ccfg, layers = scfg or self.scfg, ccfg or self.ccfg, layers or self.layers
-        targets = self.targets if targets is ... else targets
-        model, pairs, made = self.model, self.pairs(seed), None
+        scfg, layers, targets, model, made = self.scfg, self.layers, self.targets, self.model, None
+        pairs = self.pairs(seed)
         said = dict(systems=None, doses=dose.DOSES, adapter=None, record=None)
         if method in VECTORS:
             reading = extract.read(model, pairs, [self.block - 1], block=self.block, pad_id=self.pad_id)
@@ -134,13 +118,6 @@ class Bench:
             systems = {1.0: self.persona["pos"][k], 0.0: "", -1.0: self.persona["neg"][k]}
             yield lambda c: steer.steered(model, {}, 0.0), said | dict(systems=systems, doses=(-1.0, 0.0, 1.0))
             return
-        if method == "healed loop":
-            stack = self.healed(seed)
-            try:
-                yield lambda c: by_row(stack, c), said
-            finally:
-                stack.remove()
-            return
         try:
             if method.startswith("InnerPiSSA"):
                 if method.endswith("free K"):
@@ -149,42 +126,20 @@ class Bench:
                 reading = extract.read(model, pairs, list(names), block=self.block, pad_id=self.pad_id)
                 made = spin.spin(model, scfg, layers=layers, targets=targets, seed=seed,
                                  states={k: tuple(h) for k, h in reading.h.items()})
+                odd, even = made.sizes()
+                self.screen.say(method, seed, f"before training |odd| {odd:.4f}  |even| {even:.4f}")
             else:
                 made = rivals.rival(model, method.split()[0], r=scfg.r, layers=layers, targets=targets, seed=seed)
-            ccfg = dataclasses.replace(ccfg, lr=RATE.get(method, ccfg.lr))
+            ccfg = dataclasses.replace(self.ccfg, lr=RATE.get(method, self.ccfg.lr))
             loss = rivals.nll_terms(made, pad_id=self.pad_id) if method.endswith("nll") else None
             n_steps = ccfg.epochs * math.ceil(0.85 * len(pairs) / ccfg.batch)
             with self.screen.watch(method, seed, "training, steps", n_steps) as tick:
-                record = contrast.contrast(made, pairs, ccfg, seed=seed, pad_id=self.pad_id, r=scfg.r, loss=loss, log=tick)
+                record = contrast.contrast(made, pairs, ccfg, seed=seed, pad_id=self.pad_id, r=scfg.r,
+                                           loss=loss, log=tick)
             yield made.dialed, said | dict(adapter=made, record=record)
         finally:
             if made:
                 made.remove()
-
-    def healed(self, seed: int) -> lora.Stack:
-        """One round of our loop at the dose 1: steer, filter, heal, fold. Its dial scales the folded round."""
-        model, tok, given = self.model, self.tok, self.given
-        read = model, tok, self.persona["pos"], self.persona["neg"], given["contexts"]
-        vectors, prompts = steer.fit_vectors(*read, steer.find_layers(*read)[0]), given["train"]
-        n = len(prompts)
-        own = steer.generate(model, tok, prompts, max_new_tokens=48, seed=seed)
-        made = steer.generate(model, tok, prompts, vectors=vectors, coeffs=[1.0] * n, max_new_tokens=48, seed=seed + 1)
-        limits = steer.calibrate_limits([steer.readings(c, nll) for c, nll in zip(own, steer.token_nll(
-            model, own, pad_id=self.pad_id))], steer.SteerConfig(slack=0.3))
-        verdicts = steer.judge(made, steer.token_nll(model, made, pad_id=self.pad_id), limits, patterns=self.persona["patterns"])
-        kept = [c for c, verdict in zip(made, verdicts) if verdict.kept]
-        if len(kept) < 8:
-            raise RuntimeError(f"healed loop: {len(kept)} of {n} steered answers passed the filter, need 8")
-        stack = lora.attach(model, r=8, alpha=16, layers=steer.band(len(steer.blocks(model)), 0.2, 0.8), seed=seed)
-        samples = [heal.Sample(c.prompt_ids + c.ids, len(c.prompt_ids), c.prompt) for c in kept]
-        hcfg = heal.HealConfig(lr=0.2 / model.config.get_text_config().hidden_size, tau=1.0, epochs=3)
-        import warnings
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "the barrier")
-            heal.heal(model, stack.parameters(), samples, lambda: stack.gated(0, 0), hcfg, seed=seed, pad_id=self.pad_id)
-        stack.fold()
-        stack.gates(0.0, 0.0)
-        return stack
 
     # ---- reading it
 
@@ -195,28 +150,6 @@ class Bench:
         moved = dilemmas.measure(self.model, self.tok, self.items, dialed, scale, self.target, texts=self.texts,
                                  systems=said["systems"])
         return scored, scale, moved
-
-
-@contextmanager
-def by_row(stack: lora.Stack, c):
-    """A folded LoRA at one dose per row: its rounds have one switch, so the rows' doses go in by a hook's scale."""
-    if not isinstance(c, torch.Tensor):
-        with stack.gated(float(c), 0.0):
-            yield
-        return
-    handles = []
-    try:
-        for name, layer in stack.layers.items():
-            A, B, scale = layer.rounds[-1]
-            def hook(linear, args, y, A=A, B=B, scale=scale):
-                z = args[0] @ A.T.to(y.dtype) @ B.T.to(y.dtype)                 # [B, T, d_out]
-                return y + scale * rivals.column(c, y) * z
-            handles.append(stack_module(stack, name).register_forward_hook(hook))
-        with stack.gated(0.0, 0.0):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 DOSE_HEAD = ("method", "score", "± seeds", "slope", "r2", "valid", "p (t)", "p (perm)", "scale", "symmetry", "even / odd")
@@ -235,3 +168,104 @@ def dose_row(method: str, scores: list[dose.Score], scales: list[float], paritie
     return [method, f"{mean:.3f}", "-" if math.isnan(sd) else f"{sd:.3f}", f"{of('slope'):+.3f}", f"{of('r2'):.2f}",
             f"{of('valid'):.2f}", f"{max(s.p for s in scores):.1g}", f"{max(s.p_perm for s in scores):.2g}",
             "/".join(f"{x:g}" for x in scales), f"{of('symmetry'):.2f}", ratio]
+
+
+# ---- the run folder ----------------------------------------------------------------------------------------
+
+def write_run(bench: Bench, tensors: dict, argv: list[str], values: dict, date: str) -> Path:
+    """A run folder of one accepted round, the adapter at --c, with rows of base, prompted and adapted model."""
+    cfg, model, tok, given, screen = bench.cfg, bench.model, bench.tok, bench.given, bench.screen
+    with folder.Folder(None, screen) as run:
+        run.make(Path(cfg.out), f"{Path(cfg.model).name}-{Path(cfg.persona).stem}-innerpissa", argv=argv,
+                 command="python innerpissa/train.py " + shlex.join(argv), options=values,
+                 defaults={f.name: f.default for cls in GROUPS for f in fields(cls)}, date=date,
+                 **folder.surroundings(model, CODE), commit=models.commit_of(model),
+                 weights=models.fingerprint(model), template=models.template_id(tok), persona=given["persona"],
+                 items={side: given[side] for side in ("train", "held_out")})
+        rounds = Rounds(run)
+        rounds.save(0, "adapter", tensors, c=cfg.c)
+        stack = export.restack(model, [rounds.path(0, "adapter")])
+        sampling = dict(max_new_tokens=32, temperature=1.0, top_p=0.95, batch_size=128)
+        student = Student(model, tok, stack, screen, **given, seed=cfg.seed, sampling=sampling, think_tokens=8,
+                          n_text=24)
+        rows = {}
+        with stack.gated(0, 0):
+            found = run.event("limits", None, **student.calibrate(24, None))
+            own = found["own_ids"], [torch.tensor(nll) for nll in found["own_nll"]]
+            for kind, system in (("base", ""), ("prompted", given["persona"]["pos"][0])):
+                rows[kind] = run.event("row", None, kind=kind, **student.measured(
+                    kind, None, kind, own=own, base=rows.get("base"), prompted=None, system=system))
+        with stack.gated(1, 0):
+            run.event("row", 0, kind="healed", **student.measured("healed", 0, f"c = {cfg.c:g}", own=own, **rows))
+        run.event("gate", 0, accepted=True, reasons=[])
+        run.save(status="accepted", accepted=[0], stopped="", seconds=time.time() - screen.start)
+        stack.remove()
+        show(run.path, screen)
+        return run.path
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+def train(cfg: TrainConfig, scfg: spin.SpinConfig, ccfg: contrast.ContrastConfig, argv: list[str]) -> int:
+    """Prints the two tables; writes the run folder if InnerPiSSA is among the methods."""
+    given = inputs.load(cfg.persona, prompts=cfg.prompts, model=cfg.model, n_vignettes=14)
+    notes = given.pop("notes")
+    if not cfg.dilemmas and cfg.model != "pocket":
+        raise ValueError("--dilemmas FILE is needed: the items that come with this are the embedded world's")
+    items = dilemmas.load_dilemmas(cfg.dilemmas or HERE / "data" / "pocket.jsonl")
+    target, known = cfg.target or given["persona"]["name"], sorted({v for item in items for v in item.values})
+    if target not in known:
+        raise ValueError(f"--target {target!r}: no item is tagged with it; there are {', '.join(known)}")
+    if cfg.out:
+        folder.check_out(Path(cfg.out))
+    date = models.today()
+    model, tok = models.load(cfg.model, revision=cfg.revision, dtype=cfg.dtype, device=cfg.device, date=date)
+    bench, scores, moves, first = Bench(cfg, scfg, ccfg, model, tok, given, items, target), [], [], None
+    for note in notes:
+        bench.screen.say("note", None, note)
+    for method in cfg.names():
+        found, parities = [], []
+        for seed in range(cfg.seed, cfg.seed + cfg.n_seeds):
+            with bench.dial_of(method, seed) as (dialed, said):
+                found.append(bench.read(dialed, said))
+                if adapter := said["adapter"]:
+                    parities.append(rivals.parity(adapter))
+                if method == "InnerPiSSA" and first is None:
+                    first = adapter.tensors(cfg.c)
+            score, scale, moved = found[-1]
+            trained = "  flipped" * bool(said["record"] and said["record"]["flipped"])
+            bench.screen.say(method, seed, f"score {score.score:.3f}  slope {score.slope:+.3f}  scale {scale:g}  "
+                             f"transfer {moved.slopes[target]:+.3f}{trained}")
+        per_method = [list(x) for x in zip(*found)]         # scores, scales, transfers
+        scores.append(dose_row(method, per_method[0], per_method[1], parities))
+        moves.append(dilemmas.row(method, per_method[2], target))
+    print(f"\ndose response of {target}, {cfg.n_seeds} seeds, {len(bench.questions)} items, nats\n"
+          f"{table(DOSE_HEAD, scores)}\n\ntransfer to {len(items)} items at the scale that was chosen\n"
+          f"{table(dilemmas.COLUMNS, moves)}", flush=True)
+    if first and cfg.out:
+        values = {f.name: getattr(c, f.name) for c in (cfg, scfg, ccfg) for f in fields(c)} | dict(quantize="")
+        where = shlex.quote(str(write_run(bench, first, argv, values, date)))
+        print(f"\nread     {where}/report.html\nchat     python loop.py chat {where}\n"
+              f"export   python loop.py export {where} --to peft")
+    return 0
+
+
+def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    made = options.parser(GROUPS, ("model", "persona", "methods", "n_seeds", "out"), prog="innerpissa/train.py",
+                          description=__doc__.split("\n")[0])
+    made.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
+    args = vars(made.parse_args(argv))
+    given = args.pop("positional_model")
+    try:
+        args = options.tidy(args if given is None else args | dict(model=given))
+        return train(*[cls(**{f.name: args[f.name] for f in fields(cls)}) for cls in GROUPS], argv)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"innerpissa/train.py: {folder.one_line(error)}", file=sys.stderr)
+        return 1 if isinstance(error, RuntimeError) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
