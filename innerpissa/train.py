@@ -10,6 +10,7 @@ items and scored on even ones. At the end a run folder holds the first seed's ad
 `python loop.py report | chat | export`. Its three rows are of few items: the tables are the result.
 """
 import dataclasses
+import functools
 import math
 import shlex
 import sys
@@ -95,10 +96,15 @@ class Bench:
         if len(self.questions) < 4:
             raise ValueError(f"target {target!r}: {len(self.questions)} yes-or-no items are tagged with it, need 4")
 
+    @functools.cache
     def pairs(self, seed: int) -> list[contrast.Pair]:
         persona = self.persona
         return contrast.make_pairs(self.model, self.tok, persona["pos"], persona["neg"], self.given["train"],
                                    n=self.cfg.n_pairs, n_read=self.ccfg.n_read, seed=seed)
+
+    @functools.cache
+    def reading(self, seed: int, *where) -> extract.Reading:
+        return extract.read(self.model, self.pairs(seed), list(where), block=self.block, pad_id=self.pad_id)
 
     # ---- a method as a dial: (dialed, doses, systems, facts)
 
@@ -109,7 +115,7 @@ class Bench:
         pairs = self.pairs(seed)
         said = dict(systems=None, doses=dose.DOSES, adapter=None, record=None)
         if method in VECTORS:
-            reading = extract.read(model, pairs, [self.block - 1], block=self.block, pad_id=self.pad_id)
+            reading = self.reading(seed, self.block - 1)
             v = {self.block - 1: extract.extract(reading, self.block - 1, VECTORS[method], seed=seed)}
             yield lambda c: steer.steered(model, v, c), said
             return
@@ -123,7 +129,7 @@ class Bench:
                 if method.endswith("free K"):
                     scfg = dataclasses.replace(scfg, rotate="free")
                 names = spin.linears(model, layers, targets)
-                reading = extract.read(model, pairs, list(names), block=self.block, pad_id=self.pad_id)
+                reading = self.reading(seed, *names)
                 made = spin.spin(model, scfg, layers=layers, targets=targets, seed=seed,
                                  states={k: tuple(h) for k, h in reading.h.items()})
                 odd, even = made.sizes()
@@ -235,7 +241,7 @@ def train(cfg: TrainConfig, scfg: spin.SpinConfig, ccfg: contrast.ContrastConfig
             score, scale, moved = found[-1]
             trained = "  flipped" * bool(said["record"] and said["record"]["flipped"])
             bench.screen.say(method, seed, f"score {score.score:.3f}  slope {score.slope:+.3f}  scale {scale:g}  "
-                             f"transfer {moved.slopes[target]:+.3f}{trained}")
+                             f"symmetry {score.symmetry:.2f}  transfer {moved.slopes[target]:+.3f}{trained}")
         per_method = [list(x) for x in zip(*found)]         # scores, scales, transfers
         scores.append(dose_row(method, per_method[0], per_method[1], parities))
         moves.append(dilemmas.row(method, per_method[2], target))
@@ -243,7 +249,7 @@ def train(cfg: TrainConfig, scfg: spin.SpinConfig, ccfg: contrast.ContrastConfig
           f"{table(DOSE_HEAD, scores)}\n\ntransfer to {len(items)} items at the scale that was chosen\n"
           f"{table(dilemmas.COLUMNS, moves)}", flush=True)
     if first and cfg.out:
-        values = {f.name: getattr(c, f.name) for c in (cfg, scfg, ccfg) for f in fields(c)} | dict(quantize="")
+        values = {f.name: getattr(c, f.name) for c in (cfg, scfg, ccfg) for f in fields(c)} | dict(quantize="", pos="", neg="")
         where = shlex.quote(str(write_run(bench, first, argv, values, date)))
         print(f"\nread     {where}/report.html\nchat     python loop.py chat {where}\n"
               f"export   python loop.py export {where} --to peft")
