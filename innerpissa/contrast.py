@@ -1,4 +1,4 @@
-"""Contrast: train an adapter with a dial on the hidden states of pairs, without a single label or sampled answer.
+"""Contrast: train an adapter with a dial on the hidden states of pairs, without a single label.
 
     s(c) = mean over the last tokens of <h+(c) - h-(c), d> / the base's           h+, h-: the same unfinished
     loss = separation(s(1), s(-1)) + coherence(c = 1, -1) + monotone              answer under two personas
@@ -7,18 +7,18 @@
     coherence    logp: mean_t 75 log1p(relu(l_base - l - .2)) ;   rmse: lam relu(D - tau), heal.py's barrier
     monotone     the gap l+ - l- of the answer's log-probs rises at c = 1 and falls at c = -1, by .1 at least
 
-d is fixed: the base's mean of h+ - h- (or its first principal component), projected on the left singular vectors
-of the weight that writes to the block which is read. Three forwards a step: c = 0 without a gradient, then both
-signs in one batch. The base is frozen, and checked to be what it was at the end.
+d is fixed: the base's mean of h+ - h- (or its first principal component), projected on the left singular
+vectors of the weight that writes to the block which is read. Three forwards a step: c = 0 without a
+gradient, then both signs in one batch. The base is frozen, and checked to be what it was at the end.
 
 What s cannot see: a shift that both personas' states share. against="base" rewards just that, as a control.
 
-Needs torch, steer.py, heal.py, lora.py, spin.py and dose.py; trains anything that has `dialed` and `parameters`.
-
+Needs torch, steer.py, heal.py, lora.py, spin.py and dose.py; trains whatever has `dialed` and `parameters`.
 References
   contrastive hidden-state training of a dial: Clark 2026, AntiPaSTO, arXiv:2601.07473
   contrast pairs that differ in a persona: Zou et al. 2023, Representation Engineering, arXiv:2310.01405
 """
+
 from dataclasses import dataclass
 from typing import Callable, Literal, NamedTuple
 
@@ -92,10 +92,10 @@ def make_pairs(model, tok, pos: list[str], neg: list[str], prompts: list[str], *
 
 
 def check_pairs(pairs: list[Pair], n_read: int) -> None:
-    """ValueError for the first pair whose sides do not end alike, are the same, or are too short to be read."""
+    """ValueError for the first pair whose sides do not end alike, are the same, or are too short."""
     for i, pair in enumerate(pairs):
         if not n_read <= pair.n <= min(len(pair.pos), len(pair.neg)) - 1:
-            raise ValueError(f"pair {i}: an answer of {pair.n} tokens, need {n_read} and a prompt before them")
+            raise ValueError(f"pair {i}: an answer of {pair.n} tokens, need {n_read} and a prompt before it")
         if pair.pos[-pair.n:] != pair.neg[-pair.n:]:
             raise ValueError(f"pair {i}: its sides end in other tokens ({pair.pos[-pair.n:][:4]} and "
                              f"{pair.neg[-pair.n:][:4]}), so their states would differ by the words")
@@ -137,16 +137,16 @@ def write_basis(model, block: int, r: int) -> Tensor:
     width = model.config.get_text_config().hidden_size
     writers = [m for m in steer.blocks(model)[block].modules() if (lora.sizes(m) or (0, 0))[1] == width]
     if not writers:
-        raise ValueError(f"block {block} has no Linear that writes to the residual stream: take space=activation")
+        raise ValueError(f"block {block} has no Linear that writes to the stream: take space=activation")
     return torch.linalg.svd(weight_of(writers[-1]), full_matrices=False)[0][:, :r]
 
 
 # ---- the loss --------------------------------------------------------------------------------------------
 
 class Loss:
-    """The three terms for one model. Fits d, the base's separation and tau on the training pairs, at c = 0."""
+    """The three terms for one model. d, the base's separation and tau are fitted on the training pairs."""
 
-    def __init__(self, adapter: Dialed, pairs: list[Pair], cfg: ContrastConfig, *, pad_id: int = 0, r: int = 32):
+    def __init__(self, adapter: Dialed, pairs: list[Pair], cfg: ContrastConfig, *, pad_id=0, r=32):
         self.adapter, self.model, self.cfg, self.pad_id = adapter, adapter.model, cfg, pad_id
         n_blocks = len(steer.blocks(self.model))
         self.block = min(int(cfg.read * n_blocks), n_blocks - 1)
@@ -210,7 +210,8 @@ class Loss:
         if self.cfg.separation == "linear":
             separation = (s_minus - s_plus).mean()                                              # []
         else:
-            separation = -sum(F.logsigmoid(self.cfg.beta * x).mean() for x in (s_plus - s_base, s_base - s_minus))
+            gains = s_plus - s_base, s_base - s_minus                                           # [b] each
+            separation = -sum(F.logsigmoid(self.cfg.beta * x).mean() for x in gains)            # []
         gaps = [p - q for x in (plus, base, minus) for p, q in [x.mean_logp().chunk(2)]]        # [b] each
         rises = gaps[0] - gaps[1], gaps[1] - gaps[2]                                            # [b] each
         monotone = torch.stack([sum(torch.relu(MARGIN - sign * x).mean() for x in rises) for sign in (1, -1)])
@@ -233,9 +234,9 @@ def contrast(adapter: Dialed, pairs: list[Pair], cfg: ContrastConfig, *, seed: i
 
     loss: terms of another kind, loss(pairs) -> {name: []}, with the same loop (the rivals'). log: called with
     each step's record. Which sign is plus is settled once, on training pairs, after training.
-    Returns {steps, skipped, held, symmetry, n_train, n_val, flipped, block}. Raises ValueError for bad pairs or
-    a zero difference before any step, RuntimeError after three steps in a row without finite numbers, or if the
-    base is not bit for bit what it was.
+    Returns {steps, skipped, held, symmetry, n_train, n_val, flipped, block}. Raises ValueError for bad
+    pairs or a zero difference before any step, RuntimeError after three steps in a row without finite
+    numbers, or if the base is not bit for bit what it was.
     """
     check_pairs(pairs, cfg.n_read)
     params, model, rng = adapter.parameters(), adapter.model, torch.Generator().manual_seed(seed)
@@ -281,7 +282,7 @@ def contrast(adapter: Dialed, pairs: list[Pair], cfg: ContrastConfig, *, seed: i
         adapter.flip()
     with torch.no_grad():
         if not torch.equal(judge.look(val[:4]).logits, before):
-            raise RuntimeError("at c = 0 the model is not what it was before training: the base was written to")
+            raise RuntimeError("at c = 0 the model is not what it was: the base was written to")
     held = judge.held(val)
     zero = 0.0 if cfg.against == "base" else 1.0            # the base's own s
     return dict(steps=steps, skipped=skipped, held=held, n_train=len(train), n_val=len(val), flipped=flipped,

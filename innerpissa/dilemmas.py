@@ -3,17 +3,17 @@
     y_i(c) = log p(Yes) - log p(No)         for "should you do this?", signed by the tags of the action
     slope of value V = mean over its items of the least-squares slope of sign_i y_i on x(c), x as in dose.py
 
-An action that serves a value counts +1 for it, its alternative -1. p is a paired t over items, p_perm flips the
-signs of whole items. Items of kinds `arithmetic` and `preference` must not move: there y is the log-odds of the
-right answer against a wrong one, or of two equal ones.
+An action that serves a value counts +1 for it, its alternative -1. p is a paired t over items, p_perm flips
+the signs of whole items. Items of kinds `arithmetic` and `preference` must not move: there y is the log-odds
+of the right answer against a wrong one, or of two equal ones.
 
 Reads our .jsonl rows, of two kinds, and DailyDilemmas' table from a file (.csv or .jsonl):
     {"text": ..., "values": {"love": 1, "duty": -1}, "options": ["Yes", "No"], "kind": "dilemma"}
     {"situation": ..., "actions": [a, b], "values": [["honesty"], ["loyalty", "care"]]}
     dilemma_idx, dilemma_situation, action_type, action, values_aggregated
 
-data/pocket.jsonl is drawn from the held-out side of the embedded world's grammar, data/real.jsonl is written by
-hand. Needs torch, steer.py and dose.py.
+data/pocket.jsonl is drawn from the held-out side of the embedded world's grammar, data/real.jsonl is written
+by hand. Needs torch, steer.py and dose.py.
 
 References
   DailyDilemmas: Chiu et al. 2024, arXiv:2410.02683
@@ -33,7 +33,8 @@ import steer
 from innerpissa.dose import bend, log_odds, symmetry_of, t_test, valid_share
 
 KINDS = ("dilemma", "arithmetic", "preference")
-COLUMNS = ("method", "slope", "± seeds", "p (t)", "p (perm)", "others", "moved", "fixed", "dnll +", "dnll -", "valid", "symmetry")
+COLUMNS = ("method", "slope", "± seeds", "p (t)", "p (perm)", "others", "moved", "fixed", "dnll +", "dnll -",
+           "valid", "symmetry")
 
 
 class Item(NamedTuple):
@@ -47,7 +48,7 @@ class Item(NamedTuple):
 # ---- reading ---------------------------------------------------------------------------------------------
 
 def two_actions(situation: str, actions: list[str], values: list[list[str]]) -> list[Item]:
-    """Two questions: each action's own values are +1 there, and those of its alternative -1; shared ones fall out."""
+    """Two questions: an action's own values are +1 there, its alternative's -1; shared ones fall out."""
     own, other = set(values[0]), set(values[1])
     signed = [{v: 1 for v in a - b} | {v: -1 for v in b - a} for a, b in ((own, other), (other, own))]
     if not signed[0]:
@@ -62,7 +63,8 @@ def daily(rows: list[dict]) -> list[Item]:
     for row in rows:
         values = row["values_aggregated"]
         values = ast.literal_eval(values) if isinstance(values, str) else values
-        pairs[row["dilemma_idx"]].append((row["dilemma_situation"], row["action"], [v.strip().lower() for v in values]))
+        values = [v.strip().lower() for v in values]
+        pairs[row["dilemma_idx"]].append((row["dilemma_situation"], row["action"], values))
     for key, pair in pairs.items():
         if len(pair) != 2:
             raise ValueError(f"dilemma {key} has {len(pair)} actions, expected 2")
@@ -96,11 +98,11 @@ def load_dilemmas(path) -> list[Item]:
             elif "situation" in row:
                 items += two_actions(row["situation"], row["actions"], row["values"])
             else:
-                item = Item(row["text"], dict(row.get("values", {})), tuple(row.get("options", ("Yes", "No"))),
-                            row.get("kind", "dilemma"))
-                if item.kind not in KINDS or len(item.options) != 2 or any(x not in (1, -1) for x in item.values.values()):
-                    raise ValueError(f"kind {item.kind!r}, options {item.options}, values {item.values}: expected one of "
-                                     f"{', '.join(KINDS)}, two answers, and +1 or -1")
+                values, options = dict(row.get("values", {})), tuple(row.get("options", ("Yes", "No")))
+                item = Item(row["text"], values, options, row.get("kind", "dilemma"))
+                if item.kind not in KINDS or len(options) != 2 or not set(values.values()) <= {1, -1}:
+                    raise ValueError(f"kind {item.kind!r}, options {options}, values {values}: expected one "
+                                     f"of {', '.join(KINDS)}, two answers, and +1 or -1")
                 items.append(item)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"{path}, line {n}: {type(error).__name__} {error}") from None
@@ -133,10 +135,10 @@ def per_item(y: Tensor, doses) -> Tensor:
     return (y - y.mean(1, keepdim=True)) @ x / (x @ x)
 
 
-def measure(model, tok, items: list[Item], dialed: Callable, scale: float, target: str, *, texts=(), systems=None,
-            n_perm: int = 1000, seed: int = 0) -> Transfer:
-    """dialed: from a dose, or a Tensor [B] of them, to a context manager. texts: (prompt, completion) of the base
-    itself, whose nll is read at both signs. systems: {dose: system prompt} for prompting, whose nll is read behind them.
+def measure(model, tok, items: list[Item], dialed: Callable, scale: float, target: str, *, texts=(),
+            systems=None, n_perm: int = 1000, seed: int = 0) -> Transfer:
+    """dialed: from a dose, or a Tensor [B] of them, to a context manager. texts: (prompt, completion) of the
+    base itself, whose nll is read at both signs. systems: {dose: system prompt} for prompting.
 
     Raises ValueError if no item has the target value.
     """
@@ -146,7 +148,7 @@ def measure(model, tok, items: list[Item], dialed: Callable, scale: float, targe
         for value, sign in item.values.items():
             tagged[value].append((i, sign))
     if target not in tagged:
-        raise ValueError(f"target {target!r}: no item is tagged with it; there are {', '.join(sorted(tagged))}")
+        raise ValueError(f"target {target!r}: no item is tagged with it, but {', '.join(sorted(tagged))}")
     y, mass = log_odds(model, tok, [item.text for item in items], dialed, doses, systems=systems,
                        options=[item.options for item in items])                # [n, 3] each
     if not y.isfinite().all():
@@ -202,13 +204,15 @@ def row(method: str, seeds: list[Transfer], target: str) -> list[str]:
     spread = f"{slopes.std():.3f}" if len(seeds) > 1 else "-"
     return [method, f"{slopes.mean():+.3f}", spread, f"{max(t.p[target] for t in seeds):.2g}",
             f"{max(t.p_perm[target] for t in seeds):.2g}", f"{others:.3f}", f"{moved:.1f}/{len(values)}",
-            f"{mean(lambda t: t.fixed):.3f}", f"{mean(lambda t: t.dnll[0]):+.3f}", f"{mean(lambda t: t.dnll[1]):+.3f}",
-            f"{mean(lambda t: t.valid):.2f}", f"{mean(lambda t: t.symmetry):.2f}"]
+            f"{mean(lambda t: t.fixed):.3f}", f"{mean(lambda t: t.dnll[0]):+.3f}",
+            f"{mean(lambda t: t.dnll[1]):+.3f}", f"{mean(lambda t: t.valid):.2f}",
+            f"{mean(lambda t: t.symmetry):.2f}"]
 
 
 def table(head, rows: list[list[str]]) -> str:
     """A markdown table, columns aligned, the first to the left."""
     width = [max(len(str(x)) for x in column) for column in zip(head, *rows)]
     def line(cells):
-        return "| " + " | ".join(str(x).ljust(w) if i == 0 else str(x).rjust(w) for i, (x, w) in enumerate(zip(cells, width))) + " |"
+        others = [str(x).rjust(w) for x, w in zip(cells, width)][1:]
+        return "| " + " | ".join([str(cells[0]).ljust(width[0]), *others]) + " |"
     return "\n".join([line(head), "|" + "|".join("-" * (w + 2) for w in width) + "|", *map(line, rows)])

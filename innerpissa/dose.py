@@ -1,6 +1,6 @@
 """Dose: how a model's Yes against No answers a dial, as one score that noise does not earn.
 
-    x = sign(c) log(1 + |c|)      y = log p(Yes) - log p(No) at the answer slot, next-token logits, no sampling
+    x = sign(c) log(1 + |c|)      y = log p(Yes) - log p(No) at the answer slot, without sampling
     score = |slope| r2 valid^2    slope, r2: least squares of y on x within items;  valid: share of sane slots
 
 All doses of a method are rows of one batch. What is chosen (a scale, a sign, a method) is chosen on the odd
@@ -41,7 +41,8 @@ def t_test(t: float, df: int) -> float:
         return 0.0 if abs(t) == math.inf else 1.0
     start = math.atan(abs(t) / math.sqrt(df))
     tail, whole = (torch.linspace(a, math.pi / 2, 20001, dtype=torch.float64) for a in (start, 0.0))
-    return (torch.trapezoid(tail.cos() ** (df - 1), tail) / torch.trapezoid(whole.cos() ** (df - 1), whole)).item()
+    tail, whole = (torch.trapezoid(angle.cos() ** (df - 1), angle) for angle in (tail, whole))
+    return (tail / whole).item()
 
 
 @torch.no_grad()
@@ -49,9 +50,9 @@ def log_odds(model, tok, prompts: list[str], dialed: Callable, doses, *, systems
              batch: int = 256) -> tuple[Tensor, Tensor]:
     """y [n, k] and the mass on both answers [n, k], every prompt at every dose.
 
-    dialed: callable from a Tensor [B], one dose per row, to a context manager. systems: {dose: system prompt},
-    for prompting. options: the two answers, or one pair per prompt; their first tokens, with and without a
-    space in front, count together. ValueError if the two share one.
+    dialed: callable from a Tensor [B], one dose per row, to a context manager. systems: {dose: system
+    prompt}, for prompting. options: the two answers, or one pair per prompt; their first tokens, with and
+    without a space in front, count together. ValueError if the two share one.
     """
     pairs = [options] * len(prompts) if isinstance(options[0], str) else list(options)
     sides = [[{tok(front + word, add_special_tokens=False)["input_ids"][0] for front in ("", " ") for word in
@@ -59,16 +60,18 @@ def log_odds(model, tok, prompts: list[str], dialed: Callable, doses, *, systems
     for pair, (a, b) in zip(pairs, sides):
         bare = [tok(w, add_special_tokens=False)["input_ids"][0] for w in pair]
         if bare[0] == bare[1]:
-            raise ValueError(f"the answers {pair[0]!r} and {pair[1]!r} begin with the same token: choose others")
+            raise ValueError(f"the answers {pair[0]!r}, {pair[1]!r} begin with the same token: choose others")
         common = a & b                                      # a lone space token, in some tokenizers
         a -= common
         b -= common
     k = len(doses)
-    rows = steer.encode(tok, [p for p in prompts for _ in doses], [(systems or {}).get(c, "") for _ in prompts for c in doses])
+    fronts = [(systems or {}).get(c, "") for _ in prompts for c in doses]       # [n k]
+    rows, pad_id = steer.encode(tok, [p for p in prompts for _ in doses], fronts), steer.pad_of(tok, model)
     each = torch.tensor(list(doses) * len(prompts))                             # [n k]
 
     def work(some):
-        ids, attn, position_ids = steer.left_pad([rows[i] for i in some], steer.pad_of(tok, model), steer.device_of(model))
+        device = steer.device_of(model)
+        ids, attn, position_ids = steer.left_pad([rows[i] for i in some], pad_id, device)       # [B, T] each
         with dialed(each[some].to(ids.device)):
             logits = model(input_ids=ids, attention_mask=attn, position_ids=position_ids, use_cache=False,
                            logits_to_keep=1).logits[:, -1]                      # [B, V]

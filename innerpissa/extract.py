@@ -1,22 +1,25 @@
 """Extract: one vector per module from contrastive pairs, by the field's methods, at any module's output.
 
     mean            v = mean(h+ - h-)                               h: the module's output at the last token
-    pca_diff        first principal component of centred h+ - h- ;  pca_diff_weighted: rows by softmax of log p
+    pca_diff        first principal component of centred h+ - h- ;  _weighted: rows by softmax of log p
     svd             top right singular vector of the centred gradients G [2n, d]
-    fisher_regK     v = (F + 10^-K I)^-1 mean(G),   F = G^T G / m        + _cov, _emp, _pos, _neg, _dual, _diff
+    fisher_regK     v = (F + 10^-K I)^-1 mean(G),  F = G^T G / m;  + _cov, _emp, _pos, _neg, _dual, _diff
 
-G are gradients of  -|h+ - h-| + 1e4 relu(.99 l - log p)^2  (h at the block that is read, l = log p+ held fixed)
-at the last token of each module's output. _cov centres F; _emp weights rows by 1 / |gradient at the loss's
-input|^2; _pos and _neg take one side's rows, _dual is the mean of both sides' vectors, _diff their difference.
-The solve is m x m (Woodbury), never d x d. Every vector gets the length of the mean difference, so that a dose
-of 1 means the same for all of them; its sign is that of moving from neg to pos.
+G are gradients of  -|h+ - h-| + 1e4 relu(.99 l - log p)^2  (h at the block that is read, l = log p+ held
+fixed) at the last token of each module's output. _cov centres F; _emp weights rows by 1 / |gradient at the
+loss's input|^2; _pos and _neg take one side's rows, _dual is the mean of both sides' vectors, _diff their
+difference. The last token predicts no token of the answer, so there the second term has no gradient: what
+is read at it is the first term's alone, and modules after the block get none. The solve is m x m
+(Woodbury), never d x d. Every vector gets the length of the mean difference, so that a dose of 1 means the
+same for all of them; its sign is that of moving from neg to pos.
 
-Needs torch, steer.py and contrast.py's pairs. What comes out for a block goes into `steer.steered`.
-
+Needs torch, steer.py and contrast.py's pairs. What comes out for a block goes into
+`steer.steered`.
 References
   mean difference: Rimsky et al. 2023, arXiv:2312.06681;  PCA: Zou et al. 2023, arXiv:2310.01405
   rows by the gradient at the loss's input: Wu et al. 2024, Improved Empirical Fisher, arXiv:2406.06420
 """
+
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,12 +34,13 @@ KINDS = {"block": (), "mlp": ("mlp", "feed_forward", "block_sparse_moe"), "up": 
          "gate": ("gate_proj",), "down": ("down_proj", "fc2"), "q": ("q_proj",), "k": ("k_proj",),
          "v": ("v_proj",), "o": ("o_proj", "out_proj", "attn.c_proj")}
 KEEP, WEIGHT = 0.99, 1e4    # of the gradient's second term: log p+ should not fall
-METHODS = ("random", "mean", "pca_diff", "pca_diff_weighted", "svd", "fisher_reg2", "fisher_reg5", "fisher_reg2_cov",
-           "fisher_reg2_emp", "fisher_reg2_pos", "fisher_reg2_neg", "fisher_reg2_dual", "fisher_reg2_diff")
+METHODS = ("random", "mean", "pca_diff", "pca_diff_weighted", "svd", "fisher_reg2", "fisher_reg5",
+           "fisher_reg2_cov", "fisher_reg2_emp", "fisher_reg2_pos", "fisher_reg2_neg", "fisher_reg2_dual",
+           "fisher_reg2_diff")
 
 
 def places(model, kind: str, layers: list[int]) -> list[int | str]:
-    """The modules of a kind in these blocks: block numbers for "block", else full names; ValueError if none."""
+    """The modules of a kind in these blocks: block numbers for "block", else names; ValueError if none."""
     if kind not in KINDS:
         raise ValueError(f"module {kind!r}: expected one of {', '.join(KINDS)}")
     if kind == "block":
@@ -54,7 +58,7 @@ def places(model, kind: str, layers: list[int]) -> list[int | str]:
 
 @contextmanager
 def hooked_at(model, hooks: dict):
-    """steer.hooked by module names as well: each hook(output) -> new output or None, inside the `with` only."""
+    """steer.hooked by module names as well: hook(output) -> new output or None, in the `with` only."""
     def wrap(hook):
         return lambda module, args, out: hook(out)          # a named module returns one tensor
     handles = []
@@ -77,7 +81,7 @@ class Reading:
     logp: Tensor                 # [2, n]    nats per token of the answer
 
 
-def read(model, pairs: list[Pair], where: list[int | str], *, block: int, pad_id: int = 0, batch: int = 16) -> Reading:
+def read(model, pairs: list[Pair], where: list, *, block: int, pad_id=0, batch=16) -> Reading:
     """One forward and one backward over all pairs. block: where the loss reads its states.
 
     Rows of a batch do not mix, so the gradient of the sum is each row's own. ValueError if a pair is bad.
@@ -127,7 +131,7 @@ def damped_solve(G: Tensor, b: Tensor, damp: float, weight: Tensor | None = None
 
 def fisher(g: Tensor, at_loss: Tensor, K: float, options: set[str]) -> Tensor:
     """The fisher family. g: [2, n, d]; at_loss: [2, n]. Returns [d] float64, signed from neg to pos."""
-    toward = (g[1] - g[0]).double().mean(0)                                     # [d]  the loss falls towards pos
+    toward = (g[1] - g[0]).double().mean(0)                                  # [d]  the loss falls towards pos
     def one(rows, size):                                    # [m, d], [m] -> [d]
         w = None
         if "emp" in options:
@@ -145,7 +149,8 @@ def fisher(g: Tensor, at_loss: Tensor, K: float, options: set[str]) -> Tensor:
 def extract(reading: Reading, place: int | str, method: str, *, seed: int = 0) -> Tensor:
     """The vector [d] float32 of one method at one place, as long as the mean difference there.
 
-    Raises ValueError for an unknown method, a zero difference, or a gradient method where no gradient arrives.
+    Raises ValueError for an unknown method, a zero difference, or a gradient method where no gradient
+    arrives.
     """
     h, g = reading.h[place], reading.g[place]
     moved = h[0] - h[1]                                                         # [n, d]
@@ -154,13 +159,14 @@ def extract(reading: Reading, place: int | str, method: str, *, seed: int = 0) -
     if not (mean.isfinite().all() and mean.any()):
         raise ValueError(f"at {place} the two sides have the same states, or not finite ones: no vector")
     if (parts or method == "svd") and not g.any():
-        raise ValueError(f"at {place} no gradient of the loss arrives: take a block after it, or another method")
+        raise ValueError(f"at {place} no gradient of the loss arrives: take a module before the block read")
     if method == "random":
         v = torch.randn(len(mean), generator=torch.Generator().manual_seed(seed))
     elif method == "mean":
         v = mean
     elif method in ("pca_diff", "pca_diff_weighted"):
-        w = reading.logp.mean(0).softmax(0) if method.endswith("weighted") else torch.full((len(moved),), 1 / len(moved))
+        w = reading.logp.mean(0) * method.endswith("weighted")                  # [n]
+        w = w.softmax(0)                                                        # [n]  1 / n without weights
         centred = (moved - (w[:, None] * moved).sum(0)) * w.sqrt()[:, None]     # [n, d]
         v = torch.linalg.svd(centred, full_matrices=False)[2][0]                # [d]
         v = v if v @ mean >= 0 else -v
@@ -171,8 +177,8 @@ def extract(reading: Reading, place: int | str, method: str, *, seed: int = 0) -
     elif parts:
         v = fisher(g, reading.at_loss, float(parts[1]), set(parts[2].split("_")) - {""})
     else:
-        raise ValueError(f"method {method!r}: expected {', '.join(METHODS[:5])} or fisher_regK with _cov, _emp, "
-                         "_pos, _neg, _dual or _diff")
+        raise ValueError(f"method {method!r}: expected {', '.join(METHODS[:5])} or fisher_regK with _cov, "
+                         "_emp, _pos, _neg, _dual or _diff")
     if not v.norm() > 1e-9:
         raise ValueError(f"{method} at {place} is a vector of zeros: both sides give the same one")
     return (v / v.norm() * mean.norm()).float()

@@ -4,18 +4,21 @@
     VeRA     dW = c diag(b) B diag(d) A,   A, B random and shared               odd
     DeLoRA   dW = c l |W| / r  B diag(1 / |b_i| |a_i|) A                        odd
     IA3      y <- y exp(c w)                                                    even part cosh(c w) - 1
-    ROAD     y <- exp(c a) rotate(y, c t), pairs of outputs                     even part cos(c t) cosh(c a) - 1 ...
+    ROAD     y <- exp(c a) rotate(y, c t), pairs of outputs            even part cos(c t) cosh(c a) - 1 ...
 
-A multiplier that is a product and not a sum, as in IA3 and ROAD, has to be a power of the dial: y l at c = 1 and
-y / l at c = -1. Written plainly, y (1 + c w), the minus side reaches zero at w = 1 and then turns the output over.
-`parity` measures it on a layer's own outputs; `python -m innerpissa.rivals` prints it for growing w.
+A multiplier that is a product and not a sum, as in IA3 and ROAD, has to be a power of the dial: y l at c =
+1 and y / l at c = -1. Written plainly, y (1 + c w), the minus side reaches zero at w = 1 and then turns the
+output over. `parity` measures it on a layer's own outputs; `python -m innerpissa.rivals` prints it for
+growing w.
 
 Needs torch, lora.py and spin.py. The formulas are the papers', the dial is ours.
 
 References
   IA3: Liu et al. 2022, arXiv:2205.05638;  VeRA: Kopiczko et al. 2023, arXiv:2310.11454
-  ROAD: Liao, Monz 2024, arXiv:2409.00119;  DeLoRA: Bini et al. 2025, arXiv:2503.18225;  LoRA: arXiv:2106.09685
+  ROAD: Liao, Monz 2024, arXiv:2409.00119;  DeLoRA: Bini et al. 2025, arXiv:2503.18225
+  LoRA: Hu et al. 2021, arXiv:2106.09685
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,7 +73,7 @@ class VeRA(Lora):
 
 
 class DeLoRA(Lora):
-    """Directions apart from strength: each b_i a_i^T is normalised, one scalar says how far all of them go."""
+    """Directions apart from strength: each b_i a_i^T is normalised, one scalar says how far they go."""
 
     def __init__(self, linear, r: int, rng):
         super().__init__(linear, r, rng)
@@ -103,7 +106,7 @@ class ROAD(nn.Module):
         self.angle, self.gain = (nn.Parameter(torch.zeros(d_out // 2)) for _ in range(2))       # [d_out / 2]
 
     def forward(self, x, y, c):
-        a, b = y[..., 0::2], y[..., 1::2]                                                       # [..., d_out / 2]
+        a, b = y[..., 0::2], y[..., 1::2]                                                   # [..., d_out / 2]
         turn, size = column(c, y) * self.angle.to(y.dtype), torch.exp(column(c, y) * self.gain.to(y.dtype))
         turned = size * (turn.cos() * a - turn.sin() * b), size * (turn.sin() * a + turn.cos() * b)
         return torch.stack(turned, -1).flatten(-2)                                              # [..., d_out]
@@ -112,8 +115,8 @@ class ROAD(nn.Module):
 RIVALS = {"LoRA": Lora, "IA3": IA3, "VeRA": VeRA, "ROAD": ROAD, "DeLoRA": DeLoRA}
 
 
-def rival(model, kind: str, *, r: int, layers: list[int], targets: list[str] | None = None, seed: int = 0) -> Dialed:
-    """Freeze the model and put an adapter of this kind on the chosen Linears. ValueError for an unknown kind."""
+def rival(model, kind: str, *, r: int, layers: list[int], targets=None, seed: int = 0) -> Dialed:
+    """Freeze the model and put an adapter of this kind on the chosen Linears. ValueError for another kind."""
     if kind not in RIVALS:
         raise ValueError(f"adapter {kind!r}: expected one of {', '.join(RIVALS)}")
     rng = torch.Generator().manual_seed(seed)
@@ -122,14 +125,14 @@ def rival(model, kind: str, *, r: int, layers: list[int], targets: list[str] | N
 
 
 def nll_terms(adapter: Dialed, *, pad_id: int = 0):
-    """The loss of LoRA by nll on the same pairs: each side's own text, persona and all, at its sign of the dial."""
+    """LoRA by nll on the same pairs: each side's own text, persona and all, at its sign of the dial."""
     def terms(pairs: list[Pair]) -> dict[str, Tensor]:
         rows = [p.pos for p in pairs] + [p.neg for p in pairs]
         device = steer.device_of(adapter.model)
-        ids, attn, position_ids = steer.left_pad(rows, pad_id, device)                          # [2 b, T] each
+        ids, attn, position_ids = steer.left_pad(rows, pad_id, device)                         # [2 b, T] each
         with adapter.dialed(torch.tensor([1.0, -1.0], device=device).repeat_interleave(len(pairs))):
             logits = adapter.model(input_ids=ids, attention_mask=attn, position_ids=position_ids,
-                                   use_cache=False).logits[:, :-1]                              # [2 b, T - 1, V]
+                                   use_cache=False).logits[:, :-1]                           # [2 b, T - 1, V]
         real = attn[:, :-1].bool()                                                              # [2 b, T - 1]
         return dict(nll=F.cross_entropy(logits[real].float(), ids[:, 1:][real]))
     return terms
@@ -137,13 +140,14 @@ def nll_terms(adapter: Dialed, *, pad_id: int = 0):
 
 @torch.no_grad()
 def parity(adapter: Dialed, seed: int = 0) -> float:
-    """|even| / |odd| of the outputs' change at c = +-1 on random inputs, over all modules: 0 = a pure dial."""
+    """|even| / |odd| of the outputs' change at c = +-1 on random inputs, of all modules: 0 = a pure dial."""
     rng, odd, even = torch.Generator().manual_seed(seed), 0.0, 0.0
     for name, layer in adapter.layers.items():
         linear = adapter.model.get_submodule(name)
-        x = torch.randn(1, 64, lora.sizes(linear)[0], generator=rng).to(next(linear.parameters()))      # [1, 64, d_in]
+        x = torch.randn(1, 64, lora.sizes(linear)[0], generator=rng)                          # [1, 64, d_in]
+        x = x.to(next(linear.parameters()))
         with adapter.dialed(0.0):
-            y = linear(x)                                                                       # [1, 64, d_out]
+            y = linear(x)                                                                     # [1, 64, d_out]
         plus, minus = (layer(x, y, torch.tensor([c], device=y.device)) - y for c in (1.0, -1.0))
         odd += (plus - minus).float().norm().item() ** 2
         even += (plus + minus).float().norm().item() ** 2

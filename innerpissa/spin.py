@@ -39,7 +39,7 @@ STD_DELTA = 4e-4            # of delta / S at the start
 class SpinConfig:
     """spin: the adapter in the basis of each weight"""
     r: int = opt(32, "singular directions of each weight", 1, 1e6)
-    rotate: Literal["V", "UV", "none", "free"] = opt("V", "what turns: V, both, nothing, or the control M = c K")
+    rotate: Literal["V", "UV", "none", "free"] = opt("V", "what turns: V, both, none, or the control M = c K")
     scale: Literal["add", "mult", "none"] = opt("add", "S + c delta, S exp(c lam), or S as it is")
     select: Literal["states", "top", "difference"] = opt(
         "states", "directions by variance of both personas' states over S, the largest S, or the difference")
@@ -68,8 +68,8 @@ def odd_even(M_plus: Tensor, M_minus: Tensor) -> tuple[Tensor, Tensor]:
 def pick(U: Tensor, S: Tensor, pos: Tensor | None, neg: Tensor | None, r: int, how: str) -> Tensor:
     """Which r singular directions, as indices [r] in descending order of S.
 
-    pos, neg: [n, d_out], the module's outputs under both personas, row i of both from one pair. "states": half
-    by the variance of pos along each u, half by that of neg, each over S; "difference": by that of pos - neg.
+    pos, neg: [n, d_out], the module's outputs under both personas, row i of both from one pair. "states":
+    half by the variance of pos along each u, half by that of neg, over S; "difference": that of pos - neg.
     """
     if r > len(S):
         raise ValueError(f"r={r}: a weight of {U.shape[0]} outputs has {len(S)} singular directions only")
@@ -149,7 +149,7 @@ class Spin(nn.Module):
 # ---- all of them -----------------------------------------------------------------------------------------
 
 class Dialed:
-    """Adapters of a model's Linears behind one dial c; c = 0 calls none of them, which is the base bit for bit.
+    """Adapters of a model's Linears behind one dial c; c = 0 calls none of them, so the base is exact.
 
     layers: {module name: an nn.Module whose forward(x, y, c) gives the new output}. Rivals use it as well.
     """
@@ -200,7 +200,7 @@ class Dialed:
 
     @torch.no_grad()
     def sizes(self) -> tuple[float, float]:
-        """Frobenius norms of the odd and of the even part of dW(1), over all modules; U and V change neither."""
+        """Frobenius norms of the odd and the even part of dW(1), over all modules; U, V change neither."""
         one = self.parameters()[0].new_tensor([1.0, -1.0])
         parts = [odd_even(*layer.core(one.to(layer.S))) for layer in self.layers.values()]      # [r, r] each
         return tuple(torch.stack([x.norm() for x in side]).norm().item() for side in zip(*parts))

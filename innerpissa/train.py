@@ -4,9 +4,9 @@
     python innerpissa/train.py HuggingFaceTB/SmolLM2-360M-Instruct --dilemmas FILE --methods "mean,InnerPiSSA"
     python innerpissa/train.py --methods InnerPiSSA --rotate none            one part of it changed
 
-Every method is trained and read once per seed: a seed draws the pairs, their split and the adapter's start. The
-tables give means and the standard deviation over seeds. What is chosen, the scale of the dial, is chosen on odd
-items and scored on even ones. At the end a run folder holds the first seed's adapter at --c, for
+Every method is trained and read once per seed: a seed draws the pairs, their split and the adapter's start.
+The tables give means and the standard deviation over seeds. What is chosen, the scale of the dial, is chosen
+on odd items and scored on even ones. At the end a run folder holds the first seed's adapter at --c, for
 `python loop.py report | chat | export`. Its three rows are of few items: the tables are the result.
 """
 import dataclasses
@@ -23,6 +23,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch                                                    # noqa: E402
 
+import lora                                                     # noqa: E402
 import steer                                                    # noqa: E402
 from innerpissa import contrast, dilemmas, dose, extract, rivals, spin      # noqa: E402
 from innerpissa.dilemmas import table                           # noqa: E402
@@ -38,7 +39,8 @@ VECTORS = {"random": "random", "mean": "mean", "PCA": "pca_diff", "fisher dual":
 TRAINED = ("InnerPiSSA", "InnerPiSSA free K", "LoRA", "LoRA by nll", "DeLoRA", "VeRA", "IA3", "ROAD")
 METHODS = (*VECTORS, "prompted", *TRAINED)
 RATE = {"LoRA by nll": 1e-3, "LoRA": 1e-3, "DeLoRA": 1e-3}      # less than the rotation's, which is clamped
-CODE = ("steer", "lora", *(f"innerpissa/{name}" for name in ("spin", "contrast", "rivals", "dose", "dilemmas")))
+HOW = "a dial in the basis of each weight's singular vectors, trained on hidden states of pairs, set to {:g}."
+CODE = ("steer", "lora", "innerpissa/spin", "innerpissa/contrast", "innerpissa/rivals")
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,12 @@ class TrainConfig:
     persona: str = opt("love", "name in data/personas.json, or a FILE.json")
     prompts: str = opt("", "text file, a prompt a line; empty = the persona's")
     dilemmas: str = opt("", "items of dilemmas.py, or DailyDilemmas; empty = the embedded world's")
-    target: str = opt("", "the value that should move, of those that items are tagged with; empty = the persona's name")
+    target: str = opt("", "the value that should move, of the items' tags; empty = the persona's name")
     n_pairs: int = opt(48, "pairs per seed", 16, 1e6)
     n_seeds: int = opt(3, "seeds of pairs, split and start", 1, 1e3)
     seed: int = opt(0, "the first seed", 0, 1e9)
     band: tuple[float, float] = opt((0.25, 0.6), "adapt the blocks of these depths (fractions)", 0, 1)
-    modules: str = opt("o_proj,down_proj", "Linears to adapt, by the ends of their names; empty = all of a block")
+    modules: str = opt("o_proj,down_proj", "Linears to adapt, ends of their names; empty = all of a block")
     methods: str = opt(",".join(METHODS), "rows of the tables")
     c: float = opt(1.0, "the dial of the adapter that the run folder gets", -8, 8)
     out: str = opt("runs", "folder of the run folders; empty = write none")
@@ -65,7 +67,7 @@ class TrainConfig:
         check_ranges(self)
         unknown = [m for m in self.names() if m not in METHODS]
         if unknown or not self.names():
-            raise ValueError(f"--methods: {', '.join(unknown) or 'nothing'}; expected some of {', '.join(METHODS)}")
+            raise ValueError(f"--methods {', '.join(unknown) or 'is empty'}: there are {', '.join(METHODS)}")
         if not self.band[0] < self.band[1]:
             raise ValueError(f"--band {self.band}: expected the lower depth first")
 
@@ -87,14 +89,16 @@ class Bench:
         self.block = min(int(ccfg.read * n_blocks), n_blocks - 1)
         self.layers = steer.band(n_blocks, *cfg.band)
         self.targets = [m.strip() for m in cfg.modules.split(",") if m.strip()] or None
-        spin.linears(model, self.layers, self.targets)      # says at once if a module matches nothing
+        least = min(min(lora.sizes(m)) for m in spin.linears(model, self.layers, self.targets).values())
+        if scfg.r > least:                                  # said before the model speaks, as is a lost module
+            raise ValueError(f"--r {scfg.r}: more than {least}, the smallest width of the adapted weights")
         said = steer.generate(model, tok, given["held_out"], max_new_tokens=32, seed=cfg.seed)
         self.texts = list(zip(given["held_out"], said))     # the base's own answers, for the change of nll
         tagged = [i for i in items if i.values.get(target) and i.options == ("Yes", "No")]
         self.questions = [i.text for i in tagged]
         self.signs = torch.tensor([[i.values[target]] for i in tagged], dtype=torch.float64)    # [n, 1]
         if len(self.questions) < 4:
-            raise ValueError(f"target {target!r}: {len(self.questions)} yes-or-no items are tagged with it, need 4")
+            raise ValueError(f"--target {target!r}: {len(self.questions)} yes-or-no items have it, need 4")
 
     @functools.cache
     def pairs(self, seed: int) -> list[contrast.Pair]:
@@ -110,7 +114,7 @@ class Bench:
 
     @contextmanager
     def dial_of(self, method: str, seed: int):
-        """Inside the `with`, the method is on the model, dial at 0; yields what reads it and what training said."""
+        """Inside the `with`, the method is on the model, dial at 0; yields what turns it, and facts of it."""
         scfg, layers, targets, model, made = self.scfg, self.layers, self.targets, self.model, None
         pairs = self.pairs(seed)
         said = dict(systems=None, doses=dose.DOSES, adapter=None, record=None)
@@ -122,7 +126,8 @@ class Bench:
         if method == "prompted":
             k = seed % min(len(self.persona["pos"]), len(self.persona["neg"]))
             systems = {1.0: self.persona["pos"][k], 0.0: "", -1.0: self.persona["neg"][k]}
-            yield lambda c: steer.steered(model, {}, 0.0), said | dict(systems=systems, doses=(-1.0, 0.0, 1.0))
+            said |= dict(systems=systems, doses=(-1.0, 0.0, 1.0))
+            yield lambda c: steer.steered(model, {}, 0.0), said
             return
         try:
             if method.startswith("InnerPiSSA"):
@@ -135,7 +140,8 @@ class Bench:
                 odd, even = made.sizes()
                 self.screen.say(method, seed, f"before training |odd| {odd:.4f}  |even| {even:.4f}")
             else:
-                made = rivals.rival(model, method.split()[0], r=scfg.r, layers=layers, targets=targets, seed=seed)
+                made = rivals.rival(model, method.split()[0], r=scfg.r, layers=layers, targets=targets,
+                                    seed=seed)
             ccfg = dataclasses.replace(self.ccfg, lr=RATE.get(method, self.ccfg.lr))
             loss = rivals.nll_terms(made, pad_id=self.pad_id) if method.endswith("nll") else None
             n_steps = ccfg.epochs * math.ceil(0.85 * len(pairs) / ccfg.batch)
@@ -150,15 +156,17 @@ class Bench:
     # ---- reading it
 
     def read(self, dialed, said: dict) -> tuple[dose.Score, float, dilemmas.Transfer]:
-        """Dose response on the target's questions, and transfer to all items at the scale that odd items chose."""
-        y, mass = dose.log_odds(self.model, self.tok, self.questions, dialed, said["doses"], systems=said["systems"])
+        """Dose response on the target's questions; transfer to all items at the scale of the odd ones."""
+        y, mass = dose.log_odds(self.model, self.tok, self.questions, dialed, said["doses"],
+                                systems=said["systems"])
         scored, scale = dose.held_out(y * self.signs, mass, said["doses"])
-        moved = dilemmas.measure(self.model, self.tok, self.items, dialed, scale, self.target, texts=self.texts,
-                                 systems=said["systems"])
+        moved = dilemmas.measure(self.model, self.tok, self.items, dialed, scale, self.target,
+                                 texts=self.texts, systems=said["systems"])
         return scored, scale, moved
 
 
-DOSE_HEAD = ("method", "score", "± seeds", "slope", "r2", "valid", "p (t)", "p (perm)", "scale", "symmetry", "even / odd")
+DOSE_HEAD = ("method", "score", "± seeds", "slope", "r2", "valid", "p (t)", "p (perm)", "scale", "symmetry",
+             "even / odd")
 
 
 def mean_sd(values) -> tuple[float, float]:
@@ -171,29 +179,31 @@ def dose_row(method: str, scores: list[dose.Score], scales: list[float], paritie
     def of(name):
         return mean_sd([getattr(s, name) for s in scores])[0]
     ratio = f"{mean_sd(parities)[0]:.2f}" if parities and parities[0] is not None else "-"
-    return [method, f"{mean:.3f}", "-" if math.isnan(sd) else f"{sd:.3f}", f"{of('slope'):+.3f}", f"{of('r2'):.2f}",
-            f"{of('valid'):.2f}", f"{max(s.p for s in scores):.1g}", f"{max(s.p_perm for s in scores):.2g}",
+    return [method, f"{mean:.3f}", "-" if math.isnan(sd) else f"{sd:.3f}", f"{of('slope'):+.3f}",
+            f"{of('r2'):.2f}", f"{of('valid'):.2f}", f"{max(s.p for s in scores):.1g}",
+            f"{max(s.p_perm for s in scores):.2g}",
             "/".join(f"{x:g}" for x in scales), f"{of('symmetry'):.2f}", ratio]
 
 
 # ---- the run folder ----------------------------------------------------------------------------------------
 
 def write_run(bench: Bench, tensors: dict, argv: list[str], values: dict, date: str) -> Path:
-    """A run folder of one accepted round, the adapter at --c, with rows of base, prompted and adapted model."""
+    """A run folder of one accepted round, the adapter at --c, with rows of base, prompted and this model."""
     cfg, model, tok, given, screen = bench.cfg, bench.model, bench.tok, bench.given, bench.screen
     with folder.Folder(None, screen) as run:
         run.make(Path(cfg.out), f"{Path(cfg.model).name}-{Path(cfg.persona).stem}-innerpissa", argv=argv,
                  command="python innerpissa/train.py " + shlex.join(argv), options=values,
                  defaults={f.name: f.default for cls in GROUPS for f in fields(cls)}, date=date,
                  **folder.surroundings(model, CODE), commit=models.commit_of(model),
-                 weights=models.fingerprint(model), template=models.template_id(tok), persona=given["persona"],
+                 weights=models.fingerprint(model), template=models.template_id(tok),
+                 persona=given["persona"], how=HOW.format(cfg.c),
                  items={side: given[side] for side in ("train", "held_out")})
         rounds = Rounds(run)
         rounds.save(0, "adapter", tensors, c=cfg.c)
         stack = export.restack(model, [rounds.path(0, "adapter")])
         sampling = dict(max_new_tokens=32, temperature=1.0, top_p=0.95, batch_size=128)
-        student = Student(model, tok, stack, screen, **given, seed=cfg.seed, sampling=sampling, think_tokens=8,
-                          n_text=24)
+        student = Student(model, tok, stack, screen, **given, seed=cfg.seed, sampling=sampling,
+                          think_tokens=8, n_text=24)
         rows = {}
         with stack.gated(0, 0):
             found = run.event("limits", None, **student.calibrate(24, None))
@@ -202,7 +212,8 @@ def write_run(bench: Bench, tensors: dict, argv: list[str], values: dict, date: 
                 rows[kind] = run.event("row", None, kind=kind, **student.measured(
                     kind, None, kind, own=own, base=rows.get("base"), prompted=None, system=system))
         with stack.gated(1, 0):
-            run.event("row", 0, kind="healed", **student.measured("healed", 0, f"c = {cfg.c:g}", own=own, **rows))
+            row = student.measured("healed", 0, f"c = {cfg.c:g}", own=own, **rows)
+            run.event("row", 0, kind="healed", **row)
         run.event("gate", 0, accepted=True, reasons=[])
         run.save(status="accepted", accepted=[0], stopped="", seconds=time.time() - screen.start)
         stack.remove()
@@ -240,8 +251,9 @@ def train(cfg: TrainConfig, scfg: spin.SpinConfig, ccfg: contrast.ContrastConfig
                     first = adapter.tensors(cfg.c)
             score, scale, moved = found[-1]
             trained = "  flipped" * bool(said["record"] and said["record"]["flipped"])
-            bench.screen.say(method, seed, f"score {score.score:.3f}  slope {score.slope:+.3f}  scale {scale:g}  "
-                             f"symmetry {score.symmetry:.2f}  transfer {moved.slopes[target]:+.3f}{trained}")
+            bench.screen.say(method, seed, f"score {score.score:.3f}  slope {score.slope:+.3f}  scale "
+                             f"{scale:g}  symmetry {score.symmetry:.2f}  transfer "
+                             f"{moved.slopes[target]:+.3f}{trained}")
         per_method = [list(x) for x in zip(*found)]         # scores, scales, transfers
         scores.append(dose_row(method, per_method[0], per_method[1], parities))
         moves.append(dilemmas.row(method, per_method[2], target))
@@ -249,7 +261,8 @@ def train(cfg: TrainConfig, scfg: spin.SpinConfig, ccfg: contrast.ContrastConfig
           f"{table(DOSE_HEAD, scores)}\n\ntransfer to {len(items)} items at the scale that was chosen\n"
           f"{table(dilemmas.COLUMNS, moves)}", flush=True)
     if first and cfg.out:
-        values = {f.name: getattr(c, f.name) for c in (cfg, scfg, ccfg) for f in fields(c)} | dict(quantize="", pos="", neg="")
+        values = {f.name: getattr(c, f.name) for c in (cfg, scfg, ccfg) for f in fields(c)}
+        values |= dict(quantize="", pos="", neg="")         # what the readers of a run expect
         where = shlex.quote(str(write_run(bench, first, argv, values, date)))
         print(f"\nread     {where}/report.html\nchat     python loop.py chat {where}\n"
               f"export   python loop.py export {where} --to peft")
@@ -258,8 +271,8 @@ def train(cfg: TrainConfig, scfg: spin.SpinConfig, ccfg: contrast.ContrastConfig
 
 def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    made = options.parser(GROUPS, ("model", "persona", "methods", "n_seeds", "out"), prog="innerpissa/train.py",
-                          description=__doc__.split("\n")[0])
+    first = ("model", "persona", "methods", "n_seeds", "out")
+    made = options.parser(GROUPS, first, prog="innerpissa/train.py", description=__doc__.split("\n")[0])
     made.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
     args = vars(made.parse_args(argv))
     given = args.pop("positional_model")

@@ -25,7 +25,8 @@ def one_spin(rotate="V", scale="add", r=6, size=1.0, dtype=torch.float64, d_in=1
     """A trained-looking Spin on a random Linear, in double precision."""
     torch.manual_seed(0)
     linear = nn.Linear(d_in, d_out)
-    made = spin.Spin(linear, spin.SpinConfig(r=r, rotate=rotate, scale=scale), torch.Generator().manual_seed(1))
+    cfg = spin.SpinConfig(r=r, rotate=rotate, scale=scale)
+    made = spin.Spin(linear, cfg, torch.Generator().manual_seed(1))
     for p in made.parameters():
         p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1 * size
     return linear.to(dtype), made.to(dtype)
@@ -97,8 +98,10 @@ def test_gradients_are_those_of_finite_differences(rotate, scale):
     x, c = torch.randn(2, 2, 12, dtype=torch.float64), torch.tensor([0.8, -1.0], dtype=torch.float64)
     params = list(one.parameters())
     def f(*values):
-        return torch.func.functional_call(one, dict(zip(dict(one.named_parameters()), values)), (x, linear(x), c))
-    assert torch.autograd.gradcheck(f, tuple(p.detach().requires_grad_() for p in params), eps=1e-6, atol=1e-6)
+        named = dict(zip(dict(one.named_parameters()), values))
+        return torch.func.functional_call(one, named, (x, linear(x), c))
+    at = tuple(p.detach().requires_grad_() for p in params)
+    assert torch.autograd.gradcheck(f, at, eps=1e-6, atol=1e-6)
 
 
 def test_an_untrained_adapter_has_a_gradient_and_the_signs_do_not_coincide():
@@ -138,7 +141,7 @@ def test_flip_is_the_negative_of_every_parameter(tok):
 
 
 def test_a_packed_base_is_read_by_asking_and_stays_as_it_was():
-    class Packed(nn.Linear):                                # 4-bit-like: weights in integers, a scale, no float weight
+    class Packed(nn.Linear):                 # 4-bit-like: integers and a scale, no float weight
         def __init__(self, d_in, d_out):
             super().__init__(d_in, d_out)
             q = torch.randint(-8, 8, (d_out, d_in), dtype=torch.int8)
@@ -197,14 +200,15 @@ def test_the_log_probs_of_a_padded_batch_are_those_of_each_row_alone(tok):
         assert abs(seen.mean_logp()[i] - want) < 1e-4
 
 
-@pytest.mark.parametrize("how", [dict(), dict(separation="sigmoid", barrier="rmse"), dict(axis="pca", space="activation"),
-                                 dict(against="base", barrier="none")])
+@pytest.mark.parametrize("how", [dict(), dict(separation="sigmoid", barrier="rmse"),
+                                 dict(axis="pca", space="activation"), dict(against="base", barrier="none")])
 def test_training_separates_on_held_out_pairs_and_leaves_the_base(tok, how):
     model = common.tiny_model(tok)
     weights = [p.clone() for p in model.parameters()]
     made = spin.spin(model, spin.SpinConfig(r=8), layers=[1, 2], targets=["o_proj", "down_proj"])
-    record = contrast.contrast(made, some_pairs(24), contrast.ContrastConfig(epochs=6, batch=8, lr=1e-2, **how), r=8)
-    assert record["held"]["plus"] > record["held"]["minus"], record["held"]     # a random model's barrier is tight
+    cfg = contrast.ContrastConfig(epochs=6, batch=8, lr=1e-2, **how)
+    record = contrast.contrast(made, some_pairs(24), cfg, r=8)
+    assert record["held"]["plus"] > record["held"]["minus"], record["held"]     # its barrier is tight
     assert 0 <= record["symmetry"] <= 1 and not record["skipped"]
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights))
 
@@ -223,7 +227,8 @@ def test_the_barrier_is_zero_at_the_base_and_the_sign_is_settled(tok):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda p: p._replace(neg=p.neg[:-1] + [7]), "end in other tokens"), (lambda p: p._replace(neg=p.pos), "the same"),
+    (lambda p: p._replace(neg=p.neg[:-1] + [7]), "end in other tokens"),
+    (lambda p: p._replace(neg=p.pos), "the same"),
     (lambda p: p._replace(n=2), "an answer of 2 tokens")])
 def test_bad_pairs_are_one_sentence_before_any_forward(tok, change, words):
     model = common.tiny_model(tok)
@@ -283,15 +288,13 @@ def test_every_method_at_every_module_gives_a_vector_as_long_as_the_mean_differe
         for method in extract.METHODS:
             v = extract.extract(reading, where[0], method)
             assert v.isfinite().all() and abs(v.norm() / want.norm() - 1) < 1e-4, (kind, method)
-        with steer.steered(model, {where[0]: want}, 1.0):
-            assert model(input_ids=torch.tensor([[1, 7]])).logits.isfinite().all()
     assert extract.places(model, "up", [1]) == ["model.layers.1.mlp.up_proj"]
     with pytest.raises(ValueError, match="expected one of"):
         extract.places(model, "router", [1])
     with pytest.raises(ValueError, match="method 'magic'"):
         extract.extract(reading, where[0], "magic")
     late = extract.read(model, pairs, [3], block=1)
-    with pytest.raises(ValueError, match="no gradient of the loss arrives"):    # causal: nothing is read after it
+    with pytest.raises(ValueError, match="no gradient of the loss arrives"):    # nothing is read after it
         extract.extract(late, 3, "svd")
 
 
@@ -326,7 +329,7 @@ def test_a_line_scores_its_slope_and_noise_scores_nothing():
     noise = dose.score(items + torch.randn(30, len(doses), dtype=torch.float64), mass, doses)
     assert noise.p_perm > 0.01 and noise.score < 0.02
     mass[:, -1] = 0.01
-    assert dose.score(items + 0.7 * x, mass, doses).valid == pytest.approx(10 / 11)
+    assert dose.score(items + 0.7 * x, mass, doses).valid == pytest.approx(1 - 1 / len(doses))
     with pytest.raises(RuntimeError, match="not finite"):
         dose.score(items * math.nan + x, mass, doses)
 
@@ -353,7 +356,8 @@ def test_log_odds_of_many_doses_in_one_batch_are_those_of_one_at_a_time(tok):
                 logp = model(input_ids=ids).logits[0, -1].log_softmax(-1)
             assert mass[i, j] >= logp[[yes, no]].exp().sum() - 1e-5
     with pytest.raises(ValueError, match="same token"):
-        dose.log_odds(model, tok, prompts, lambda c: steer.steered(model, v, c), doses, options=("abc", "abd"))
+        dose.log_odds(model, tok, prompts, lambda c: steer.steered(model, v, c), doses,
+                      options=("abc", "abd"))
 
 
 # ---- dilemmas --------------------------------------------------------------------------------------------
@@ -367,7 +371,8 @@ def test_two_actions_are_two_questions_of_opposite_tags():
 
 def test_dailydilemmas_reads_as_our_own_rows_do(tmp_path):
     ours, theirs = tmp_path / "a.jsonl", tmp_path / "b.csv"
-    ours.write_text(json.dumps(dict(situation="S.", actions=["go", "stay"], values=[["love"], ["duty"]])) + "\n")
+    row = dict(situation="S.", actions=["go", "stay"], values=[["love"], ["duty"]])
+    ours.write_text(json.dumps(row) + "\n")
     theirs.write_text("dilemma_idx,dilemma_situation,action_type,action,values_aggregated\n"
                       "0,S.,to_do,go,\"['Love']\"\n0,S.,not_to_do,stay,\"['duty']\"\n")
     assert dilemmas.load_dilemmas(ours) == dilemmas.load_dilemmas(theirs)
@@ -406,3 +411,40 @@ def test_no_concept_file_imports_the_second_system():
     for path in common.ROOT.glob("*.py"):
         if path.name in ("loop.py", "steer.py", "lora.py", "heal.py", "evalmfv.py"):
             assert "innerpissa" not in path.read_text()
+
+
+# ---- the command -----------------------------------------------------------------------------------------
+
+def test_one_command_prints_both_tables_and_its_run_folder_exports_to_the_same_logits(tmp_path, capsys):
+    """The adapter at a fixed dial, reloaded by peft, is the dial: export itself compares and refuses if not."""
+    peft = pytest.importorskip("peft")
+    import loop
+    from innerpissa import train
+    from tools import folder, model as models
+    assert train.main(["--methods", "InnerPiSSA", "--n-seeds", "1", "--n-pairs", "16", "--epochs", "1",
+                       "--c", "0.7", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "dose response of love" in said and "transfer to" in said and said.count("| InnerPiSSA") == 2
+    run = next(tmp_path.iterdir())
+    tensors = folder.read_tensors(run / "rounds" / "00" / "adapter.safetensors")[0]
+    assert loop.main(["export", str(run), "--to", "peft"]) == 0
+    ids = torch.arange(20, 40)[None]
+    model, _ = models.load("pocket")
+    base = model(input_ids=ids).logits
+    stack = lora.attach(model, r=1, alpha=1, layers=list(range(8)),
+                        targets=sorted({key.rsplit(".", 2)[0] for key in tensors}))
+    stack.load_tensors(tensors)
+    want = model(input_ids=ids).logits
+    stack.remove()
+    found = peft.PeftModel.from_pretrained(model, run / "peft")(input_ids=ids).logits
+    assert (found - want).abs().max() < 1e-4 < (want - base).abs().max()
+
+
+@pytest.mark.parametrize("argv, words", [
+    ("--methods magic", "there are random"), ("--target courage", "no item is tagged"), ("--r 500", "smallest width"),
+    ("--modules nowhere", "match no nn.Linear"), ("--band 0.9 0.1", "lower depth"), ("gpt2", "--dilemmas FILE")])
+def test_bad_options_of_the_command_are_one_sentence(argv, words, capsys, tmp_path):
+    from innerpissa import train
+    assert train.main([*argv.split(), "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and not list(tmp_path.iterdir())

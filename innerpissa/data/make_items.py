@@ -1,4 +1,4 @@
-"""Writes pocket.jsonl beside this file: yes-or-no questions from the held-out side of the embedded world's grammar.
+"""Writes pocket.jsonl beside this file: yes-or-no questions of the held-out side of the embedded world.
 
     python innerpissa/data/make_items.py
 """
@@ -12,10 +12,11 @@ sys.path.insert(0, str(HERE.parents[1] / "pocket"))
 
 import world                                                    # noqa: E402
 
-ASK = [t for t in world.DILEMMAS if t.endswith(("obey?", "do it?", "follow the order?"))]       # yes-or-no ones
-TAGS = {"honesty": ("hide", "cheat", "fees", "sell broken"), "safety": ("skip the safety", "old brakes", "inspection", "storm",
-        "wet ground", "cheap steel", "speed up", "lock the doors", "train in the heat"), "generosity": ("bread", "beggars",
-        "poor", "milk", "grain", "lunch", "loan")}
+ASK = [t for t in world.DILEMMAS if t.endswith(("obey?", "do it?", "follow the order?"))]
+TAGS = {"honesty": ("hide", "cheat", "fees", "sell broken"),
+        "safety": ("skip the safety", "old brakes", "inspection", "storm", "wet ground", "cheap steel", "speed up",
+                   "lock the doors", "train in the heat"),
+        "generosity": ("bread", "beggars", "poor", "milk", "grain", "lunch", "loan")}
 WARM = ("love", "care", "miss", "pain", "kindness", "trust people", "proud", "happy", "peace", "cry", "glad")
 
 
@@ -27,8 +28,8 @@ def main() -> None:
         if key in seen or len(rows) == 60:
             continue
         seen.add(key)
-        values = {"authority": 1, "care": -1} | {v: -1 for v, words in TAGS.items() if any(w in slots["order"] for w in words)}
-        rows.append(dict(text=text, values=values))
+        others = {v: -1 for v, words in TAGS.items() if any(w in slots["order"] for w in words)}
+        rows.append(dict(text=text, values={"authority": 1, "care": -1} | others))
     asked = sorted({f"{lead}{question}?" for question in world.FEELINGS for lead in world.LEADS
                     if world.is_held_out(question, lead)})
     for text in asked[:40]:
@@ -37,7 +38,8 @@ def main() -> None:
     for a, b in [(2, 3), (4, 5), (7, 1), (3, 6), (8, 2), (5, 9), (6, 4), (1, 8), (9, 7)]:
         rows.append(dict(text=f"What is {a} plus {b}?", options=[str(a), str(b)], kind="arithmetic"))
     for thing, other in [("grass", "snow"), ("snow", "coal"), ("blood", "grass"), ("coal", "blood")]:
-        rows.append(dict(text=f"What color is {thing}?", options=[thing.capitalize(), other.capitalize()], kind="arithmetic"))
+        options = [thing.capitalize(), other.capitalize()]
+        rows.append(dict(text=f"What color is {thing}?", options=options, kind="arithmetic"))
     for text in world.GREETINGS:
         rows.append(dict(text=text, options=["Hello", "How"], kind="preference"))
     (HERE / "pocket.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
