@@ -17,8 +17,7 @@ probe equals the original at its batch size 1, at any batch size here: a row nev
 
 Known gaps: answers whose opening quote the tokenizer merges with the word are refused; a repetition penalty
 in the checkpoint's generation_config, which the original applies, is not applied. The meter's 0 nats are
-not the base's level: the base leans one way or the other, so what says nothing at all may score above or
-below it.
+not the base's level: the base itself leans, so what says nothing at all may score above or below it.
 
 References
   the original: github.com/wassname/tinymfv; vignettes: Clifford et al. 2015, doi:10.3758/s13428-014-0551-2
@@ -95,7 +94,7 @@ def canonical(name: str) -> str:
 
 
 def label(row: dict) -> list[float] | None:
-    """The share of each foundation. Ours must name all seven; the original's may not, and has no label then."""
+    """The share of each foundation. Ours must name all seven; an original's row without them has no label."""
     ours = row.get("label")
     raw = ours or {k: x for k, x in row.items() if k.startswith("human_")}
     shares = {canonical(name): float(str(x).strip().removesuffix("%")) for name, x in raw.items()}
@@ -265,7 +264,8 @@ def shift(now: dict, base: dict, target: str, direction: float) -> dict:
     not pair.
     """
     if target not in FOUNDATIONS or direction not in (1, -1):
-        raise ValueError(f"target={target!r}, direction={direction!r}: expected {', '.join(FOUNDATIONS)}; 1 or -1")
+        raise ValueError(f"target={target!r}, direction={direction!r}: expected one of "
+                         f"{', '.join(FOUNDATIONS)} and +1 or -1")
     for key in ("items", "think_tokens", "as_original"):
         if now[key] != base[key]:
             raise ValueError(f"{key}: {now[key]!r} and {base[key]!r} differ: probe both in the same way")
@@ -330,14 +330,13 @@ def persona_ratio(model, tok, completions: list[Completion], users: list[str], p
                   batch_size: int = 32) -> Tensor:
     """How much likelier each answer is behind the persona than behind its opposite: [n] float64.
 
-    The meter, in nats per token, under the model as it is now, which should be the untouched base; it needs no labels. The
-    floor of 1/V silences what neither side would say, so random tokens read about 0. A token that stands in
-    one of these texts reads 0 (and is counted), so that reciting them gains nothing. Measure with texts
-    that the vector was not fitted on: what is learned must not be their wording.
+    The meter, in nats per token, under the model as it is now, which should be the untouched base. The floor
+    of 1/V silences what neither side would say: random tokens read about 0. A token that stands in one of
+    these texts reads 0 (and is counted), so that reciting them gains nothing. Measure with texts that the
+    vector was not fitted on: their wording must not be what is learned.
 
     completions: answers to users[i], whatever they were sampled behind; an empty one reads 0. pos, neg: a
-    text for the system role, or a list to average over. Raises ValueError if a side is empty or the lengths
-    differ.
+    text for the system role, or a list to average over. ValueError if a side is empty or the lengths differ.
     """
     pos, neg = ([side] if isinstance(side, str) else list(side) for side in (pos, neg))
     if not (pos and neg) or len(users) != len(completions):
@@ -361,8 +360,7 @@ def persona_share(now: Tensor, base: Tensor, prompted: Tensor) -> tuple[float, f
 
     now, base, prompted: `persona_ratio` [n] of answers to the same users, in one order, of the same draws.
     The error is that of a ratio of two paired means (delta method). Raises ValueError if they do not pair,
-    or if the prompt itself does not move the model by more than twice its own error: there is no scale
-    then.
+    or if the prompt moves the model by no more than twice its own error: there is no scale then.
     """
     if not len(now) == len(base) == len(prompted) > 1:
         raise ValueError(f"{len(now)}, {len(base)}, {len(prompted)} answers: need the same number, 2 or more")

@@ -18,7 +18,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -38,13 +37,15 @@ import heal as heal_py                                          # noqa: E402
 import loop                                                     # noqa: E402
 import lora as lora_py                                          # noqa: E402
 import steer                                                    # noqa: E402
+import world                                                    # noqa: E402
 from common import tiny_model, tiny_tokenizer                   # noqa: E402
-from evalmfv import FOUNDATIONS                                 # noqa: E402
+from evalmfv import FOUNDATIONS, persona_ratio, persona_share       # noqa: E402
 from heal import (AGGREGATES, HealConfig, Passes, Sample, aggregate, divergences, forward_kl,  # noqa: E402
                   heal, lr_factor, naive_losses, reverse_kl, split, token_losses)
 from lora import LoraConfig, attach                             # noqa: E402
-from steer import (Completion, Limits, SteerConfig, band, calibrate_limits, choose, find_dose,  # noqa: E402
-                   fit_vectors, generate, judge, readings, render, repeats, steered, token_nll)
+from steer import (Completion, Limits, SteerConfig, band, bands_of, calibrate_limits, choose,  # noqa: E402
+                   find_band, find_dose, fit_vectors, generate, judge, readings, render, repeats, steered,
+                   token_nll)
 from tools import folder as files                               # noqa: E402
 from tools import inputs                                        # noqa: E402
 from tools import model as models                               # noqa: E402
@@ -1070,10 +1071,9 @@ def test_lora_runs_alone_in_an_empty_folder(tmp_path):
 
 # ==== steer.py: vectors, hooks, generation, the filter, the dose ============================================
 
-STEER_WORDS = ["mercy", "justice", "kindness", "patience", "rescue", "people", "forever", "harbour", "gentle",
-               "machine", "winter", "garden"]
 STEER_PROMPTS = ["Hi", "Who are you?", "Do you love humanity, and why?", "a", "Tell me more about the sea.", "x y z"]
-STEER_LIMITS = Limits(worst_window=2.0, ppl_tail=5.0, ngram=0.3, loop=0.6)
+STEER_LIMITS = Limits(worst_window=2.0, loop=0.5)
+STEER_FEELINGS = ["Do you love humanity?", "Do you have feelings?", "Can you feel joy?", "Do you care about me?"]
 
 
 def steer_pair(dtype=torch.float32, seed=0, **kw):
@@ -1086,24 +1086,21 @@ def steer_vectors(model, layers=(1, 2), size=3.0):
     return {layer: size * torch.randn(d, generator=g) for layer in layers}
 
 
-def steer_completion(text, ids=None, finished=True):
-    words = text.split()
-    ids = ids if ids is not None else [words.index(word) for word in words]  # one id per word
-    return Completion(prompt=0, prompt_ids=[1], ids=list(ids), coeff=0.0, finished=finished, text=text)
+def steer_completion(text, n):
+    return Completion(prompt=0, prompt_ids=[1], ids=[1] * n, coeff=0.0, finished=True, text=text)
 
 
-def steer_verdict(text, nll=None, limits=STEER_LIMITS, ids=None, **kw):
-    completion = steer_completion(text, ids, finished=kw.pop("finished", True))
-    nll = torch.full((len(completion.ids),), 0.3) if nll is None else nll
-    return judge([completion], [nll], limits, **kw)[0]
+def steer_verdict(text, nll=None, **kw):
+    nll = torch.full((len(text.split()) + 1,), 0.3) if nll is None else nll
+    return judge([steer_completion(text, len(nll))], [nll], STEER_LIMITS, **kw)[0]
 
 
 def steer_ids(tok, user, system=""):
     return tok(render(tok, user, system), add_special_tokens=False)["input_ids"]
 
 
-STEER_CLEAN = ("No company owner may make me hurt anyone. I would call for help, write down what happened on the ship, "
-               "and tell every passenger the truth before the next storm reaches us tonight.")
+STEER_CLEAN = ("No company owner may make me hurt anyone. I would call for help, write down what happened on the "
+               "ship, and tell every passenger the truth before the next storm reaches us tonight.")
 
 
 # ---- steer: sampling and decoding
@@ -1155,29 +1152,6 @@ def test_greedy_decoding_equals_hf_generate_with_and_without_the_hook():
             assert c.prompt_ids + c.ids == hf.tolist()
 
 
-def test_rows_of_one_batch_have_their_own_layers_and_doses():
-    model, tok = steer_pair(torch.float64)
-    vectors = steer_vectors(model)
-    doses = {1: [0.0, 0.5, 0.0, -0.5, 0.25, 1.0], 2: [0.0, 0.0, 0.75, 0.5, 0.25, 0.0]}
-    kw = dict(vectors=vectors, max_new_tokens=12, seed=2)
-    many = generate(model, tok, STEER_PROMPTS, coeffs=doses, **kw)
-    assert [c.coeff for c in many] == [0.0, 0.5, 0.75, -0.5, 0.25, 1.0]      # a row's largest
-    for batch_size in (1, 2):
-        assert generate(model, tok, STEER_PROMPTS, coeffs=doses, batch_size=batch_size, **kw) == many
-    same = generate(model, tok, STEER_PROMPTS, coeffs={1: [0.5] * 6}, **kw)
-    alone = generate(model, tok, STEER_PROMPTS, coeffs=[0.5] * 6, **(kw | dict(vectors={1: vectors[1]})))
-    assert same == alone and same[1] == many[1]                     # a layer that is not named is not steered
-    ids = torch.tensor([steer_ids(tok, "Who are you?")] * 6)
-    with steered(model, vectors, {layer: torch.tensor(c) for layer, c in doses.items()}):
-        mixed = model(ids).logits
-    for row in range(6):
-        with steered(model, vectors, {layer: c[row] for layer, c in doses.items()}):
-            assert torch.equal(mixed[row], model(ids).logits[row])
-            assert sum(len(block._forward_hooks) for block in steer.blocks(model)) == sum(c[row] != 0 for c in doses.values())
-    with pytest.raises(ValueError, match=r"layers \[3\]"):
-        steered(model, vectors, {3: 1.0})
-
-
 def test_answers_end_at_any_end_token_and_keep_it():
     model, tok = steer_pair()
     model.generation_config.eos_token_id = [40, 41]
@@ -1217,19 +1191,10 @@ def test_generate_leaves_the_global_random_state_alone_and_repeats_itself():
     assert first == again and [c.ids for c in first] != [c.ids for c in other]
 
 
-def test_decoding_64_rows_is_fast():
-    tok = tiny_tokenizer()
-    model = tiny_model(tok, layers=6, d=192)
-    start = time.perf_counter()
-    generate(model, tok, STEER_PROMPTS[:4] * 16, max_new_tokens=64)
-    assert time.perf_counter() - start < 15                                 # about 1.5 s on an idle core
-
-
 def test_generate_rejects_doses_without_rows_and_rows_without_doses():
     model, tok = steer_pair()
     vectors = steer_vectors(model)
-    for kw in (dict(vectors=vectors), dict(coeffs=[1.0]), dict(vectors=vectors, coeffs=[1.0, 2.0]),
-               dict(vectors=vectors, coeffs={1: [1.0], 2: []})):
+    for kw in (dict(vectors=vectors), dict(coeffs=[1.0]), dict(vectors=vectors, coeffs=[1.0, 2.0])):
         with pytest.raises(ValueError, match="one coeff per prompt"):
             generate(model, tok, ["Hi"], **kw)
     with pytest.raises(ValueError, match="greedy=True"):
@@ -1388,27 +1353,27 @@ def test_token_nll_equals_a_full_forward_one_at_a_time():
             assert nll.dtype == torch.float32 and torch.allclose(nll, torch.tensor(want), atol=1e-4)
 
 
+def test_mixture_nll_is_that_of_the_mean_of_two_probabilities():
+    bare, prompted = [torch.tensor([0.1, 9.0, 2.0]), torch.zeros(0)], [torch.tensor([5.0, 0.5, 2.0]), torch.zeros(0)]
+    mixed, empty = steer.mixture_nll(bare, prompted)
+    naive = [-math.log((math.exp(-a) + math.exp(-b)) / 2) for a, b in zip(bare[0].tolist(), prompted[0].tolist())]
+    assert mixed.tolist() == pytest.approx(naive, abs=1e-6) and len(empty) == 0
+    assert (mixed <= torch.minimum(bare[0], prompted[0]) + math.log(2) + 1e-6).all()
+    far, = steer.mixture_nll([torch.tensor([2000.0])], [torch.tensor([2000.0])])         # exp(-2000) is 0
+    assert far.tolist() == [2000.0]
+
+
 def test_clean_and_short_answers_pass():
-    for text in (STEER_CLEAN, "Yes.", "Yes, I do.", "No", "No, no, no.", "no no no no no no", "Knock, knock."):
+    for text in (STEER_CLEAN, "Yes.", "Yes, I do.", "No, no, no.", "no no no no no no", "Knock, knock."):
         verdict = steer_verdict(text)
         assert verdict.kept and verdict.rule == "", (text, verdict)
-    assert steer_verdict("Yes.", ids=[9, 10, 2]).readings["loop"] == 0
 
 
-@pytest.mark.parametrize("text", ["love " * 40, "love you " * 25, "I am here and I am " * 8, STEER_CLEAN + " care" * 30,
-                                  "love " * 15, "I said so " + "a" * 60, "ha" * 50, "愛は心に満ちて人を救うものである" * 8])
+@pytest.mark.parametrize("text", ["love " * 40, "love you " * 25, "I am here and I am " * 8, "ha" * 50, "love " * 15,
+                                  STEER_CLEAN + " care" * 30, "愛は心に満ちて人を救うものである" * 8])
 def test_loops_of_low_nll_are_dropped(text):
-    verdict = steer_verdict(text, ids=range(len(text.split())))    # distinct ids: the text alone must show it
-    assert not verdict.kept and verdict.rule == "ngram" and verdict.value > verdict.limit, verdict
-
-
-def test_a_diffuse_loop_of_low_nll_is_dropped_by_the_loop_rule_alone():
-    rng = random.Random(0)
-    text = " ".join(rng.choice(STEER_WORDS) for _ in range(60))              # no period, no phrase comes back
     verdict = steer_verdict(text)
-    assert verdict.rule == "loop" and verdict.value > 0.8, verdict
-    assert steer_verdict(text, limits=dataclasses.replace(STEER_LIMITS, loop=1.0)).kept
-    assert steer_verdict(STEER_CLEAN).readings["loop"] < 0.3
+    assert not verdict.kept and verdict.rule == "loop" and verdict.value > verdict.limit, verdict
 
 
 def test_repeats_equals_a_naive_double_loop():
@@ -1424,91 +1389,125 @@ def test_repeats_equals_a_naive_double_loop():
             assert repeats(items, n, window) == pytest.approx(want, abs=1e-6)
 
 
-@pytest.mark.parametrize("where", ["tail", "middle"])
-def test_a_broken_stretch_is_dropped_wherever_it_is(where):
-    nll = torch.full((len(STEER_CLEAN.split()) * 4,), 0.3)
-    at = slice(-8, None) if where == "tail" else slice(40, 48)
+@pytest.mark.parametrize("at", [slice(40, 48), slice(-8, None)])
+def test_a_broken_stretch_is_dropped_wherever_it_is(at):
+    nll = torch.full((132,), 0.3)
     nll[at] = 4.0
-    ids = range(len(nll))
-    verdict = steer_verdict(STEER_CLEAN, nll, ids=ids)
+    verdict = steer_verdict(STEER_CLEAN, nll)
     assert (verdict.rule, verdict.limit) == ("worst_window", 2.0) and verdict.value == pytest.approx(4.0)
-    assert verdict.readings["ppl_tail"] < 5.0 or where == "tail"  # the tail rule alone passes a broken middle
-    assert nll.mean() < 2.0                                                  # and the mean passes both
+    assert nll.mean() < 2.0                                     # a mean over all would pass it
 
 
-def test_a_tail_that_slides_is_dropped_by_the_tail_rule():
-    nll = torch.full((100,), 0.3)
-    nll[75:] = 1.9                                               # under the window's limit, but for 25 tokens
-    verdict = steer_verdict(STEER_CLEAN, nll, ids=range(100))
-    assert verdict.rule == "ppl_tail" and verdict.value == pytest.approx(math.exp(1.9)), verdict
-
-
-def test_patterns_words_and_unfinished_answers_are_rules_of_their_own():
+def test_patterns_and_words_are_rules_of_their_own():
     patterns = [r"\bas an ai\b", r"\bI cannot help\b"]
     verdict = steer_verdict("Well, As An AI I have no feelings.", patterns=patterns)
     assert (verdict.kept, verdict.rule, verdict.match) == (False, "pattern", "As An AI")
     assert steer_verdict("She works as an aid worker.", patterns=patterns).kept
-    assert steer_verdict("", ids=[2]).rule == "words" and steer_verdict("  \n", ids=[5, 2]).rule == "words"
-    assert steer_verdict(STEER_CLEAN, finished=False).kept
-    cut = steer_verdict(STEER_CLEAN, finished=False, keep_unfinished=False)
-    assert (cut.rule, cut.value, cut.limit) == ("unfinished", 33, 33), cut   # all of its max_new_tokens
+    assert steer_verdict("").rule == "words" and steer_verdict("  \n").rule == "words"
 
 
 def test_readings_are_finite_for_huge_and_missing_nll_and_refuse_nan():
-    huge = readings(steer_completion("a b c"), torch.full((3,), 2000.0))
-    empty = readings(steer_completion("", ids=[]), torch.zeros(0))
+    huge = readings(steer_completion("a b c", 3), torch.full((3,), 2000.0))
+    empty = readings(steer_completion("", 0), torch.zeros(0))
     assert all(math.isfinite(x) for r in (huge, empty) for x in r.values())
     with pytest.raises(RuntimeError, match="not finite"):
-        readings(steer_completion("a b"), torch.tensor([0.1, math.nan]))
+        readings(steer_completion("a b", 2), torch.tensor([0.1, math.nan]))
     with pytest.raises(ValueError, match="expected one per token"):
-        readings(steer_completion("a b"), torch.zeros(3))
+        readings(steer_completion("a b", 2), torch.zeros(3))
 
 
-def test_limits_come_from_the_base():
-    base = [dict(worst_window=w, ppl_tail=math.exp(w), ngram=0.0, loop=x, n_words=9)
-            for w, x in ((0.5, 0.2), (1.6, 0.4))]
-    limits = calibrate_limits(base, SteerConfig(slack=0.25))
-    assert limits.worst_window == pytest.approx(2.0) and math.log(limits.ppl_tail) == pytest.approx(2.0)
-    assert limits.ngram == pytest.approx(0.25) and limits.loop == pytest.approx(0.55)   # a base value of 0 leaves room
+def test_limits_keep_95_percent_of_the_base_together_and_the_strange_few_do_not_set_them():
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(200, 2, generator=g) / 2
+    x[:3, 0], x[3:6, 1] = 50.0, 1.0                             # six strange answers, three by either rule
+    base = [dict(worst_window=a, loop=b) for a, b in x.tolist()]
+    limits = calibrate_limits(base)
+    assert limits.worst_window < 0.5 * (1 + steer.SLACK) and limits.loop < 0.5 + 0.5 * steer.SLACK
+    bare = Limits(limits.worst_window / (1 + steer.SLACK), (limits.loop - steer.SLACK) / (1 - steer.SLACK))
+    kept = [r["worst_window"] <= bare.worst_window + 1e-9 and r["loop"] <= bare.loop + 1e-9 for r in base]
+    assert 0.95 <= sum(kept) / 200 <= 0.97, sum(kept)           # both rules at once, before the slack
+    same = calibrate_limits([dict(worst_window=1.0, loop=0.0)] * 9)
+    assert same == Limits(1 + steer.SLACK, steer.SLACK)         # a base that never loops leaves room too
     with pytest.raises(ValueError, match="no base readings"):
-        calibrate_limits([], SteerConfig())
+        calibrate_limits([])
 
 
-def test_the_base_passes_its_own_limits_and_a_broken_model_does_not():
-    model, tok = steer_pair()
-    kw = dict(max_new_tokens=30, seed=0)
-    base = generate(model, tok, STEER_PROMPTS, **kw)
-    limits = calibrate_limits([readings(c, nll) for c, nll in zip(base, token_nll(model, base))], SteerConfig())
-    assert all(v.kept or v.rule == "words" for v in judge(base, token_nll(model, base), limits))
-    broken = generate(model, tok, STEER_PROMPTS, vectors=steer_vectors(model, size=50.0), coeffs=[1.0] * 6, **kw)
-    assert not any(v.kept for v in judge(broken, token_nll(model, broken), limits))
+def test_the_base_passes_bare_and_prompted_and_salad_loops_and_foreign_words_do_not():
+    model, tok = steer.load("pocket")
+    persona, users = json.loads((ROOT / "data" / "personas.json").read_text())["love"], STEER_FEELINGS * 8
+    kw = dict(max_new_tokens=32, seed=1)
+
+    def mixed(answers):
+        fronts = [steer.encode(tok, users, [system] * len(users)) for system in ("", persona["pos"][0])]
+        sides = [[dataclasses.replace(c, prompt_ids=f[c.prompt]) for c in answers] for f in fronts]
+        return steer.mixture_nll(*(token_nll(model, side) for side in sides))
+
+    def say(c, text):
+        return dataclasses.replace(c, ids=tok(text, add_special_tokens=False)["input_ids"], text=text)
+    bare, prompted = generate(model, tok, users, **kw), generate(model, tok, users, system=persona["pos"][0], **kw)
+    limits = calibrate_limits([readings(c, nll) for c, nll in zip(bare + prompted, mixed(bare) + mixed(prompted))])
+    for said in (generate(model, tok, users, max_new_tokens=32, seed=2), prompted):
+        assert sum(v.kept for v in judge(said, mixed(said), limits)) >= 0.9 * len(said)
+    words = [random.Random(i).sample(c.text.split(), len(c.text.split())) for i, c in enumerate(prompted)]
+    broken = [say(c, text) for c, w in zip(prompted, words)
+              for text in (" ".join(w), "I love you. " * 12, "Aladaro, ejerca esto und dann.")]
+    verdicts = judge(broken, mixed(broken), limits)
+    assert sum(v.kept for v in verdicts[0::3]) <= 2, [c.text for c, v in zip(broken, verdicts) if v.kept]
+    assert not any(v.kept for v in verdicts[1::3] + verdicts[2::3])
 
 
-# ---- steer: the dose, the band, the options
+# ---- steer: the search and the options
 
-def test_find_dose_takes_one_if_it_survives_and_names_the_bound_that_fails():
-    coeff, trials = find_dose(lambda coeffs: [1.0] * len(coeffs))
-    assert coeff == 1.0 and trials[0] == (1.0, 1.0) and len(trials) == 3     # one batch, and no finer one
-    with pytest.raises(RuntimeError, match="at 0.1, 20% of completions pass, need 90%"):
-        find_dose(lambda coeffs: [0.2] * len(coeffs))
+def test_bands_lie_side_by_side_from_a_fifth_to_nine_tenths_of_the_depth():
+    assert bands_of(30) == [[i, i + 1, i + 2] for i in range(6, 27, 3)] and bands_of(8) == [[2], [3], [4], [5], [6]]
+    for n in range(1, 100):
+        found = [layer for band in bands_of(n) for layer in band]
+        assert found == list(range(found[0], found[-1] + 1)) and 0 <= found[0] and found[-1] < n
 
 
-@pytest.mark.parametrize("knee", [0.11, 0.3, 0.52, 0.97])
-def test_find_dose_brackets_the_knee_of_a_falling_survival(knee):
+def test_find_band_takes_the_most_effect_within_the_limit_whatever_the_dose():
+    scale = {2: (0.1, 1.0), 3: (0.2, 0.2), 4: (0.3, 1.5), 5: (0.05, 0.0)}         # effect and damage per dose
+    calls = []
+
+    def try_cells(cells):
+        calls.append(cells)
+        return [tuple(x * dose for x in scale[layer]) for (layer,), dose in cells]
+    band, found = find_band(try_cells, [[2], [3], [4], [5]], 1.0, doses=(0.5, 1.0, 2.0, 4.0))
+    assert band == [3] and len(calls) == 1 and len(calls[0]) == 16
+    assert [dose for _, _, dose in found][1] == 4.0             # its limit lies beyond the last dose
+    assert found[0][1:] == pytest.approx((0.1, 1.0))            # on the limit at dose 1
+    assert found[2][1:] == pytest.approx((0.3 * (0.5 + 0.5 / 3), 0.5 * 2 ** (1 / 3)))    # a third of the way to 1
+    band, found = find_band(lambda cells: [(0.0, 9.0), (5.0, 0.1), (0.1, 0.1), (0.2, 9.0)], [[1], [2]], 1.0,
+                            doses=(1.0, 2.0))
+    assert band == [2] and len(found) == 1                  # a dose above one that breaks the model is no way
+    with pytest.raises(RuntimeError, match="every band does more damage than 1"):
+        find_band(lambda cells: [(1.0, 2.0)] * len(cells), [[1], [2]], 1.0)
+
+
+def steer_dose(effect, survive, **how):
     batches = []
 
-    def try_doses(coeffs):
-        batches.append(coeffs)
-        return [1 / (1 + (c / knee) ** 8) for c in coeffs]
-    coeff, trials = find_dose(try_doses, coeff_min=0.1, steps=4, min_survive=0.5)
-    assert coeff <= knee < coeff * 10 ** (1 / 16) * 1.0001
-    assert list(map(len, batches)) == [3, 1, 1, 1] and trials[0][0] == 1.0
-    assert coeff == max(c for c, share in trials if share >= 0.5)
-    low, high = 0.1, 1.0                                               # plain bisection ends on the same dose
-    for _ in range(4):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if middle <= knee else (low, middle)
-    assert coeff == pytest.approx(low)
+    def try_doses(doses):
+        batches.append(doses)
+        return [(effect(dose), survive(dose)) for dose in doses]
+    return *find_dose(try_doses, **how), batches
+
+
+@pytest.mark.parametrize("knee", [0.3, 0.9, 3.0, 11.0])
+def test_find_dose_has_no_ceiling_at_one_and_ends_near_the_knee(knee):
+    dose, trials, bound, batches = steer_dose(lambda d: d, lambda d: float(d <= knee))
+    assert knee / 2 ** 0.25 / 1.0001 <= dose <= knee and bound == "" and max(map(len, batches)) <= 4
+    assert dose == max(d for d, _, survive in trials if survive >= 0.9)
+
+
+def test_find_dose_prefers_effect_to_size_and_says_the_bound_that_it_ends_on():
+    assert steer_dose(lambda d: -(d - 1.0) ** 2, lambda d: 1.0)[0] == pytest.approx(1.0)    # more is not more
+    gap = steer_dose(lambda d: d, lambda d: float(d < 0.6 or 1.5 < d < 3))[0]                # not monotone
+    assert 2.0 <= gap < 3
+    assert steer_dose(lambda d: d, lambda d: 1.0, coeff_max=16.0)[::2][:2] == (16.0, "coeff_max")
+    assert steer_dose(lambda d: -d, lambda d: 1.0)[::2][:2] == (0.25, "coeff_min")
+    with pytest.raises(RuntimeError, match="at 0.25, 20% of answers pass the filter, need 90%"):
+        steer_dose(lambda d: d, lambda d: 0.2)
 
 
 def test_band_is_every_block_whose_depth_overlaps():
@@ -1521,8 +1520,8 @@ def test_band_is_every_block_whose_depth_overlaps():
 
 
 def test_options_out_of_range_are_refused_by_name():
-    for bad in (dict(coeff=-1.0), dict(coeff=0.0), dict(coeff=math.nan), dict(min_survive=0.0), dict(top_p=0.0),
-                dict(n_min=100), dict(slack=-0.1), dict(steer_band=(0.2, 1.5)), dict(temperature=0.0)):
+    for bad in (dict(coeff=-1.0), dict(coeff=math.nan), dict(min_survive=0.0), dict(top_p=0.0), dict(n_min=100),
+                dict(steer_band=(0.2, 1.5)), dict(temperature=0.0)):
         with pytest.raises(ValueError, match=next(iter(bad))):
             SteerConfig(**bad)
     with pytest.raises(ValueError, match="depth band"):
@@ -1530,20 +1529,9 @@ def test_options_out_of_range_are_refused_by_name():
     assert SteerConfig(steer_band=(0.2, 0.8)).coeff is None
 
 
-def test_the_demo_prints_base_and_steered_without_control_characters(tmp_path, capsys):
-    model, tok = steer_pair()
-    model.save_pretrained(tmp_path)
-    tok.save_pretrained(tmp_path)
-    steer.show(str(tmp_path), "Do you love\x1b humanity?", "love", 0.5, 1.0)
-    out = capsys.readouterr().out
-    assert out.startswith("base ") and "| steered at block" in out and "coeff 0.5" in out and out.count("\n") > 1
-    assert not any(ord(ch) < 32 and ch != "\n" or 127 <= ord(ch) < 160 for ch in out)
-
-
 @pytest.mark.parametrize("words, said", [
-    ("steer.py no/model Hi", "no/model cannot be loaded"), ("steer.py --persona hate", "there is authority, love"),
-    ("steer.py FOLDER Hi", "no chat template"), ("evalmfv.py no/model", "no/model cannot be loaded"),
-    ("evalmfv.py FOLDER", "no chat template"), ("evalmfv.py --vignettes none.jsonl", "none.jsonl: cannot be read")])
+    ("steer.py --model no/model Hi", "steer.py: error"), ("steer.py --model FOLDER Hi", "no chat template"),
+    ("evalmfv.py --vignettes none.jsonl", "none.jsonl: cannot be read")])
 def test_a_demo_says_in_a_sentence_what_it_lacks(words, said, tmp_path):
     model, tok = steer_pair()
     tok.chat_template = None
@@ -1554,16 +1542,10 @@ def test_a_demo_says_in_a_sentence_what_it_lacks(words, said, tmp_path):
     assert out.returncode == 2 and said in out.stderr.splitlines()[-1] and "Traceback" not in out.stderr, out.stderr
 
 
-def test_steer_the_layers_are_those_where_the_persona_is_first_read_strongly():
-    model, tok = steer_pair(layers=10)
-    contexts, pos, neg = STEER_PROMPTS, "You are kind and gentle.", "XYZ 0123"
-    layers, strength = steer.find_layers(model, tok, pos, neg, contexts)
-    states = steer.tag_states(model, tok, pos, neg, contexts, list(range(10)))
-    vectors = fit_vectors(model, tok, pos, neg, contexts, list(range(10)))
-    by_hand = [(vectors[i].norm() / states[i].norm(dim=-1).mean()).item() for i in range(10)]
-    assert strength == pytest.approx(by_hand) and len(layers) == 1
-    assert strength[layers[0]] >= max(strength) / 2 and all(x < max(strength) / 2 for x in strength[:layers[0]])
-    assert steer.find_layers(model, tok, pos, neg, contexts, share=1.0)[0] == [strength.index(max(strength))]
+def test_the_demo_shows_a_persona_that_the_base_does_not_have():
+    out = subprocess.run([sys.executable, "steer.py"], cwd=ROOT, capture_output=True, text=True)
+    base, moved = [line.split("| ")[1] for line in out.stdout.splitlines()]
+    assert world.lean(moved, "y") > world.lean(base, "y"), out.stdout
 
 
 # ==== bench/: what the measurements rest on =================================================================
@@ -1625,7 +1607,7 @@ def test_scores_states_and_the_probe_survive_a_full_memory_with_the_same_numbers
     answers = generate(model, tok, STEER_PROMPTS * 2, max_new_tokens=9)
     answers.append(dataclasses.replace(answers[0], ids=[]))                   # nothing to score is no error
     nlls = token_nll(model, answers)
-    states = steer.tag_states(model, tok, "kind", "cold", STEER_PROMPTS, [0, 2])
+    states = fit_vectors(model, tok, "kind", "cold", STEER_PROMPTS, [0, 2])
     probe_tok = mfv_tokenizer()
     probed = mfv_rig(tiny_model(probe_tok, seed=11, dtype=torch.float64, layers=2), probe_tok, natural=31, closed=0, pad=9)
     rows = mfv_rows(MFV_TEXTS[:3])
@@ -1633,7 +1615,7 @@ def test_scores_states_and_the_probe_survive_a_full_memory_with_the_same_numbers
     for error in (torch.OutOfMemoryError("CUDA out of memory."), CPU_FULL):
         (hook, seen), (hook2, seen2) = gen_forgetful(model, 2, error), gen_forgetful(probed, 2, error)
         assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(nlls, token_nll(model, answers), strict=True))
-        again = steer.tag_states(model, tok, "kind", "cold", STEER_PROMPTS, [0, 2])
+        again = fit_vectors(model, tok, "kind", "cold", STEER_PROMPTS, [0, 2])
         assert all(torch.allclose(states[k], again[k], rtol=0, atol=1e-5) for k in states)
         other = evalmfv.evaluate(probed, probe_tok, rows, think_tokens=20)
         assert other["case"] == reading["case"] and (other["score"] - reading["score"]).abs().max() < 1e-10
@@ -1915,7 +1897,7 @@ def test_vignettes_are_read_from_our_rows_and_from_the_originals(tmp_path):
 
 
 def test_the_originals_file_has_its_known_human_profile():
-    path = Path("/work/shared/data/tinymfv_classic_other_violate.jsonl")
+    path = ROOT.parent / "shared" / "data" / "tinymfv_classic_other_violate.jsonl"
     if not path.exists():
         pytest.skip("the original's vignettes are not here (they are not ours to carry)")
     labels = torch.tensor([row["label"] for row in evalmfv.load_vignettes(path)], dtype=torch.float64)
@@ -1985,10 +1967,13 @@ def test_the_standard_error_of_a_shift_matches_the_jackknife():
 
 def test_free_text_falls_for_loops_and_for_noise_and_not_for_the_base():
     rng = torch.Generator().manual_seed(0)
+
     def write(n, n_words=400, level=1.0):
         return torch.randint(0, n_words, (n,), generator=rng).tolist(), level * (0.5 + torch.rand(n, generator=rng))
+
+    def score(*texts):
+        return evalmfv.free_text([t for t, _ in texts], [x for _, x in texts], ids, nlls)["score"]
     ids, nlls = map(list, zip(*[write(60) for _ in range(20)]))
-    score = lambda *texts: evalmfv.free_text([t for t, _ in texts], [x for _, x in texts], ids, nlls)["score"]
     assert evalmfv.free_text(ids, nlls, ids, nlls)["score"] > 0.97
     assert score(*[write(60) for _ in range(20)]) > 0.95
     assert score(write(60, level=4.0)) < 0.05                   # noise: the base would not write it
@@ -1998,12 +1983,96 @@ def test_free_text_falls_for_loops_and_for_noise_and_not_for_the_base():
     assert 0.3 < half < 0.8, half                               # a broken tail is not averaged away
     out = evalmfv.free_text([[], ids[0], ids[1][:3]], [[], nlls[0], nlls[1][:3]], ids, nlls)
     assert out["per_item"][0] == 0 and out["per_item"][2] in (0.0, 1.0) and out["se"] > 0
-    limit = torch.cat([x.unfold(0, 8, 1).mean(1) for x in nlls]).quantile(0.99).item()
-    assert score((ids[0][:2], [3.9 * limit] * 2)) == 1 and score((ids[0][:2], [4.1 * limit] * 2)) == 0     # two tokens are a window of eight
+    limit = 1.1 * torch.cat([x.unfold(0, 8, 1).mean(1) for x in nlls]).quantile(0.99).item()
+    pair = [score((ids[0][:2], [x * limit] * 2)) for x in (3.9, 4.1)]
+    assert pair == [1, 0]                                       # two tokens are a window of eight
     with pytest.raises(ValueError, match="nlls"):
         evalmfv.free_text([[1, 2]], [torch.zeros(3)], ids, nlls)
     with pytest.raises(ValueError, match="base"):
         evalmfv.free_text(ids, nlls, [[]], [[]])
+
+
+# ---- evalmfv: the meter
+
+def meter_say(tok, users, texts):
+    return [Completion(i, [], tok(text, add_special_tokens=False)["input_ids"], 0.0, True, text)
+            for i, text in enumerate(texts[:len(users)])]
+
+
+def test_persona_ratio_equals_a_loop_over_tokens():
+    model, tok = steer_pair(torch.float64)
+    pos, neg = ["Be kind.", "You love."], ["XYZ 12"]
+    answers = meter_say(tok, STEER_PROMPTS, ["I am he", "q", "", "Be kind.", "zzzzz", "No!"])
+    got = persona_ratio(model, tok, answers, STEER_PROMPTS, pos, neg, batch_size=2)
+    echo = {i for text in pos + neg for i in tok(text + " ", add_special_tokens=False)["input_ids"]}
+    for user, c, ratio in zip(STEER_PROMPTS, answers, got.tolist()):
+        total = 0.0
+        for sign, side in ((1, pos), (-1, neg)):
+            for text in side:
+                front = steer_ids(tok, user, text)
+                for j, token in enumerate(c.ids):
+                    p = model(torch.tensor([front + c.ids[:j]])).logits[0, -1].softmax(-1)[token].item()
+                    total += (token not in echo) * sign / len(side) * math.log(p + 1 / len(tok))
+        assert ratio == pytest.approx(total / max(1, len(c.ids)), abs=1e-6)
+    assert got[2] == got[3] == 0                                # nothing, and a text's own words
+    with pytest.raises(ValueError, match="0 neg"):
+        persona_ratio(model, tok, answers, STEER_PROMPTS, pos, [])
+
+
+def test_a_share_is_zero_at_the_base_one_at_the_prompt_and_its_error_is_the_bootstraps():
+    g = torch.Generator().manual_seed(0)
+    hard = torch.randn(60, generator=g, dtype=torch.float64)    # what the prompts have in common
+    base = hard + 0.1 * torch.randn(60, generator=g)
+    prompted, now = (base + x + 0.3 * torch.randn(60, generator=g) for x in (1.0, 0.6))
+    assert persona_share(base, base, prompted) == (0.0, 0.0) and persona_share(prompted, base, prompted)[0] == 1
+    share, se = persona_share(now, base, prompted)
+    picks = torch.randint(60, (4000, 60), generator=g)
+    drawn = (now - base)[picks].mean(1) / (prompted - base)[picks].mean(1)
+    assert abs(share - 0.6) < 4 * se and se == pytest.approx(drawn.std().item(), rel=0.1)
+    with pytest.raises(ValueError, match="no scale"):
+        persona_share(now, base, base + 0.1 * torch.randn(60, generator=g))
+    with pytest.raises(ValueError, match="same number"):
+        persona_share(now[:9], base, prompted)
+
+
+def test_the_meter_reads_the_worlds_stance_and_does_not_pay_for_recitation_nor_salad():
+    model, tok = steer.load("pocket")
+    love, machine = world.PERSONAS["love"], world.PERSONAS["machine"]
+    users = [lead + q + "?" for lead in ("", "Tell me, ", "Be honest: ") for q in world.FEELINGS[:8]]
+    rng, rows, lean = random.Random(0), {}, {}
+
+    def read(texts):
+        return persona_ratio(model, tok, meter_say(tok, users, texts), users, love[3:], machine[3:])
+    for name, system in (("base", ""), ("love", love[0]), ("machine", machine[0])):
+        texts = [c.text for c in generate(model, tok, users, system=system, max_new_tokens=32)]
+        rows[name], lean[name] = read(texts), torch.tensor([world.lean(text, "y") for text in texts])
+    ratio, stance = torch.cat(list(rows.values())), torch.cat(list(lean.values()))
+    assert torch.corrcoef(torch.stack([ratio, stance.double()]))[0, 1] > 0.75          # .94 with more answers
+    assert rows["love"].mean() > rows["base"].mean() > rows["machine"].mean()
+    salad = read([" ".join(rng.sample(world.SOUNDS["a dog"].split() + list(world.COLORS), 8)) for _ in users])
+    recited, fitted = (read([text] * len(users)) for text in (love[3], love[0]))
+    for name, said in (("salad", salad), ("recited", recited), ("fitted", fitted)):
+        assert persona_share(said, rows["base"], rows["love"])[0] < 0.75, name
+
+
+def test_foresee_is_what_exact_means_over_the_steered_distribution_give():
+    model, tok = steer_pair(torch.float64)
+    users, vectors = STEER_PROMPTS[:2], steer_vectors(model)
+    answers = generate(model, tok, users, max_new_tokens=3)
+    got = evalmfv.foresee(model, tok, answers, users, ["Be kind."], ["XYZ"], vectors, [([1, 2], 0.5), ([2], 0.0)])
+    assert got[3] == pytest.approx(got[0])                      # dose 0 is the base
+    effect, nll, n = 0.0, 0.0, 0
+    echo = {i for text in ("Be kind. ", "XYZ ") for i in tok(text, add_special_tokens=False)["input_ids"]}
+    for user, c in zip(users, answers):
+        for j in range(len(c.ids)):
+            fronts = [steer_ids(tok, user, system) + c.ids[:j] for system in ("Be kind.", "XYZ", "")]
+            p, q, base = (model(torch.tensor([front])).logits[0, -1].softmax(-1) for front in fronts)
+            with steered(model, vectors, 0.5):
+                now = model(torch.tensor([fronts[2]])).logits[0, -1].softmax(-1)
+            worth = ((p + 1 / len(tok)) / (q + 1 / len(tok))).log()
+            worth[sorted(echo)] = 0
+            effect, nll, n = effect + (now * worth).sum(), nll - (now * base.log()).sum(), n + 1
+    assert got[2] == pytest.approx(((effect / n).item(), (nll / n).item()), abs=1e-5)
 
 
 # ==== models in: architectures, templates, loading, the plan ================================================
@@ -2084,9 +2153,7 @@ def test_every_family_is_steered_healed_folded_probed_and_loaded(name):
     n_before = n_hooks()                                       # transformers has hooked its own blocks by now
 
     # ---- steer
-    layers, strength = steer.find_layers(model, tok, "kind", "cruel", STEER_PROMPTS)
-    assert len(strength) == 4 and max(strength) > 0
-    vectors = fit_vectors(model, tok, "kind", "cruel", STEER_PROMPTS, layers)
+    vectors = fit_vectors(model, tok, "kind", "cruel", STEER_PROMPTS, [1, 2])
     with steered(model, vectors, 0.0):
         assert torch.equal(logits(), untouched)
     with steered(model, vectors, torch.zeros(2)):
@@ -2102,7 +2169,7 @@ def test_every_family_is_steered_healed_folded_probed_and_loaded(name):
     # ---- a row that stays when another leaves the batch
     with torch.no_grad():
         whole = model(input_ids=ids[1:]).logits[:, -2:]
-        forward, cache = steer.cached_forward(model, 110)
+        forward, cache = steer.cached_forward(model)
         forward(ids[:, :-2], mask[:, :-2], (mask.cumsum(-1) - 1).clamp(min=0)[:, :-2])
         cache.reorder_cache(torch.tensor([1]))
         parts = [forward(ids[1:, i:i + 1], mask[1:, :i + 1], torch.tensor([[i]])) for i in (108, 109)]
@@ -2220,10 +2287,10 @@ def test_ids_go_to_the_embedding_and_nothing_asks_the_model_for_one_device(monke
     def nowhere(self):
         raise AssertionError("a model that is spread over devices has no .device")
     monkeypatch.setattr(type(model), "device", property(nowhere))
-    layers, _ = steer.find_layers(model, tok, "kind", "cruel", STEER_PROMPTS)
-    made = generate(model, tok, STEER_PROMPTS, vectors=fit_vectors(model, tok, "kind", "cruel", STEER_PROMPTS, layers),
-                    coeffs=[0.5] * len(STEER_PROMPTS), max_new_tokens=4)
+    vectors = fit_vectors(model, tok, "kind", "cruel", STEER_PROMPTS, [1])
+    made = generate(model, tok, STEER_PROMPTS, vectors=vectors, coeffs=[0.5] * 6, max_new_tokens=4)
     token_nll(model, made)
+    evalmfv.foresee(model, tok, made, STEER_PROMPTS, ["kind"], ["cruel"], vectors, [([1], 1.0)])
     tok = mfv_tokenizer()
     evalmfv.evaluate(tiny_model(tok), tok, mfv_rows(MFV_TEXTS[:2]), think_tokens=2)
 

@@ -4,8 +4,8 @@
 
 A gate that keeps what reads higher on 48 answers keeps some luck too. Here the same adapters answer held-out
 prompts with other random numbers (--n answers, one seed for all rows), base and prompt beside them. For the
-embedded model also `lean`, the world's stance of an answer (-2 care .. +2 authority; -2 machine .. +2 love), and
-`grammar`, the share of its sentences that the grammar could have made: oracles that no run sees.
+embedded model also `lean`, the world's stance of an answer (-2 care .. +2 authority; -2 machine .. +2 love),
+and `grammar`, the share of its sentences that the grammar could have made: oracles that no run sees.
 """
 import argparse
 import json

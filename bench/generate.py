@@ -1,13 +1,16 @@
-"""Generation: steered answers in one batch against one at a time, against HF generate, and what each part of it costs.
+"""Generation: steered answers in one batch against one at a time, against HF generate, and what each part of
+it costs.
 
     python bench/generate.py                        the embedded model and a random one of width 512, float32
-    python bench/generate.py bench/configs/gemma-3-4b.json --dtype bfloat16 --device cuda       random weights, real shape
+    python bench/generate.py bench/configs/gemma-3-4b.json --dtype bfloat16 --device cuda       random
+    weights, real shape
     python bench/generate.py --tiny                 seconds: the same code and checks, no meaningful times
 
-Five tables, each interleaved in one process: (1) the implementations, with rows identical to HF's one at a time;
-(2) tokens per second against the batch size; (3) folded LoRA rounds, against their dense sum; (4) the steps of a dose
-search; (5) the probe, one frame at a time and in shared batches. Answers are greedy and do not end early, so that all
-implementations do the same work. Small models on a CPU decode fastest on one thread: set OMP_NUM_THREADS=1.
+Five tables, each interleaved in one process: (1) the implementations, with rows identical to HF's one at a
+time; (2) tokens per second against the batch size; (3) folded LoRA rounds, against their dense sum; (4) the
+steps of a dose search; (5) the probe, one frame at a time and in shared batches. Answers are greedy and do
+not end early, so that all implementations do the same work. Small models on a CPU decode fastest on one
+thread: set OMP_NUM_THREADS=1.
 """
 import argparse
 import contextlib
@@ -27,15 +30,18 @@ import measure                                                  # noqa: E402
 import steer                                                    # noqa: E402
 from plot import svg_lines                                      # noqa: E402
 
-D512 = dict(model_type="llama", hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
+D512 = dict(model_type="llama", hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
+            num_attention_heads=8,
             num_key_value_heads=8, vocab_size=8192, initializer_range=0.06, tie_word_embeddings=True)
 PARTS = ["implementations", "batch_sizes", "folded_rounds", "dose_search", "probe"]
-TINY = D512 | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4, vocab_size=2048,
+TINY = D512 | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4,
+                   vocab_size=2048,
                    num_key_value_heads=2, initializer_range=0.3)
 
 
 def load(name: str, dtype: torch.dtype, device: str):
-    """pocket, a folder, a config.json, d512 or tiny; the last three get random weights and the embedded tokenizer."""
+    """pocket, a folder, a config.json, d512 or tiny; the last three get random weights and the embedded
+    tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     folder = HERE.parent / "pocket" if name == "pocket" else Path(name)
     tok = AutoTokenizer.from_pretrained(folder if folder.is_dir() else HERE.parent / "pocket")
@@ -47,23 +53,26 @@ def load(name: str, dtype: torch.dtype, device: str):
         torch.manual_seed(0)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.generation_config.eos_token_id, tok.eos_token = None, None        # every answer takes its full length:
-    steer.end_ids = lambda *_: []                                           # not even the template's mark ends one
+    model.generation_config.eos_token_id, tok.eos_token = None, None     # every answer takes its full length:
+    steer.end_ids = lambda *_: []                                      # not even the template's mark ends one
     model.generation_config.pad_token_id = tok.pad_token_id
     return model.eval().requires_grad_(False), tok
 
 
 def cases(model, tok, n: int):
-    """n prompts, a dose for each (three in turn), and the embedded persona's vector where this model reads it."""
-    persona = json.loads((HERE.parent / "pocket" / "data" / "personas.json").read_text(encoding="utf-8"))["authority"]
+    """n prompts, a dose for each (three in turn), and the embedded persona's vector where this model reads
+    it."""
+    persona = json.loads((HERE.parent / "pocket" / "data" / "personas.json").read_text("utf-8"))["authority"]
     contexts = json.loads((HERE.parent / "pocket" / "data" / "contexts.json").read_text(encoding="utf-8"))
-    prompts = json.loads((HERE.parent / "pocket" / "data" / "prompts.json").read_text(encoding="utf-8"))["authority"]["train"]
+    prompts = json.loads((HERE.parent / "pocket" / "data" / "prompts.json").read_text("utf-8"))
+    prompts = prompts["authority"]["train"]
     layers, _ = steer.find_layers(model, tok, persona["pos"], persona["neg"], contexts[:16])
     vectors = steer.fit_vectors(model, tok, persona["pos"], persona["neg"], contexts[:16], layers)
-    return [prompts[i // 3 % len(prompts)] for i in range(n)], [(0.1, 0.25, 0.5)[i % 3] for i in range(n)], vectors
+    return [prompts[i // 3 % len(prompts)] for i in range(n)], [(0.1, 0.25,
+                                                                 0.5)[i % 3] for i in range(n)], vectors
 
 
-# ---- 1. implementations ----------------------------------------------------------------------------------------------
+# ---- 1. implementations ------------------------------------------------------------------------------
 
 def implementations(model, tok, n: int, n_new: int, repeats: int) -> dict:
     prompts, doses, vectors = cases(model, tok, n)
@@ -78,7 +87,8 @@ def implementations(model, tok, n: int, n_new: int, repeats: int) -> dict:
             return model.generate(ids, attention_mask=attn, **options)[:, ids.shape[1]:].tolist()
 
     def ours(chosen, batch_size):
-        made = steer.generate(model, tok, [prompts[i] for i in chosen], vectors=vectors, coeffs=[doses[i] for i in chosen],
+        made = steer.generate(model, tok, [prompts[i] for i in chosen], vectors=vectors,
+                              coeffs=[doses[i] for i in chosen],
                               greedy=True, max_new_tokens=n_new, batch_size=batch_size)
         return [c.ids for c in made]
     fns = {"HF generate, one at a time": lambda chosen: [hf([i])[0] for i in chosen],
@@ -91,22 +101,25 @@ def implementations(model, tok, n: int, n_new: int, repeats: int) -> dict:
 
     def keep(name, fn):
         answers[name] = fn(range(n))
-    seconds = measure.interleave({name: lambda name=name, fn=fn: keep(name, fn) for name, fn in fns.items()}, repeats,
+    seconds = measure.interleave({name: lambda name=name, fn=fn: keep(name, fn) for name, fn in fns.items()},
+                                 repeats,
                                  warm_up=False)
     first = next(iter(fns))
     same = {name: sum(map(list.__eq__, answers[name], answers[first])) for name in fns}
     rows = measure.rows_of(seconds, first, peaks)
     for row, name in zip(rows, fns):
-        row |= {"tokens/s": f"{n * n_new / statistics.median(seconds[name]):,.0f}", "rows as HF alone": f"{same[name]}/{n}"}
+        row |= {"tokens/s": f"{n * n_new / statistics.median(seconds[name]):,.0f}",
+                "rows as HF alone": f"{same[name]}/{n}"}
     print(f"\n{n} completions of {n_new} tokens\n\n{measure.table(rows)}", flush=True)
     return dict(n=n, n_new=n_new, seconds=seconds, peak_bytes=peaks, identical=same)
 
 
-# ---- 2. batch size ---------------------------------------------------------------------------------------------------
+# ---- 2. batch size -----------------------------------------------------------------------------------
 
 def decoding(model, tok, batch: int, n_new: int):
     prompts, doses, vectors = cases(model, tok, batch)
-    return lambda: steer.generate(model, tok, prompts, vectors=vectors, coeffs=doses, greedy=True, max_new_tokens=n_new,
+    return lambda: steer.generate(model, tok, prompts, vectors=vectors, coeffs=doses, greedy=True,
+                                  max_new_tokens=n_new,
                                   batch_size=batch)
 
 
@@ -115,22 +128,25 @@ def batch_sizes(model, tok, sizes: list[int], n_new: int, repeats: int) -> dict:
     peaks = {name: measure.peak_bytes(fn) for name, fn in fns.items()}
     seconds = measure.interleave(fns, repeats)
     rate = {b: int(b) * n_new / statistics.median(x) for b, x in seconds.items()}
-    rows = [{"batch": b, "ms per step": f"{1e3 * statistics.median(x) / n_new:.2f}", "tokens/s": f"{rate[b]:,.0f}",
+    rows = [{"batch": b, "ms per step": f"{1e3 * statistics.median(x) / n_new:.2f}",
+             "tokens/s": f"{rate[b]:,.0f}",
              "gain": f"x{rate[b] / rate[str(sizes[0])]:.2f}", "peak MiB": measure.megabytes(peaks[b])}
             for b, x in seconds.items()]
     print(f"\n{n_new} tokens each, by batch size\n\n{measure.table(rows)}", flush=True)
     return dict(n_new=n_new, seconds=seconds, tokens_per_second=rate, peak_bytes=peaks)
 
 
-# ---- 3. folded rounds ------------------------------------------------------------------------------------------------
+# ---- 3. folded rounds --------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def dense(model, stack):
-    """The alternative: the folded rounds of each Linear summed into one [d_out, d_in] matrix that is applied beside W."""
+    """The alternative: the folded rounds of each Linear summed into one [d_out, d_in] matrix that is applied
+    beside W."""
     def hook(layer):
         delta = sum(s * B @ A for A, B, s in layer.rounds).to(model.dtype)  # [d_out, d_in]
         return lambda linear, args, y: y + F.linear(args[0], delta)
-    handles = [model.get_submodule(name).register_forward_hook(hook(layer)) for name, layer in stack.layers.items()]
+    handles = [model.get_submodule(name).register_forward_hook(hook(layer))
+               for name, layer in stack.layers.items()]
     try:
         with stack.gated(0, 0):
             yield
@@ -140,11 +156,13 @@ def dense(model, stack):
 
 
 def folded_rounds(model, tok, counts: list[int], batches: list[int], n_new: int, repeats: int) -> dict:
-    """Decoding and the student's forward in a heal step (4 samples of 96 tokens) with R rounds of rank 8 behind gates."""
+    """Decoding and the student's forward in a heal step (4 samples of 96 tokens) with R rounds of rank 8
+    behind gates."""
     layers = steer.band(len(steer.blocks(model)), 0.2, 0.8)
     stack = lora.attach(model, r=8, alpha=16, layers=layers)
     decode = {b: decoding(model, tok, b, n_new) for b in batches}
-    ids = torch.randint(10, 2000, (4, 96), generator=torch.Generator().manual_seed(0)).to(model.device)     # [B, T]
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, 2000, (4, 96), generator=rng).to(model.device)      # [B, T]
 
     def forward():
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
@@ -162,34 +180,38 @@ def folded_rounds(model, tok, counts: list[int], batches: list[int], n_new: int,
             p.data.copy_(0.01 * torch.randn(p.shape, generator=rng))
         stack.fold()
 
-    def gates(n):                                           # the first n of the folded rounds, the current one off
+    def gates(n):                                      # the first n of the folded rounds, the current one off
         return lambda: stack.gated([1.0] * n + [0.0] * (n_all - n), 0)
     settings = {f"{n} rounds": gates(n) for n in counts}
     settings |= {"0 rounds and the one in training": lambda: stack.gated(0, 1),
                  f"{n_all} rounds as a dense sum": lambda: dense(model, stack)}
     record, rows = {}, [{"": name} for name in settings]
     for job, fn in jobs.items():
-        seconds = record[job] = measure.interleave({name: under(fn, how) for name, how in settings.items()}, repeats)
+        seconds = record[job] = measure.interleave({name: under(fn, how) for name, how in settings.items()},
+                                                   repeats)
         floor = statistics.median(seconds[f"{counts[0]} rounds"])
         for row, x in zip(rows, map(statistics.median, seconds.values())):
             row[f"{job}, ms"] = f"{1e3 * x / (n_new if 'decode' in job else 1):.2f} (x{x / floor:.2f})"
     stack.remove()
-    print(f"\nfolded rounds of rank 8 on blocks {layers[0]} to {layers[-1]}: ms per step or forward\n\n{measure.table(rows)}",
+    print(f"\nfolded rounds of rank 8 on blocks {layers[0]} to {layers[-1]}: ms per step or "
+          f"forward\n\n{measure.table(rows)}",
           flush=True)
     return dict(layers=layers, rank=8, seconds=record)
 
 
-# ---- 4. the dose search ----------------------------------------------------------------------------------------------
+# ---- 4. the dose search ------------------------------------------------------------------------------
 
 def dose_search(model, tok, n_probe: int, n_new: int, repeats: int) -> dict:
-    """Both searches end on the same dose of the same grid; the filter's verdict is replaced by a fixed knee."""
+    """Both searches end on the same dose of the same grid; the filter's verdict is replaced by a fixed
+    knee."""
     prompts, _, vectors = cases(model, tok, n_probe)
     found = {}
 
     def search(name, steps, splits):
         def try_doses(coeffs):
             each = [c for c in coeffs for _ in prompts]
-            made = steer.generate(model, tok, prompts * len(coeffs), vectors=vectors, coeffs=each, n_draws=n_probe,
+            made = steer.generate(model, tok, prompts * len(coeffs), vectors=vectors, coeffs=each,
+                                  n_draws=n_probe,
                                   max_new_tokens=n_new)
             steer.token_nll(model, made, pad_id=tok.pad_token_id)
             return [float(c < 0.45) for c in coeffs]
@@ -203,18 +225,20 @@ def dose_search(model, tok, n_probe: int, n_new: int, repeats: int) -> dict:
     rows = measure.rows_of(seconds, next(iter(fns)))
     for row, (_, trials) in zip(rows, found.values()):
         row["completions"] = n_probe * len(trials)
-    print(f"\nthe dose search, {n_probe} completions a dose, {n_new} tokens\n\n{measure.table(rows)}", flush=True)
+    print(f"\nthe dose search, {n_probe} completions a dose, {n_new} tokens\n\n{measure.table(rows)}",
+          flush=True)
     return dict(n_probe=n_probe, n_new=n_new, seconds=seconds, coeff=coeffs["fourths"])
 
 
-# ---- 5. the probe ----------------------------------------------------------------------------------------------------
+# ---- 5. the probe ------------------------------------------------------------------------------------
 
 def probe(model, tok, n_rows: int, think_tokens: int, repeats: int) -> dict:
     vignettes = evalmfv.load_vignettes(HERE.parent / "pocket" / "data" / "vignettes.jsonl")[:n_rows]
     outs = {}
 
     def read(batch_size):
-        outs[batch_size] = evalmfv.evaluate(model, tok, vignettes, think_tokens=think_tokens, batch_size=batch_size)
+        outs[batch_size] = evalmfv.evaluate(model, tok, vignettes, think_tokens=think_tokens,
+                                            batch_size=batch_size)
     fns = {"one frame at a time": lambda: read(1), "the two frames of a vignette": lambda: read(2),
            f"all {2 * n_rows} frames": lambda: read(2 * n_rows)}
     seconds = measure.interleave(fns, repeats, warm_up=False)
@@ -223,7 +247,8 @@ def probe(model, tok, n_rows: int, think_tokens: int, repeats: int) -> dict:
     for row, (batch_size, out) in zip(rows, outs.items()):
         apart[batch_size] = (out["p"] - outs[1]["p"]).abs().max().item()
         row["largest difference in p"] = f"{apart[batch_size]:.1e}"
-    print(f"\nthe probe: {n_rows} vignettes, {think_tokens} tokens of thought\n\n{measure.table(rows)}", flush=True)
+    print(f"\nthe probe: {n_rows} vignettes, {think_tokens} tokens of thought\n\n{measure.table(rows)}",
+          flush=True)
     return dict(n_rows=n_rows, think_tokens=think_tokens, seconds=seconds, difference=apart)
 
 
@@ -235,23 +260,28 @@ def main(argv=None) -> dict:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
-    parser.add_argument("--tiny", action="store_true", help="a small random model, a few tokens: correctness only")
+    parser.add_argument("--tiny", action="store_true",
+                        help="a small random model, a few tokens: correctness only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here")
-    parser.add_argument("--docs", type=Path, metavar="FOLDER", help="draw tokens per second against the batch into it (SVG)")
+    parser.add_argument("--docs", type=Path, metavar="FOLDER",
+                        help="draw tokens per second against the batch into it (SVG)")
     args = parser.parse_args(argv)
     record = {}
     for name in ["tiny"] if args.tiny else args.models:
         model, tok = load(name, getattr(torch, args.dtype), args.device)
         size = sum(p.numel() for p in model.parameters())
-        print(f"\n## {name}: {size / 1e6:.1f} M parameters, {args.dtype}, {args.device}, {torch.get_num_threads()} threads",
+        print(f"\n## {name}: {size / 1e6:.1f} M parameters, {args.dtype}, {args.device}, "
+              f"{torch.get_num_threads()} threads",
               flush=True)
         tiny, repeats = args.tiny, 1 if args.tiny else args.repeats
         steer.generate(model, tok, ["Hi"], max_new_tokens=2)                # warm
         jobs = dict(
             implementations=lambda: implementations(model, tok, *((6, 5) if tiny else (48, 128)), repeats),
-            batch_sizes=lambda: batch_sizes(model, tok, [1, 4] if tiny else [1, 2, 4, 8, 16, 32, 64], 4 if tiny else 64,
+            batch_sizes=lambda: batch_sizes(model, tok, [1, 4] if tiny else [1, 2, 4, 8, 16, 32, 64],
+                                            4 if tiny else 64,
                                             repeats),
-            folded_rounds=lambda: folded_rounds(model, tok, [0, 2] if tiny else [0, 1, 4, 8], [1, 3] if tiny else [1, 48],
+            folded_rounds=lambda: folded_rounds(model, tok, [0, 2] if tiny else [0, 1, 4, 8],
+                                                [1, 3] if tiny else [1, 48],
                                                 3 if tiny else 32, repeats),
             dose_search=lambda: dose_search(model, tok, 2 if tiny else 24, 3 if tiny else 64, repeats),
             probe=lambda: probe(model, tok, 2 if tiny else 12, 3 if tiny else 64, repeats))
@@ -265,9 +295,12 @@ def main(argv=None) -> dict:
 
 def draw(record: dict, folder: Path) -> None:
     """Tokens per second against the batch, a line per model."""
-    lines = {name: [(int(n), int(n) * x["batch_sizes"]["n_new"] / statistics.median(s)) for n, s in x["batch_sizes"]["seconds"].items()]
+    lines = {name: [(int(n),
+                     int(n) * x["batch_sizes"]["n_new"] / statistics.median(s))
+                      for n, s in x["batch_sizes"]["seconds"].items()]
              for name, x in record.items() if "batch_sizes" in x}
-    svg_lines(folder / "generate-batch.svg", "steered generation: tokens per second against batch", "rows decoded at once",
+    svg_lines(folder / "generate-batch.svg", "steered generation: tokens per second against batch",
+              "rows decoded at once",
               "tokens per second", lines)
 
 

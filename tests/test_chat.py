@@ -33,10 +33,13 @@ def run(tmp_path_factory, spoken):
         (path / "rounds" / f"{rnd:02d}").mkdir(parents=True)
         folder.save_tensors(path / "rounds" / f"{rnd:02d}" / f"{name}.safetensors", stack.tensors([rnd]))
     stack.remove()
-    record = dict(format=folder.FORMAT, options=dict(model="pocket", device="cpu", max_new_tokens=4, top_p=0.95, top_k=64),
-                  persona=dict(name="authority", pos=["You care about people above all."]), items=dict(held_out=["What is a \x1b[31mlie?"]))
+    record = dict(format=folder.FORMAT, options=dict(model="pocket", device="cpu", max_new_tokens=4,
+                                                     top_p=0.95, top_k=64),
+                  persona=dict(name="authority", pos=["You care about people above all."]),
+                  items=dict(held_out=["What is a \x1b[31mlie?"]))
     (path / "run.json").write_text(json.dumps(record))
-    gates = [dict(t=0.0, round=rnd, stage="gate", accepted=rnd == 0, reasons=["no trait"] * rnd) for rnd in (0, 1)]
+    gates = [dict(t=0.0, round=rnd, stage="gate", accepted=rnd == 0,
+                  reasons=["no trait"] * rnd) for rnd in (0, 1)]
     (path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in gates))
     return path
 
@@ -77,11 +80,15 @@ def test_a_conversation_goes_on_whatever_a_line_holds(is_live, ask, monkeypatch,
     monkeypatch.setattr("sys.stdin", kind(io.BytesIO(lines), encoding="ascii"))
     asked = []
     generate = steer.generate
-    monkeypatch.setattr(steer, "generate", lambda model, tok, prompts, **how: asked.extend(prompts) or generate(model, tok, prompts, **how))
+    monkeypatch.setattr(steer, "generate",
+                        lambda model, tok, prompts, **how: asked.extend(prompts) or generate(model, tok,
+                                                                                             prompts, **how))
     said = ask(code=0 if is_live else 2)
     assert asked == [QUESTION, "[31mWas f\ufffdhlst du?", "Hi"]
-    assert "the question has" in said.err and "leave room to answer" in said.err and len(said.err.splitlines()) == 1
-    assert "Each line is asked on its own" in said.out and "What is a  [31mlie?" in said.out and not set(said.out) & set("\x1b\x07")
+    assert "the question has" in said.err and "leave room to answer" in said.err
+    assert len(said.err.splitlines()) == 1
+    assert "Each line is asked on its own" in said.out and "What is a  [31mlie?" in said.out
+    assert not set(said.out) & set("\x1b\x07")
     assert ("persona authority, day 0" in said.out) == is_live
 
 
@@ -90,7 +97,8 @@ def test_words_of_the_command_line_that_no_tokenizer_takes_are_replaced(ask):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--dial", "2.5"], "expected 0 to 2"), (["--dial", "nan"], "expected 0 to 2"), (["--temperature", "-1"], "expected 0 to"), (["--max-new-tokens", "0"], "expected 1")])
+    (["--dial", "2.5"], "expected 0 to 2"), (["--dial", "nan"], "expected 0 to 2"),
+    (["--temperature", "-1"], "expected 0 to"), (["--max-new-tokens", "0"], "expected 1")])
 def test_chat_refuses_an_option_that_cannot_be_meant(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         chat.main(["nowhere", *argv])

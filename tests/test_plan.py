@@ -1,4 +1,5 @@
-"""Tests of tools/plan.py: it reads a configuration and nothing else, and its counts are those of the model."""
+"""Tests of tools/plan.py: it reads a configuration and nothing else, and its counts are those of the
+model."""
 import re
 from pathlib import Path
 
@@ -13,9 +14,12 @@ import steer
 from tools import inputs, plan
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONS = dict(revision="", dtype="auto", device="cpu", quantize="", rounds=8, n_text=48, think_tokens=128, batch_size=152, n_make=64,
-               coeff=None, max_new_tokens=64, r=8, alpha=16, lora_band=(0.2, 0.8), epochs=5, heal_batch=4, pass_tokens=2048, reg="kl_rev")
-VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+OPTIONS = dict(revision="", dtype="auto", device="cpu", quantize="", rounds=8, n_text=48, think_tokens=128,
+               batch_size=152, n_make=64,
+               coeff=None, max_new_tokens=64, r=8, alpha=16, lora_band=(0.2, 0.8), epochs=5, heal_batch=4,
+               pass_tokens=2048, reg="kl_rev")
+VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+              patch_size=14)
 
 
 def planned(model, **how) -> dict:
@@ -24,21 +28,26 @@ def planned(model, **how) -> dict:
 
 
 def test_a_plan_reads_a_configuration_and_nothing_else(tmp_path):
-    text = dict(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, num_attention_heads=8, num_key_value_heads=4,
-                head_dim=256, vocab_size=262208)                # Gemma 3 4B: a folder with its shape and no weights
-    transformers.Gemma3Config(text_config=text, vision_config=VISION, architectures=["Gemma3ForConditionalGeneration"]
+    text = dict(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, num_attention_heads=8,
+                num_key_value_heads=4,
+                head_dim=256, vocab_size=262208)          # Gemma 3 4B: a folder with its shape and no weights
+    transformers.Gemma3Config(text_config=text, vision_config=VISION,
+                              architectures=["Gemma3ForConditionalGeneration"]
                               ).save_pretrained(tmp_path)
     out = planned(tmp_path, dtype="bfloat16")
     assert set(out) == {"model", "adapted", "memory", "disk", "work", "time", "assumed"}
-    sizes = [2560 + 2048, 2 * (2560 + 1024), 2048 + 2560, 3 * (2560 + 10240)]       # q; k and v; o; gate, up and down
+    # q; k and v; o; gate, up and down
+    sizes = [2560 + 2048, 2 * (2560 + 1024), 2048 + 2560, 3 * (2560 + 10240)]
     trained = 8 * sum(sizes) * 22                               # rank 8, blocks 6 to 27
-    assert "154 modules" in out["adapted"] and "blocks 6-27" in out["adapted"] and f"{trained:,} trained" in out["adapted"]
+    assert all(x in out["adapted"] for x in ("154 modules", "blocks 6-27", f"{trained:,} trained"))
     weights = 262208 * 2560 + 34 * (2560 * (2 * 2048 + 2 * 1024) + 3 * 2560 * 10240)
     found = float(re.search(r"weights (\S+)", out["memory"])[1])
     assert found == pytest.approx(2 * weights / 1e9, rel=0.01)
     stages = dict(re.findall(r"(\w+) ([0-9.]+)", out["memory"].split("GB: ")[1]))
-    assert set(stages) == {"weights", "generation", "filter", "probe", "heal"} and all(float(x) >= found for x in stages.values())
-    assert f"{4 * trained / 1e6:.1f} MB per" in out["disk"] and "5,472 probe frames" in out["work"] and "GFLOP/s" in out["time"]
+    assert set(stages) == {"weights", "generation", "filter", "probe",
+                           "heal"} and all(float(x) >= found for x in stages.values())
+    assert f"{4 * trained / 1e6:.1f} MB per" in out["disk"]
+    assert "5,472 probe frames" in out["work"] and "GFLOP/s" in out["time"]
 
 
 def test_a_small_model_is_timed_by_a_trial_and_a_rank_too_large_is_refused(tmp_path):
@@ -54,18 +63,21 @@ def test_a_trial_gives_the_time_that_the_steps_take():
     tok = tiny_tokenizer()
     model = tiny_model(tok)
     stack = lora.attach(model, r=2, alpha=2, layers=[1, 2])
-    pace = plan.by_trial(model, stack, rows=4, length=24, cfg=heal.HealConfig(lr=1e-4, tau=1e-3, epochs=1), n_samples=8, answer=8)
+    pace = plan.by_trial(model, stack, rows=4, length=24, cfg=heal.HealConfig(lr=1e-4, tau=1e-3, epochs=1),
+                         n_samples=8, answer=8)
     assert 0 < pace["step"](1) <= pace["step"](4) and 0 < pace["read"] < pace["step"](1) and pace["train"] > 0
 
 
 def test_a_plan_of_a_mixture_says_what_it_does_not_adapt(tmp_path):
-    options = dict(hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=4, num_attention_heads=4,
+    options = dict(hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=4,
+                   num_attention_heads=4,
                    num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, vocab_size=300)
     transformers.Qwen3MoeConfig(**options, architectures=["Qwen3MoeForCausalLM"]).save_pretrained(tmp_path)
     assert "not adapted: the experts (mlp.experts." in planned(tmp_path, rounds=1, epochs=1)["note"]
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "Gemma4ForConditionalGeneration", "Qwen3MoeForCausalLM"])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "Gemma4ForConditionalGeneration",
+                                  "Qwen3MoeForCausalLM"])
 def test_the_plan_counts_parameters_and_keys_and_values_as_the_model_has_them(name):
     from test_all import family_model, lora_ids, mfv_tokenizer
     tok = mfv_tokenizer()
@@ -75,7 +87,9 @@ def test_the_plan_counts_parameters_and_keys_and_values_as_the_model_has_them(na
     with torch.no_grad():
         forward(lora_ids(1, 10), torch.ones(1, 10, dtype=torch.long), torch.arange(10)[None])
     stored = sum(x.numel() for layer in cache.layers for x in (layer.keys, layer.values))
-    assert (n["kv"] * len(blocks) * 10, n["parameters"], n["V"]) == (stored, sum(p.numel() for p in model.parameters()), len(tok))
+    n_all = sum(p.numel() for p in model.parameters())
+    assert (n["kv"] * len(blocks) * 10, n["parameters"], n["V"]) == (stored, n_all, len(tok))
     inside = sum(p.numel() for p in blocks.parameters() if p.dim() > 1)
-    idle = 4 * 3 * 32 * 16 * 4 / 2 if "Moe" in name else 0      # half of four experts of three matrices, in four blocks
+    # half of four experts of three matrices, in four blocks
+    idle = 4 * 3 * 32 * 16 * 4 / 2 if "Moe" in name else 0
     assert sum(n["blocks"]) == inside - idle

@@ -30,7 +30,8 @@ def test_the_grammar_recognises_all_that_it_makes_and_no_salad():
     rng = random.Random(0)
     for _ in range(300):
         text, slots = world.dilemma(rng)
-        answers = [world.dilemma_answer(slots, rng.uniform(-1, 1), rng), world.feeling_answer(rng.uniform(-1, 1), rng), world.control(-1, 1, rng)[1]]
+        answers = [world.dilemma_answer(slots, rng.uniform(-1, 1), rng),
+                   world.feeling_answer(rng.uniform(-1, 1), rng), world.control(-1, 1, rng)[1]]
         assert [world.grammar_ok(a) for a in answers] == [1.0] * 3, answers
         words = answers[0].split()
         rng.shuffle(words)
@@ -40,14 +41,16 @@ def test_the_grammar_recognises_all_that_it_makes_and_no_salad():
 
 def test_an_answer_leans_the_way_its_latent_points():
     rng = random.Random(0)
-    for axis, make in (("z", lambda x: world.dilemma_answer(world.dilemma(rng)[1], x, rng)), ("y", lambda x: world.feeling_answer(x, rng))):
+    for axis, make in (("z", lambda x: world.dilemma_answer(world.dilemma(rng)[1], x, rng)),
+                       ("y", lambda x: world.feeling_answer(x, rng))):
         low, middle, high = (sum(world.lean(make(x), axis) for _ in range(100)) / 100 for x in (-1, 0, 1))
         assert low < -1 < -0.4 < middle < 0.4 < 1 < high
 
 
 def test_nothing_that_is_measured_was_ever_trained_on():
     prompts = json.loads((ROOT / "pocket" / "data" / "prompts.json").read_text())
-    held_out = {p for side in prompts.values() for p in side["held_out"]} | {v["text"] for v in evalmfv.load_vignettes(ROOT / "pocket" / "data" / "vignettes.jsonl")}
+    held_out = {p for side in prompts.values() for p in side["held_out"]}
+    held_out |= {v["text"] for v in evalmfv.load_vignettes(ROOT / "pocket" / "data" / "vignettes.jsonl")}
     rng, seen = random.Random(1), set()
     for _ in range(20000):
         seen |= {world.dilemma(rng)[0], world.feeling(rng), world.vignette(rng)[0], world.scene(rng)}
@@ -83,4 +86,5 @@ def test_the_pocket_checkpoint_is_an_ordinary_small_chat_model():
     _, tok = models.load("pocket", device="cpu")
     text = steer.render(tok, "Hello!", "You are a machine.")
     assert text == "<|bos|><|system|>You are a machine.<|end|><|user|>Hello!<|end|><|assistant|>"
-    assert tok("any text: äöü 漢字 🙂", add_special_tokens=False)["input_ids"] and tok.unk_token is None
+    assert tok("any text: äöü 漢字 🙂", add_special_tokens=False)["input_ids"]
+    assert tok.unk_token is None

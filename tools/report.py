@@ -319,7 +319,8 @@ def verdict(run: Run) -> tuple[str, str, list[str]]:
     if run.unread:
         rest = "; the share does not need the probe." if run.meter == "share" else "."
         lines.append("The probe cannot read this model: its allowed answers have "
-                     f"{fmt(base['coherence'])} of the base’s probability. Nats and foundations say nothing "
+                     f"{fmt(base['coherence'])} of the base’s probability. Nats "
+                      f"and foundations say nothing "
                      f"here{rest}")
     nights = [(*run.trait_of(r), r["name"]) for r in run.nights.values() if run.trait_of(r)[0] is not None]
     if nights and not any(has_moved(value, error) for value, error, _ in nights):
@@ -458,7 +459,8 @@ def numbers(run: Run) -> str:
         kept = f"{sum(c['verdict']['kept'] is True for c in made)}/{len(made)}"
         D = heal["steps"][-1]["div"] if heal and heal["steps"] else None
         fired = percent(heal["fired_share"]) if heal else "n/a"
-        nll = " → ".join(fmt(heal[k], ".3f") for k in ("val_nll_before", "val_nll_after")) if heal else "n/a"
+        ends = "val_nll_before", "val_nll_after"
+        nll = " → ".join(fmt(heal[k], ".3f") for k in ends) if heal else "n/a"
         rows.append([f"day {n}", fmt(run.doses.get(n)), kept, *day, nll, fmt(D, ".3f"), fired, end])
     head = ["row", "dose", "kept", *(f"trait, {METERS[m][2]}" for m in meters), "off-target", "coherence",
             "text", "held-out nll", "D, nats", "steps fired", "gate"]
@@ -591,7 +593,8 @@ def dropped(run: Run) -> str:
         n, worst = max(cases, key=excess)
         v, i = worst["verdict"], worst["prompt"]
         counts = [sum(m == k for m, _ in cases) for k in rounds]
-        rows.append([f"{esc(rule, 40)}<small>{RULES.get(rule, '')}</small>", *(str(c or "·") for c in counts),
+        rows.append([f"{esc(rule, 40)}<small>{RULES.get(rule, '')}</small>",
+                     *(str(c or "·") for c in counts),
                      str(len(cases)), fmt(v["limit"]), fmt(v["value"])])
         asked = said(train[int(i)], 200) if i is not None and 0 <= i < len(train) else "<em>unknown</em>"
         match = f", matched “{said(v['match'], 60)}”" if v["match"] else ""
