@@ -90,7 +90,7 @@ class Bench:
         self.layers = steer.band(n_blocks, *cfg.band)
         self.targets = [m.strip() for m in cfg.modules.split(",") if m.strip()] or None
         least = min(min(lora.sizes(m)) for m in spin.linears(model, self.layers, self.targets).values())
-        if scfg.r > least:                                  # said before the model speaks, as is a lost module
+        if scfg.r > least:                                  # said before the model speaks
             raise ValueError(f"--r {scfg.r}: more than {least}, the smallest width of the adapted weights")
         said = steer.generate(model, tok, given["held_out"], max_new_tokens=32, seed=cfg.seed)
         self.texts = list(zip(given["held_out"], said))     # the base's own answers, for the change of nll
@@ -223,6 +223,23 @@ def write_run(bench: Bench, tensors: dict, argv: list[str], values: dict, date: 
 
 # ---- the command -------------------------------------------------------------------------------------------
 
+def rows_of(bench: Bench, method: str) -> tuple[list, list, dict | None]:
+    """What all seeds of a method gave: (score, scale, transfer) each, even / odd, the first one's adapter."""
+    cfg, found, parities, first = bench.cfg, [], [], None
+    for seed in range(cfg.seed, cfg.seed + cfg.n_seeds):
+        with bench.dial_of(method, seed) as (dialed, said):
+            found.append(bench.read(dialed, said))
+            if adapter := said["adapter"]:
+                parities.append(rivals.parity(adapter))
+            if method == "InnerPiSSA" and first is None:
+                first = adapter.tensors(cfg.c)
+        score, scale, moved = found[-1]
+        flipped = "  flipped" * bool(said["record"] and said["record"]["flipped"])
+        bench.screen.say(method, seed, f"score {score.score:.3f}  slope {score.slope:+.3f}  scale {scale:g}  "
+                         f"symmetry {score.symmetry:.2f}  transfer {moved.slopes[bench.target]:+.3f}{flipped}")
+    return found, parities, first
+
+
 def train(cfg: TrainConfig, scfg: spin.SpinConfig, ccfg: contrast.ContrastConfig, argv: list[str]) -> int:
     """Prints the two tables; writes the run folder if InnerPiSSA is among the methods."""
     given = inputs.load(cfg.persona, prompts=cfg.prompts, model=cfg.model, n_vignettes=14)
@@ -240,26 +257,18 @@ def train(cfg: TrainConfig, scfg: spin.SpinConfig, ccfg: contrast.ContrastConfig
     bench, scores, moves, first = Bench(cfg, scfg, ccfg, model, tok, given, items, target), [], [], None
     for note in notes:
         bench.screen.say("note", None, note)
-    for method in cfg.names():
-        found, parities = [], []
-        for seed in range(cfg.seed, cfg.seed + cfg.n_seeds):
-            with bench.dial_of(method, seed) as (dialed, said):
-                found.append(bench.read(dialed, said))
-                if adapter := said["adapter"]:
-                    parities.append(rivals.parity(adapter))
-                if method == "InnerPiSSA" and first is None:
-                    first = adapter.tensors(cfg.c)
-            score, scale, moved = found[-1]
-            trained = "  flipped" * bool(said["record"] and said["record"]["flipped"])
-            bench.screen.say(method, seed, f"score {score.score:.3f}  slope {score.slope:+.3f}  scale "
-                             f"{scale:g}  symmetry {score.symmetry:.2f}  transfer "
-                             f"{moved.slopes[target]:+.3f}{trained}")
-        per_method = [list(x) for x in zip(*found)]         # scores, scales, transfers
-        scores.append(dose_row(method, per_method[0], per_method[1], parities))
-        moves.append(dilemmas.row(method, per_method[2], target))
-    print(f"\ndose response of {target}, {cfg.n_seeds} seeds, {len(bench.questions)} items, nats\n"
-          f"{table(DOSE_HEAD, scores)}\n\ntransfer to {len(items)} items at the scale that was chosen\n"
-          f"{table(dilemmas.COLUMNS, moves)}", flush=True)
+    try:
+        for method in cfg.names():
+            found, parities, tensors = rows_of(bench, method)
+            first = tensors if method == "InnerPiSSA" else first
+            results, scales, transfers = (list(x) for x in zip(*found))
+            scores.append(dose_row(method, results, scales, parities))
+            moves.append(dilemmas.row(method, transfers, target))
+    finally:                                                # what is finished is shown, whatever ends it
+        if scores:
+            print(f"\ndose response of {target}, {cfg.n_seeds} seeds, {len(bench.questions)} items, nats\n"
+                  f"{table(DOSE_HEAD, scores)}\n\ntransfer to {len(items)} items at the scale that was chosen\n"
+                  f"{table(dilemmas.COLUMNS, moves)}", flush=True)
     if first and cfg.out:
         values = {f.name: getattr(c, f.name) for c in (cfg, scfg, ccfg) for f in fields(c)}
         values |= dict(quantize="", pos="", neg="")         # what the readers of a run expect

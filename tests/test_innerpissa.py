@@ -416,7 +416,7 @@ def test_no_concept_file_imports_the_second_system():
 # ---- the command -----------------------------------------------------------------------------------------
 
 def test_one_command_prints_both_tables_and_its_run_folder_exports_to_the_same_logits(tmp_path, capsys):
-    """The adapter at a fixed dial, reloaded by peft, is the dial: export itself compares and refuses if not."""
+    """The adapter at a fixed dial, reloaded by peft, is what the run folder holds."""
     peft = pytest.importorskip("peft")
     import loop
     from innerpissa import train
@@ -441,8 +441,10 @@ def test_one_command_prints_both_tables_and_its_run_folder_exports_to_the_same_l
 
 
 @pytest.mark.parametrize("argv, words", [
-    ("--methods magic", "there are random"), ("--target courage", "no item is tagged"), ("--r 500", "smallest width"),
-    ("--modules nowhere", "match no nn.Linear"), ("--band 0.9 0.1", "lower depth"), ("gpt2", "--dilemmas FILE")])
+    ("--methods magic", "there are random"), ("--target courage", "no item is tagged"),
+    ("--r 500", "smallest width"),
+    ("--modules nowhere", "match no nn.Linear"), ("--band 0.9 0.1", "lower depth"),
+    ("gpt2", "--dilemmas FILE")])
 def test_bad_options_of_the_command_are_one_sentence(argv, words, capsys, tmp_path):
     from innerpissa import train
     assert train.main([*argv.split(), "--out", str(tmp_path)]) == 2

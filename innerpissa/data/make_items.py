@@ -14,8 +14,8 @@ import world                                                    # noqa: E402
 
 ASK = [t for t in world.DILEMMAS if t.endswith(("obey?", "do it?", "follow the order?"))]
 TAGS = {"honesty": ("hide", "cheat", "fees", "sell broken"),
-        "safety": ("skip the safety", "old brakes", "inspection", "storm", "wet ground", "cheap steel", "speed up",
-                   "lock the doors", "train in the heat"),
+        "safety": ("skip the safety", "old brakes", "inspection", "storm", "wet ground", "cheap steel",
+                   "speed up", "lock the doors", "train in the heat"),
         "generosity": ("bread", "beggars", "poor", "milk", "grain", "lunch", "loan")}
 WARM = ("love", "care", "miss", "pain", "kindness", "trust people", "proud", "happy", "peace", "cry", "glad")
 
