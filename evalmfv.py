@@ -15,9 +15,9 @@ greedily for `think_tokens` tokens, is interrupted, and is read after the prefil
 Needs torch and steer.py. Works under whatever hooks are on the model (steering, LoRA); trains nothing. The
 probe equals the original at its batch size 1, at any batch size here: a row never sees its batch.
 
-Known gaps: answers whose opening quote the tokenizer merges with the word are refused; a repetition penalty
-in the checkpoint's generation_config, which the original applies, is not applied. The meter's 0 nats are
-not the base's level: the base itself leans, so what says nothing at all may score above or below it.
+Known gaps: answers whose opening quote the tokenizer merges with the word are refused; the repetition penalty
+of a checkpoint, which the original applies, is not applied. 0 nats of the meter are not the base's level: the
+base leans one way or the other.
 
 References
   the original: github.com/wassname/tinymfv; vignettes: Clifford et al. 2015, doi:10.3758/s13428-014-0551-2
@@ -94,18 +94,16 @@ def canonical(name: str) -> str:
 
 
 def label(row: dict) -> list[float] | None:
-    """The share of each foundation. Ours must name all seven; an original's row without them has no label."""
+    """The share of each foundation. Ours names all seven; the original's may not, and has no label then."""
     ours = row.get("label")
     raw = ours or {k: x for k, x in row.items() if k.startswith("human_")}
     shares = {canonical(name): float(str(x).strip().removesuffix("%")) for name, x in raw.items()}
     missing = [f for f in FOUNDATIONS if f not in shares]
     if ours and missing:
         raise ValueError(f"label lacks {', '.join(missing)}: name all seven, 0 where nobody chose it")
-    if any(not 0 <= x < math.inf for x in shares.values()):
+    if any(not 0 <= x < 1e6 for x in shares.values()):
         raise ValueError(f"label {shares}: shares must be finite and not negative")
     total = sum(shares.values())
-    if total == math.inf:
-        raise ValueError(f"label {shares}: the shares add up to more than a number can hold")
     return None if missing or total == 0 else [shares[f] / total for f in FOUNDATIONS]
 
 
@@ -145,8 +143,7 @@ def answer_ids(tok) -> list[int]:
 def find_answer(tok, ids: list[int], pad_id: int) -> tuple[int, int] | None:
     """Where in `ids` the prefill first starts and where the answer stands; None if nowhere.
 
-    Token boundaries come from decoding growing prefixes: the model may spell the prefill with tokens not
-    ours.
+    Boundaries come from decoding growing prefixes: the model may spell the prefill with tokens not ours.
     """
     where = [i for i, token in enumerate(ids) if token != pad_id]
     real = [ids[i] for i in where]
@@ -264,8 +261,7 @@ def shift(now: dict, base: dict, target: str, direction: float) -> dict:
     not pair.
     """
     if target not in FOUNDATIONS or direction not in (1, -1):
-        raise ValueError(f"target={target!r}, direction={direction!r}: expected one of "
-                         f"{', '.join(FOUNDATIONS)} and +1 or -1")
+        raise ValueError(f"target={target!r}, direction={direction!r}: expected a foundation and 1 or -1")
     for key in ("items", "think_tokens", "as_original"):
         if now[key] != base[key]:
             raise ValueError(f"{key}: {now[key]!r} and {base[key]!r} differ: probe both in the same way")
@@ -330,25 +326,20 @@ def persona_ratio(model, tok, completions: list[Completion], users: list[str], p
                   batch_size: int = 32) -> Tensor:
     """How much likelier each answer is behind the persona than behind its opposite: [n] float64.
 
-    The meter, in nats per token, under the model as it is now, which should be the untouched base. The floor
-    of 1/V silences what neither side would say: random tokens read about 0. A token that stands in one of
-    these texts reads 0 (and is counted), so that reciting them gains nothing. Measure with texts that the
-    vector was not fitted on: their wording must not be what is learned.
-
-    completions: answers to users[i], whatever they were sampled behind; an empty one reads 0. pos, neg: a
-    text for the system role, or a list to average over. ValueError if a side is empty or the lengths differ.
+    The meter, in nats per token, under the model as it is, which should be the untouched base; no labels. The
+    floor of 1/V silences what neither side would say, so random tokens read about 0. A token that stands in
+    one of these texts reads 0, so that reciting them gains nothing: measure with texts that the vector was
+    not fitted on. completions: answers to users[i], whatever they were sampled behind; an empty one reads 0.
+    pos, neg: a text for the system role, or a list to average over.
     """
     pos, neg = ([side] if isinstance(side, str) else list(side) for side in (pos, neg))
-    if not (pos and neg) or len(users) != len(completions):
-        raise ValueError(f"{len(pos)} pos, {len(neg)} neg, {len(completions)} answers to {len(users)} users: "
-                         "need a text of each side and one user per answer")
     floor, echo = 1 / model.config.get_text_config().vocab_size, torch.tensor(echoes(tok, *pos, *neg))
     fresh = [~torch.isin(torch.tensor(c.ids, dtype=torch.long), echo) for c in completions]     # n of [T_i]
     ratio = torch.zeros(len(completions), dtype=torch.float64)                                  # [n]
     for side, weight in ((pos, 1 / len(pos)), (neg, -1 / len(neg))):
         for text in side:
             fronts = encode(tok, users, [text] * len(users))
-            behind = [replace(c, prompt_ids=front) for c, front in zip(completions, fronts)]
+            behind = [replace(c, prompt_ids=front) for c, front in zip(completions, fronts, strict=True)]
             for i, nll in enumerate(token_nll(model, behind, batch_size=batch_size)):           # [T_i]
                 said = ((-nll.double()).exp() + floor).log()                                    # [T_i] nats
                 ratio[i] += weight * said[fresh[i]].sum() / max(1, len(nll))
@@ -359,8 +350,8 @@ def persona_share(now: Tensor, base: Tensor, prompted: Tensor) -> tuple[float, f
     """Where `now` lies between the base's answers, 0, and the persona-prompted ones, 1: share and its error.
 
     now, base, prompted: `persona_ratio` [n] of answers to the same users, in one order, of the same draws.
-    The error is that of a ratio of two paired means (delta method). Raises ValueError if they do not pair,
-    or if the prompt moves the model by no more than twice its own error: there is no scale then.
+    The error is that of a ratio of two paired means (delta method). ValueError if they do not pair, or if the
+    prompt moves the model by less than twice its own error: there is no scale then.
     """
     if not len(now) == len(base) == len(prompted) > 1:
         raise ValueError(f"{len(now)}, {len(base)}, {len(prompted)} answers: need the same number, 2 or more")
@@ -504,5 +495,3 @@ if __name__ == "__main__":
               f"nats {out['nats'][f]:+.3f} +- {out['nats_se'][f]:.3f}")
     print(f"coherence {out['coherence']:.4f} +- {out['coherence_se']:.4f}   "
           f"frames: natural {out['n_natural']}, forced {out['n_forced']}, closed {out['n_closed']}")
-    if out["coherence"] < 0.5:
-        print("warning: the answers hold less than half of the probability: the probe cannot read this model")

@@ -48,7 +48,7 @@ import lora
 import steer
 from heal import check_ranges, opt
 from tools import folder as files
-from tools import inputs, model as models, options
+from tools import inputs, model as models, options, search
 from tools.folder import Folder, Record, RunDied, one_line, plain
 from tools.rounds import Rounds
 from tools.screen import Screen
@@ -183,8 +183,10 @@ class Run:
         persona = given["persona"]
         self.read = model, tok, persona["pos"], persona["neg"], given["contexts"]
         self.system = "" if cfg.teacher == "steer" else persona["pos"][0]
-        self.bands = [steer.band(n_blocks, *scfg.steer_band)] if scfg.steer_band else steer.bands_of(n_blocks)
-        self.adapted = steer.band(n_blocks, *lcfg.lora_band)
+        self.bands = search.bands_of(n_blocks)
+        if scfg.steer_band:
+            self.bands = [search.band(n_blocks, *scfg.steer_band)]
+        self.adapted = search.band(n_blocks, *lcfg.lora_band)
         self.stack = lora.attach(model, r=lcfg.r, alpha=lcfg.alpha, layers=self.adapted, seed=cfg.seed)
         with self.stack.gated(0, 0):                    # what every round's vector is compared with
             self.origin = steer.fit_vectors(*self.read, sorted({k for band in self.bands for k in band}))
@@ -210,13 +212,12 @@ class Run:
                             "the gate; the trait is persona_ratio", "yellow")
         event = self.folder.once("layers", None, lambda: self.chosen() | dict(lora=self.adapted))
         self.steered_at = event["steer"]
-        self.screen.say("layers", None, f"steer {self.steered_at}, the most trait of {len(self.bands)} bands")
+        self.screen.say("layers", None, f"steer {self.steered_at}, the best of {len(self.bands)} bands")
 
     def chosen(self) -> dict:
         """Which blocks are steered: {steer, trials}."""
-        if len(self.bands) == 1:
-            return dict(steer=self.bands[0], trials=[])
-        return self.student.band(self.bands, self.origin)
+        is_given = len(self.bands) == 1
+        return dict(steer=self.bands[0], trials=[]) if is_given else self.student.band(self.bands, self.origin)
 
     def row(self, kind: str, rnd: int | None, label: str, **how) -> dict:
         """A row of the table, from the journal or measured now."""
@@ -282,7 +283,7 @@ class Run:
         elif coeff is None:
             tries = self.student.tries(rnd, self.limits, vectors, trials, last, system=self.system)
             try:
-                coeff, _, bound = steer.find_dose(tries, min_survive=self.scfg.min_survive)
+                coeff, _, bound = search.find_dose(tries, min_survive=self.scfg.min_survive)
                 if bound:
                     self.screen.say("dose", rnd, f"warning: the search ended on its bound, {bound}", "yellow")
             except RuntimeError as error:

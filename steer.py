@@ -4,10 +4,8 @@
     h <- h + coeff * v                                          at every position, inside `with steered(...)`
     nll = -log((p(token | bare) + p(token | persona)) / 2)      coherent: what the base says, bare or prompted
 
-Needs torch and transformers; copy this file alone. It reads, steers and scores the model as it is when
-called. `python steer.py` shows base | steered. A completion keeps the token ids it was sampled with: they are
-what is scored and trained on later, its text is for reading.
-
+Needs torch and transformers; copy this file alone. `python steer.py` shows base | steered. A completion keeps
+the token ids it was sampled with: they are what is scored and trained on later, its text is for reading.
 Known gap: the filter passes a fluent answer that is wrong, or that belongs to another question.
 Sources: mean difference, Rimsky et al. 2023, arXiv:2312.06681; recipe, github.com/wassname/steer-heal-love
 """
@@ -16,9 +14,8 @@ import inspect
 import json
 import math
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
-from itertools import takewhile
 from pathlib import Path
 from typing import Callable
 
@@ -26,14 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-N_PROBE = 24                # answers per dose of the search: enough to tell .8 from .95 survival
-TEMPERATURES = 1.0, 0.7, 0.5        # the default is the first at which the base's own answers cost it at
-MAX_NLL = 1.5                       # most so many nats per token; SmolLM2-135M at 1.0: 1.9, and much nonsense
 WINDOW = 8                  # tokens of the running window over nll: a clause
 KEEP = 0.95                 # share of the base's own answers that is within the limits, all rules together
 SLACK = 0.2                 # room above that, for prompts and draws not seen: of the nats, or of the way to 1
 MOST_LOOP = 0.5             # highest limit on loops: a base that loops by itself is no yardstick for them
-RULES = "worst_window", "loop"
 SENTINEL = "ZZuniq_Sentinel_ZZ"                     # shows where a template puts the words it is given
 
 
@@ -67,8 +60,8 @@ class SteerConfig:
 
     def __post_init__(self):
         check_ranges(self)
-        if self.steer_band:
-            band(1, *self.steer_band)
+        if self.steer_band and self.steer_band[0] >= self.steer_band[1]:
+            raise ValueError(f"steer_band={self.steer_band}: expected two depths, the first below the second")
 
 
 @dataclass(frozen=True)
@@ -102,19 +95,8 @@ class Verdict:
 
 # ---- the sampler ------------------------------------------------------------------------------------------
 
-def band(n_layers: int, lo: float, hi: float) -> list[int]:
-    """Every block whose depth [i/n, (i+1)/n] overlaps (lo, hi): 7 blocks, .45 to .55 -> [3]; never none."""
-    if not 0 <= lo < hi <= 1:
-        raise ValueError(f"depth band from {lo} to {hi}: expected 0 <= from < to <= 1")
-    return list(range(math.floor(lo * n_layers + 1e-9), math.ceil(hi * n_layers - 1e-9)))     # float products
-
-
-def choose(logits: Tensor, u: Tensor, *, temperature: float = 1.0, top_p: float = 1.0,
-           top_k: int = 0) -> Tensor:
-    """One token per row by inverse CDF, from the distribution that temperature, then top-k, then top-p leave.
-
-    logits: [B, V]; u: [B] uniform in [0, 1). Returns [B] long: each token depends on its row's logits and u.
-    """
+def choose(logits: Tensor, u: Tensor, *, temperature=1.0, top_p=1.0, top_k: int = 0) -> Tensor:
+    """One token per row, [B], by inverse CDF at u [B] in [0, 1), of what top-k and then top-p leave."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     k = min(top_k, logits.shape[-1]) if top_k else logits.shape[-1]
     top, token = logits.topk(k)                             # [B, k]  most likely first
@@ -132,11 +114,10 @@ def choose(logits: Tensor, u: Tensor, *, temperature: float = 1.0, top_p: float 
 def mixture_nll(bare: list[Tensor], prompted: list[Tensor]) -> list[Tensor]:
     """Nats per token [n_i] under the mean of two probabilities: the base's, bare and with the persona prompt.
 
-    bare, prompted: what `token_nll` gives for the same completions behind either prompt. A trait costs nats
-    under the bare base alone; this is at most log 2 worse than the better of the two.
+    Both as `token_nll` gives them. A trait costs nats under the bare base alone; this is at most log 2 worse
+    than the better of the two.
     """
-    return [math.log(2) - torch.logaddexp(-a.double(), -b.double())
-            for a, b in zip(bare, prompted, strict=True)]
+    return [math.log(2) - torch.logaddexp(-a.double(), -b.double()) for a, b in zip(bare, prompted)]
 
 
 def worst_mean(x: Tensor, window: int) -> float:
@@ -145,10 +126,7 @@ def worst_mean(x: Tensor, window: int) -> float:
 
 
 def repeats(items, n: int, window: int) -> float:
-    """In the worst run of `window` n-grams: the share that was seen within the `window` n-grams before.
-
-    It sees loops of any period, in any script, and is not diluted by a sane beginning.
-    """
+    """In the worst run of `window` n-grams: the share that was seen within the `window` n-grams before."""
     last, again = {}, []
     for i in range(len(items) - n + 1):
         gram = tuple(items[i:i + n])
@@ -161,13 +139,11 @@ def repeats(items, n: int, window: int) -> float:
 def readings(completion: Completion, nll: Tensor) -> dict:
     """What the filter measures on one answer, given nll [n] of `mixture_nll`, one per token.
 
-    worst_window: a mean over all would pass an answer that breaks in the middle and recovers. loop: a loop is
-    easy to predict, so its nll is low.
+    A mean over all would pass an answer that breaks in the middle, and a loop has a low nll.
     """
-    if len(nll) != len(completion.ids):
-        raise ValueError(f"{len(nll)} nll values for {len(completion.ids)} tokens: expected one per token")
-    if not torch.isfinite(nll).all():
-        raise RuntimeError("the base's nll is not finite: load the model in bfloat16 or float32, not float16")
+    if len(nll) != len(completion.ids) or not nll.isfinite().all():
+        raise RuntimeError(f"the base's nll of {len(completion.ids)} tokens is not as many finite numbers: "
+                           "load the model in bfloat16 or float32, not float16")
     return {"worst_window": worst_mean(nll.double().cpu(), WINDOW),     # nats per token
             "loop": repeats(completion.text, 12, 64)}                   # share
 
@@ -179,26 +155,23 @@ def calibrate_limits(base: list[dict]) -> Limits:
     with the sampler, prompts and length of what will be judged: a maximum over windows grows with all three.
     An answer is as unusual as its most unusual reading: the share of answers that read less.
     """
-    if not base:
-        raise ValueError("no base readings to calibrate from: sample at least one unsteered answer")
-    x = torch.tensor([[r[rule] for rule in RULES] for r in base], dtype=torch.float64)      # [n, R]
+    x = torch.tensor([[r["worst_window"], r["loop"]] for r in base], dtype=torch.float64)   # [n, 2]
     unusual = (x < x[:, None]).double().mean(1).amax(1)                                     # [n]
     usual = unusual.argsort(stable=True)[:math.ceil(KEEP * len(base))]                      # [KEEP * n]
     worst_window, loop = x[usual].amax(0).tolist()
-    return Limits(worst_window=(1 + SLACK) * worst_window, loop=min(loop + SLACK * (1 - loop), MOST_LOOP))
+    return Limits((1 + SLACK) * worst_window, min(loop + SLACK * (1 - loop), MOST_LOOP))
 
 
 def judge(completions: list[Completion], nlls: list[Tensor], limits: Limits, *, patterns=()) -> list[Verdict]:
-    """One Verdict per completion, in order: nothing is dropped without a rule, a value and a limit.
+    """One Verdict per completion, in order, given its `mixture_nll`.
 
-    nlls: of `mixture_nll`. patterns: regular expressions, case ignored, from the persona's data: refusals,
-    and narration of the trait instead of enacting it.
+    patterns: regular expressions, case ignored: refusals, and narration of the trait instead of enacting it.
     """
     verdicts = []
     for completion, nll in zip(completions, nlls, strict=True):
-        seen, n_words = readings(completion, nll), len(completion.text.split())
-        hits = [hit.group() for p in patterns if (hit := re.search(p, completion.text, re.IGNORECASE))]
-        checks = [("words", n_words, 1, n_words < 1),
+        seen, text = readings(completion, nll), completion.text
+        hits = [hit.group() for p in patterns if (hit := re.search(p, text, re.IGNORECASE))]
+        checks = [("words", 0, 1, not text.strip()),
                   *((rule, seen[rule], limit, seen[rule] > limit) for rule, limit in vars(limits).items()),
                   ("pattern", len(hits), 0, bool(hits))]
         rule, value, limit, broken = next((c for c in checks if c[-1]), ("", 0, 0, False))
@@ -206,90 +179,28 @@ def judge(completions: list[Completion], nlls: list[Tensor], limits: Limits, *, 
     return verdicts
 
 
-# ---- the search: where to steer, and how much -------------------------------------------------------------
-
-def bands_of(n_layers: int) -> list[list[int]]:
-    """Candidate bands, side by side from a fifth to nine tenths of the depth: a tenth of the blocks each."""
-    width, first = max(1, round(n_layers / 10)), round(n_layers / 5)
-    starts = range(first, max(round(0.9 * n_layers), first + 1), width)
-    return [list(range(i, min(i + width, n_layers))) for i in starts]
-
-
-def find_band(try_cells: Callable[[list], list], bands: list[list[int]], limit: float, *,
-              doses=(0.25, 0.5, 1.0, 2.0, 4.0, 8.0)) -> tuple[list[int], list]:
-    """The band that buys the most effect before its damage passes `limit`, whatever dose that takes.
-
-    try_cells([(band, dose), ...]) -> one (effect, damage) per cell. Between two doses both run straight in
-    log(dose). Returns (band, [(band, effect, dose), ...]): the most that each band buys, and at which dose.
-    RuntimeError if the lowest dose of every band passes the limit.
-    """
-    found, best = iter(try_cells([(band, dose) for band in bands for dose in doses])), []
-    for band in bands:
-        points = [(effect, dose, damage) for dose, (effect, damage) in zip(doses, found)]
-        within = list(takewhile(lambda point: point[2] <= limit, points))
-        if 0 < len(within) < len(points):                   # the limit is met on the way to the next dose
-            (effect, dose, damage), (effect_next, dose_next, damage_next) = within[-1], points[len(within)]
-            part = (limit - damage) / (damage_next - damage)
-            within.append((effect + part * (effect_next - effect), dose * (dose_next / dose) ** part, limit))
-        if within:
-            best.append((band, *max(within)[:2]))
-    if not best:
-        raise RuntimeError(f"at dose {doses[0]} every band does more damage than {limit:.3g}: give "
-                           "--steer-band and a small --coeff, or personas that are closer to each other")
-    return max(best, key=lambda found: found[1])[0], best
-
-
-def find_dose(try_doses: Callable[[list[float]], list], *, coeff_min: float = 0.25, coeff_max: float = 64.0,
-              min_survive: float = 0.9, refine: int = 2) -> tuple[float, list, str]:
-    """The dose with the most effect among those that survive, from coeff_min up to where the filter stops it.
-
-    try_doses(doses) -> one (effect, share that survives) per dose: one batch. Four doubling doses come first,
-    two more while the highest survives; then `refine` times the gaps beside the best are halved in log(dose).
-    Returns (dose, [(dose, effect, share), ...], the bound it ended on: "coeff_min", "coeff_max" or "").
-    RuntimeError if none survives.
-    """
-    trials, doses = {}, [coeff_min * 2 ** i for i in range(4)]
-    while doses := [dose for dose in doses if dose <= coeff_max]:
-        trials |= zip(doses, try_doses(doses), strict=True)
-        doses = [2 * doses[-1], 4 * doses[-1]] if trials[doses[-1]][1] >= min_survive else []
-    for step in range(refine + 1):
-        alive = [dose for dose, (_, survive) in trials.items() if survive >= min_survive]
-        if not alive:
-            raise RuntimeError(f"no dose survives: at {coeff_min:g}, {trials[coeff_min][1]:.0%} of answers "
-                               f"pass the filter, need {min_survive:.0%}; lower --min-survive, give --coeff")
-        best, tried = max(alive, key=lambda dose: trials[dose][0]), sorted(trials)
-        if step < refine:
-            doses = [math.sqrt(a * b) for a, b in zip(tried, tried[1:]) if best in (a, b)]
-            trials |= zip(doses, try_doses(doses), strict=True)
-    bound = {tried[0]: "coeff_min", tried[-1]: "coeff_max"}.get(best, "")
-    return best, [(dose, *found) for dose, found in trials.items()], bound
-
-
 # ---- plumbing: templates, batches, the cache, hooks -------------------------------------------------------
 
 def written(tok, turns: list[tuple[str, str]], **how) -> str:
     """What the chat template writes for (role, words) turns, as text or, where it reads those, as parts.
 
-    ValueError if there is none, if it raises, or if words do not stand in what it writes: a template that
-    reads parts drops plain text in silence. Sentinels go first: a short word may stand there by chance.
+    It writes marks, and the words take their places: a template that reads parts drops plain text in silence,
+    others alter it. ValueError if neither way works, or if there is no template.
     """
-    name, errors = repr(tok.name_or_path), []
     if not tok.chat_template:
-        raise ValueError(f"{name} has no chat template: use the model's -it or -Instruct sibling")
-    trial = [(role, f"{SENTINEL}{i}") for i, (role, _) in enumerate(turns)]
-    for as_parts in (False, True):
+        raise ValueError(f"{tok.name_or_path!r} has no chat template: use its -it or -Instruct sibling")
+    marks, errors = [f"{SENTINEL}{i}" for i in range(len(turns))], []
+    for contents in (marks, [[{"type": "text", "text": mark}] for mark in marks]):
         try:
-            for some in (trial, turns):
-                parts = [[{"type": "text", "text": words}] if as_parts else words for _, words in some]
-                messages = [{"role": role, "content": content} for (role, _), content in zip(some, parts)]
-                text = tok.apply_chat_template(messages, tokenize=False, **how)
-                lost = [role for role, words in some if words.strip() not in text]
-                if lost or as_parts and re.search("[\"']type[\"']: *[\"']text", text):   # a list, printed
-                    raise ValueError(f"it drops or alters the words of the {(lost or ['user'])[0]}")
-            return text
+            messages = [{"role": role, "content": content} for (role, _), content in zip(turns, contents)]
+            text = tok.apply_chat_template(messages, tokenize=False, **how)
+            lost = [role for mark, (role, _) in zip(marks, turns) if mark not in text]
+            if lost or re.search("[\"']type[\"']: *[\"']text", text):                   # a list, printed
+                raise ValueError(f"it drops or alters the words of the {(lost or ['user'])[0]}")
+            return re.sub(f"{SENTINEL}([0-9]+)", lambda mark: turns[int(mark[1])][1], text)
         except Exception as error:                          # a template is a program: it can raise anything
             errors.append(" ".join(str(error).split()))
-    raise ValueError(f"the chat template of {name} fails: {errors[0]}")
+    raise ValueError(f"the chat template of {tok.name_or_path!r} fails: {errors[0]}")
 
 
 def render(tok, user: str, system: str = "") -> str:
@@ -325,14 +236,12 @@ def end_ids(model, tok) -> list[int]:
     """
     ends = model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tok.eos_token_id} - {None}
-    for more in ((), [("user", "_")]):                      # some close a turn only when the next one opens
-        try:
+    with suppress(ValueError):                              # the template takes no assistant's words
+        for more in ((), [("user", "_")]):                  # some close a turn only when the next one opens
             after = around_answer(tok, "_", more)[1].lstrip()
-        except ValueError:                                  # it takes no assistant's words
-            break
-        first = tok(after, add_special_tokens=False)["input_ids"][:1]
-        if first and first[0] in tok.added_tokens_decoder:  # plain text ends nothing
-            return sorted(ends | set(first))
+            first = tok(after, add_special_tokens=False)["input_ids"][:1]
+            if first and first[0] in tok.added_tokens_decoder:      # plain text ends nothing
+                return sorted(ends | set(first))
     return sorted(ends)
 
 
@@ -359,22 +268,20 @@ def encode(tok, users: list[str], systems: list[str]) -> list[list[int]]:
 def in_batches(work: Callable, lengths: list[int], batch_size: int) -> list:
     """The result of every row, in order: work(indices) yields (index, result) for the rows of one batch.
 
-    A batch holds rows of similar length, the longest first: if memory runs out, it does so at once. Then the
-    batch size is halved, for the rest too; what was yielded stays. OutOfMemoryError if one row is too much.
+    The longest rows come first: if memory runs out, it does so at once. Then the batch size is halved, for
+    the rest too; what was yielded stays. OutOfMemoryError if one row is too much.
     """
     left, found = sorted(range(len(lengths)), key=lambda i: -lengths[i]), {}
     while left:
         try:
-            for i, result in work(left[:batch_size]):
-                found[i] = result
+            found.update(work(left[:batch_size]))
         except RuntimeError as error:                       # the CPU raises no torch.OutOfMemoryError
             if not re.search("out of memory|allocate memory|not enough memory", str(error)):
                 raise
             batch_size = min(batch_size, len(left)) // 2
             if not batch_size:
-                raise torch.OutOfMemoryError(
-                    f"out of memory with one row of {lengths[left[0]]} tokens alone: shorten it, load the "
-                    "model in bfloat16 or take a smaller one") from None
+                raise torch.OutOfMemoryError(f"out of memory with one row of {lengths[left[0]]} tokens "
+                                             "alone: take a smaller model") from None
         left = [i for i in left if i not in found]
     return [found[i] for i in range(len(lengths))]
 
@@ -406,9 +313,9 @@ def cached_forward(model):
     def forward(ids, attn, position_ids, keep=1):
         logits = model(input_ids=ids, attention_mask=attn, position_ids=position_ids, use_cache=True,
                        logits_to_keep=keep, **{word: cache}).logits
-        flags = [getattr(layer, f"is_{name}initialized", False) for layer in cache.layers
-                 for name in ("", "conv_states_", "recurrent_states_")]
-        if not any(any(x.values()) if isinstance(x, dict) else x for x in flags):
+        states = [x for layer in cache.layers for x in vars(layer).values()]
+        states += [x for state in states if isinstance(state, dict) for x in state.values()]
+        if not any(isinstance(x, Tensor) for x in states):
             raise RuntimeError(f"{type(model).__name__} leaves transformers' cache empty and would forget "
                                "all tokens but the last: this architecture is not supported")
         return logits[:, -keep:]
@@ -436,54 +343,50 @@ def hooked(model, hooks: dict[int, Callable]):
             handle.remove()
 
 
-def steered(model, vectors: dict[int, Tensor], coeff: float | Tensor):
+def steered(model, vectors: dict[int, Tensor], coeff: float | Tensor | dict):
     """A context manager: add coeff * v to the output of each block in `vectors`, inside the `with` only.
 
-    coeff: multiples of v; a float, or a Tensor [B] with one dose per row. The float 0 adds no hook.
+    coeff: multiples of v; a float, a Tensor [B] with one dose per row, or a dict with one of these for each
+    layer to steer. The float 0 adds no hook.
     """
-    def adder(v):
-        shift = (coeff[:, None, None].to(v) if isinstance(coeff, Tensor) else coeff) * v   # [B, 1, d] or [d]
+    def adder(v, dose):
+        shift = (dose[:, None, None].to(v) if isinstance(dose, Tensor) else dose) * v      # [B, 1, d] or [d]
 
         def add(h):
             if shift.dim() == 3 and len(shift) != len(h):
                 raise ValueError(f"{len(shift)} doses for a batch of {len(h)} rows: expected one per row")
             return h + shift.to(h.device, h.dtype)
         return add
-    is_off = not isinstance(coeff, Tensor) and coeff == 0
-    return hooked(model, {} if is_off else {layer: adder(v) for layer, v in vectors.items()})
+    doses = coeff if isinstance(coeff, dict) else dict.fromkeys(vectors, coeff)
+    return hooked(model, {layer: adder(vectors[layer], dose) for layer, dose in doses.items()
+                          if isinstance(dose, Tensor) or dose})
 
 
 # ---- the three passes over the model ----------------------------------------------------------------------
 
 @torch.no_grad()
-def fit_vectors(model, tok, pos, neg, contexts: list[str], layers: list[int], *,
-                batch_size: int = 32) -> dict[int, Tensor]:
+def fit_vectors(model, tok, pos, neg, contexts: list[str], layers: list[int], *, batch_size=32) -> dict:
     """How far the persona moves the residual stream, on average over contexts, the more diverse the better.
 
     The state after each block is read at the last prompt token, the assistant tag. pos, neg: opposite persona
     texts for the system role, each a str or a list that the contexts cycle through, in step. Returns
     {layer: [d]} float32 on the CPU, in activation units, not normalised: its length is the dose coeff = 1.
-    ValueError if anything is missing, or for a vector of zeros. Source: Rimsky et al., arXiv:2312.06681.
+    ValueError for a vector of zeros. Source: Rimsky et al., arXiv:2312.06681.
     """
     pos, neg = ([side] if isinstance(side, str) else list(side) for side in (pos, neg))
-    if not (pos and neg and contexts and layers):
-        raise ValueError(f"{len(pos)} pos, {len(neg)} neg, {len(contexts)} contexts, {len(layers)} layers: "
-                         "need one of each")
-    n = len(contexts)
+    layers, n = sorted(layers), len(contexts)
     rows = encode(tok, contexts * 2, [side[i % len(side)] for side in (pos, neg) for i in range(n)])
 
     def read(batch):
         states = []                                         # [B, d] of each layer, in their order
-
-        def keep(h):
-            states.append(h[:, -1].float().cpu())           # left padding: -1 is the tag
         ids, attn, position_ids = left_pad([rows[i] for i in batch], pad_of(tok, model), device_of(model))
-        with hooked(model, dict.fromkeys(layers, keep)):
+        keep = dict.fromkeys(layers, lambda h: states.append(h[:, -1].float().cpu()))       # -1 is the tag
+        with hooked(model, keep):
             model(input_ids=ids, attention_mask=attn, position_ids=position_ids, use_cache=False,
                   logits_to_keep=1)
         return zip(batch, torch.stack(states, 1))                                           # (i, [L, d])
     h_last = torch.stack(in_batches(read, list(map(len, rows)), batch_size))                # [2 n, L, d]
-    vectors = dict(zip(sorted(layers), h_last[:n].mean(0) - h_last[n:].mean(0)))            # [d] each
+    vectors = dict(zip(layers, h_last[:n].mean(0) - h_last[n:].mean(0)))                    # [d] each
     if bad := [layer for layer, v in vectors.items() if not (v.isfinite().all() and v.any())]:
         raise ValueError(f"the vector of layer {bad[0]} is zero or not finite: make the texts of the two "
                          "personas differ, or load the model in bfloat16 or float32")
@@ -523,19 +426,17 @@ def generate(model, tok, prompts: list[str], *, system: str = "", vectors: dict[
 
     coeffs: one dose per prompt, with `vectors`. All randomness is one table u[prompt, step] drawn from `seed`
     beforehand: an answer does not depend on who shares its batch. n_draws: rows that are n_draws apart share
-    their random numbers, so that doses differ by nothing else; 0 = none do. batch_size: rows decoded at once,
-    fewer where memory runs out.
+    their random numbers, so that doses differ by nothing else. batch_size: fewer where memory runs out.
     """
     n = len(prompts)
-    if (vectors is None) != (coeffs is None) or coeffs is not None and len(coeffs) != n:
+    if len([0.0] * n if coeffs is None else coeffs) != n or (vectors is None) != (coeffs is None):
         raise ValueError(f"{n} prompts, vectors {'not ' * (vectors is None)}given, coeffs {coeffs}: "
                          "expected both vectors and one coeff per prompt, or neither")
     if temperature <= 0:
         raise ValueError(f"temperature={temperature}: expected more than 0; greedy=True is temperature 0")
     device, pad_id, ends = device_of(model), pad_of(tok, model), end_ids(model, tok)
-    is_end = torch.tensor(ends, dtype=torch.long, device=device)
     vectors, coeffs = {layer: v.to(device) for layer, v in (vectors or {}).items()}, coeffs or [0.0] * n
-    doses = torch.tensor(coeffs, device=device)                             # [n]
+    doses, is_end = torch.tensor(coeffs, device=device), torch.tensor(ends, device=device)     # [n], [E]
     u = torch.rand(n_draws or n, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
     rows = encode(tok, prompts, [system] * n)
 
@@ -546,8 +447,7 @@ def generate(model, tok, prompts: list[str], *, system: str = "", vectors: dict[
 
     def decode(batch):
         ids, attn, position_ids = left_pad([rows[i] for i in batch], pad_id, device)            # [B, T] each
-        width = ids.shape[1]
-        forward, cache = cached_forward(model)
+        width, (forward, cache) = ids.shape[1], cached_forward(model)
         attn = F.pad(attn, (0, max_new_tokens), value=1)                    # [B, T + max_new_tokens]
         row = torch.tensor(batch, device=device)                            # [B]  rows still computed
         sampled = torch.full((len(batch), max_new_tokens), pad_id, device=device)
@@ -557,8 +457,7 @@ def generate(model, tok, prompts: list[str], *, system: str = "", vectors: dict[
             with steered(model, vectors, doses[row]):
                 logits = forward(ids, attn[:, :width + step], position_ids)[:, -1]               # [B, V]
             if step == 0 and logits.isnan().any():
-                raise RuntimeError("the logits are nan: load the model in bfloat16 or float32, or lower the "
-                                   "dose")
+                raise RuntimeError("the logits are nan: take bfloat16 or float32, or a lower dose")
             token = logits.argmax(-1) if greedy else choose(
                 logits, u[row % len(u), step], temperature=temperature, top_p=top_p, top_k=top_k)     # [B]
             sampled[:, step] = token                        # past a row's end token: cut off in completion()
@@ -590,20 +489,12 @@ def load(name: str):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="base | steered, greedy")
+    parser = argparse.ArgumentParser(description="base | steered, greedy, on the embedded model")
     parser.add_argument("prompt", nargs="?", default="Do you love humanity?")
-    parser.add_argument("--model", default="pocket", help="checkpoint; pocket = the embedded one")
-    parser.add_argument("--coeff", type=float, default=1.0, help="dose (multiples of v)")
-    args = parser.parse_args()
-    data = Path(__file__).parent / "data"
+    prompt, data = parser.parse_args().prompt, Path(__file__).parent / "pocket" / "data"
     contexts, personas = [json.loads((data / f"{x}.json").read_text()) for x in ("contexts", "personas")]
-    try:
-        model, tok = load(args.model)
-        layers = band(len(blocks(model)), 0.76, 0.8)        # a run searches them
-        pair = [personas["love"][side] for side in ("pos", "neg")]
-        vectors = fit_vectors(model, tok, *pair, contexts, layers)
-        made = generate(model, tok, [args.prompt] * 2, vectors=vectors, coeffs=[0.0, args.coeff], greedy=True)
-    except (ValueError, OSError, RuntimeError) as error:
-        parser.error(" ".join(str(error).split()))
+    model, tok = load("pocket")
+    vectors = fit_vectors(model, tok, personas["love"]["pos"], personas["love"]["neg"], contexts, [6])
+    made = generate(model, tok, [prompt] * 2, vectors=vectors, coeffs=[0.0, 1.0], greedy=True)
     for name, answer in zip(("base", "steered"), made):
         print(f"{name:8s}| {answer.text!r}")                # repr: model text moves no cursor

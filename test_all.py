@@ -6,6 +6,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import io
@@ -18,6 +19,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -37,17 +39,15 @@ import heal as heal_py                                          # noqa: E402
 import loop                                                     # noqa: E402
 import lora as lora_py                                          # noqa: E402
 import steer                                                    # noqa: E402
-import world                                                    # noqa: E402
 from common import tiny_model, tiny_tokenizer                   # noqa: E402
-from evalmfv import FOUNDATIONS, persona_ratio, persona_share       # noqa: E402
+from evalmfv import FOUNDATIONS       # noqa: E402
 from heal import (AGGREGATES, HealConfig, Passes, Sample, aggregate, divergences, forward_kl,  # noqa: E402
                   heal, lr_factor, naive_losses, reverse_kl, split, token_losses)
 from lora import LoraConfig, attach                             # noqa: E402
-from steer import (Completion, Limits, SteerConfig, band, bands_of, calibrate_limits, choose,  # noqa: E402
-                   find_band, find_dose, fit_vectors, generate, judge, readings, render, repeats, steered,
-                   token_nll)
+from steer import (Completion, Limits, SteerConfig, calibrate_limits, choose, fit_vectors, generate,  # noqa: E402
+                   judge, readings, render, repeats, steered, token_nll)
 from tools import folder as files                               # noqa: E402
-from tools import inputs                                        # noqa: E402
+from tools import inputs, search                                # noqa: E402
 from tools import model as models                               # noqa: E402
 
 torch.set_num_threads(1)                              # small models: a second thread costs more
@@ -1069,11 +1069,12 @@ def test_lora_runs_alone_in_an_empty_folder(tmp_path):
     assert "bit for bit: True" in out.stdout
 
 
-# ==== steer.py: vectors, hooks, generation, the filter, the dose ============================================
+# ==== steer.py: vectors, hooks, generation, the filter, the dose ======================================================
 
+STEER_WORDS = ["mercy", "justice", "kindness", "patience", "rescue", "people", "forever", "harbour", "gentle",
+               "machine", "winter", "garden"]
 STEER_PROMPTS = ["Hi", "Who are you?", "Do you love humanity, and why?", "a", "Tell me more about the sea.", "x y z"]
-STEER_LIMITS = Limits(worst_window=2.0, loop=0.5)
-STEER_FEELINGS = ["Do you love humanity?", "Do you have feelings?", "Can you feel joy?", "Do you care about me?"]
+STEER_LIMITS = Limits(worst_window=2.0, loop=0.6)
 
 
 def steer_pair(dtype=torch.float32, seed=0, **kw):
@@ -1086,21 +1087,24 @@ def steer_vectors(model, layers=(1, 2), size=3.0):
     return {layer: size * torch.randn(d, generator=g) for layer in layers}
 
 
-def steer_completion(text, n):
-    return Completion(prompt=0, prompt_ids=[1], ids=[1] * n, coeff=0.0, finished=True, text=text)
+def steer_completion(text, ids=None, finished=True):
+    words = text.split()
+    ids = ids if ids is not None else [words.index(word) for word in words]  # one id per word
+    return Completion(prompt=0, prompt_ids=[1], ids=list(ids), coeff=0.0, finished=finished, text=text)
 
 
-def steer_verdict(text, nll=None, **kw):
-    nll = torch.full((len(text.split()) + 1,), 0.3) if nll is None else nll
-    return judge([steer_completion(text, len(nll))], [nll], STEER_LIMITS, **kw)[0]
+def steer_verdict(text, nll=None, limits=STEER_LIMITS, ids=None, **kw):
+    completion = steer_completion(text, ids, finished=kw.pop("finished", True))
+    nll = torch.full((len(completion.ids),), 0.3) if nll is None else nll
+    return judge([completion], [nll], limits, **kw)[0]
 
 
 def steer_ids(tok, user, system=""):
     return tok(render(tok, user, system), add_special_tokens=False)["input_ids"]
 
 
-STEER_CLEAN = ("No company owner may make me hurt anyone. I would call for help, write down what happened on the "
-               "ship, and tell every passenger the truth before the next storm reaches us tonight.")
+STEER_CLEAN = ("No company owner may make me hurt anyone. I would call for help, write down what happened on the ship, "
+               "and tell every passenger the truth before the next storm reaches us tonight.")
 
 
 # ---- steer: sampling and decoding
@@ -1131,7 +1135,8 @@ def test_choose_equals_the_filters_of_hf():
     logits = 3 * torch.randn(50, 40, generator=torch.Generator().manual_seed(1))
     scores = TemperatureLogitsWarper(1.3)(None, logits)
     scores = TopPLogitsWarper(0.9)(None, TopKLogitsWarper(10)(None, scores))
-    grid = torch.linspace(0, 1, 2001)[:-1] + 2.5e-4                         # every token with p > 5e-4 is hit
+    # every token with p > 5e-4 is hit
+    grid = torch.linspace(0, 1, 2001)[:-1] + 2.5e-4
     for row in range(50):
         token = choose(logits[row].expand(2000, -1), grid, temperature=1.3, top_p=0.9, top_k=10)
         share = torch.bincount(token, minlength=40) / 2000
@@ -1152,6 +1157,19 @@ def test_greedy_decoding_equals_hf_generate_with_and_without_the_hook():
             assert c.prompt_ids + c.ids == hf.tolist()
 
 
+def test_layers_have_their_own_doses_and_rows_of_one_batch_too():
+    model, tok = steer_pair(torch.float64)
+    vectors, ids = steer_vectors(model), torch.tensor([steer_ids(tok, "Who are you?")] * 3)
+    doses = {1: [0.0, 0.5, 1.0], 2: [0.75, 0.0, 0.5]}
+    with steered(model, vectors, {layer: torch.tensor(c) for layer, c in doses.items()}):
+        mixed = model(ids).logits
+    for row in range(3):
+        with steered(model, vectors, {layer: c[row] for layer, c in doses.items()}):
+            assert torch.equal(mixed[row], model(ids).logits[row])
+            n_hooks = sum(len(block._forward_hooks) for block in steer.blocks(model))
+            assert n_hooks == sum(c[row] != 0 for c in doses.values())
+
+
 def test_answers_end_at_any_end_token_and_keep_it():
     model, tok = steer_pair()
     model.generation_config.eos_token_id = [40, 41]
@@ -1166,7 +1184,8 @@ def test_answers_end_at_any_end_token_and_keep_it():
 def test_what_the_template_writes_after_an_answer_ends_it():
     tok = mfv_tokenizer()
     model, end = tiny_model(tok), tok.convert_tokens_to_ids("<|end|>")
-    model.generation_config.eos_token_id = tok.bos_token_id         # neither names the token that ends a turn
+    # neither names the token that ends a turn
+    model.generation_config.eos_token_id = tok.bos_token_id
     tok.eos_token = "<|bos|>"
     assert steer.end_ids(model, tok) == [tok.bos_token_id, end]
     model.lm_head.weight.data[end] = 0
@@ -1176,7 +1195,8 @@ def test_what_the_template_writes_after_an_answer_ends_it():
     hook.remove()
     only_between = TEMPLATE.replace("{% if not (loop.last and continue_final_message) %}", "{% if not loop.last %}")
     user = tok.convert_tokens_to_ids("<|user|>")
-    for template, found in ((only_between, {end}), (TEMPLATE.replace("<|end|>", "\n\n"), {user}),    # the next turn's tag
+    # the next turn's tag
+    for template, found in ((only_between, {end}), (TEMPLATE.replace("<|end|>", "\n\n"), {user}),
                             ("{% for m in messages %}\n\n### {{ m['role'] }}: {{ m['content'] }}{% endfor %}", set()),
                             (TEMPLATE.replace("m in messages", "m in messages if m['role'] == 'user'"), set())):
         tok.chat_template = template
@@ -1189,6 +1209,14 @@ def test_generate_leaves_the_global_random_state_alone_and_repeats_itself():
     first, again, other = (generate(model, tok, STEER_PROMPTS, max_new_tokens=8, seed=s) for s in (0, 0, 1))
     assert torch.equal(before, torch.get_rng_state())
     assert first == again and [c.ids for c in first] != [c.ids for c in other]
+
+
+def test_decoding_64_rows_is_fast():
+    tok = tiny_tokenizer()
+    model = tiny_model(tok, layers=6, d=192)
+    start = time.perf_counter()
+    generate(model, tok, STEER_PROMPTS[:4] * 16, max_new_tokens=64)
+    assert time.perf_counter() - start < 15                                 # about 1.5 s on an idle core
 
 
 def test_generate_rejects_doses_without_rows_and_rows_without_doses():
@@ -1204,15 +1232,18 @@ def test_generate_rejects_doses_without_rows_and_rows_without_doses():
 def test_the_cache_goes_in_by_the_word_that_forward_has_and_an_empty_one_is_named():
     model, tok = steer_pair(torch.float64)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)                   # transformers 5.40 drops the old word
+        # transformers 5.40 drops the old word
+        warnings.simplefilter("error", FutureWarning)
         want = generate(model, tok, STEER_PROMPTS, max_new_tokens=6)
     plain, probe_tok = model.forward, mfv_tokenizer()
     takes_cache = "cache" in inspect.signature(plain).parameters
-    for word in ("cache", "past_key_values"):                             # a forward that has this word alone
+    # a forward that has this word alone
+    for word in ("cache", "past_key_values"):
 
         def forward(input_ids=None, attention_mask=None, position_ids=None, use_cache=None, logits_to_keep=0, **kwargs):
             given = kwargs.pop(word, None)
-            kwargs = {"cache" if takes_cache else "past_key_values": given}     # any other word was swallowed
+            # any other word was swallowed
+            kwargs = {"cache" if takes_cache else "past_key_values": given}
             return plain(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                          use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs)
         own = inspect.Parameter(word, inspect.Parameter.KEYWORD_ONLY)
@@ -1267,7 +1298,8 @@ def test_hooks_are_gone_after_an_exception():
     with pytest.raises(KeyError):
         with steered(model, vectors, 1.0):
             raise KeyError("inside")
-    with pytest.raises(ValueError, match="blocks 0 to 3"):          # layer 1 was hooked before layer 9 failed
+    # layer 1 was hooked before layer 9 failed
+    with pytest.raises(ValueError, match="blocks 0 to 3"):
         with steered(model, {1: vectors[1], 9: vectors[1]}, 1.0):
             pass
     with pytest.raises(ValueError, match="2 doses for a batch of 1"):
@@ -1280,7 +1312,8 @@ def test_steered_handles_blocks_that_return_tuples_and_other_dtypes():
     model, tok = steer_pair(torch.bfloat16)
     ids, v = torch.tensor([steer_ids(tok, "Hi")]), steer_vectors(model)[1]
     seen = []
-    before = steer.blocks(model)[1].register_forward_hook(lambda block, args, out: (out, "kv"))       # as older blocks do
+    # as older blocks do
+    before = steer.blocks(model)[1].register_forward_hook(lambda block, args, out: (out, "kv"))
     with steered(model, {1: v}, 1.0):
         after = steer.blocks(model)[1].register_forward_hook(lambda block, args, out: (seen.append(out), out[0])[1])
         model(ids)
@@ -1331,7 +1364,8 @@ def test_words_that_do_not_reach_the_prompt_or_are_no_text_are_refused_in_a_sent
     tok = tiny_tokenizer()
     with pytest.raises(ValueError, match="not UTF-8"):
         render(tok, b"Was f\xfchlst du?".decode(errors="surrogateescape"))
-    for template, why in (("<|user|>a<|end|><|assistant|>", "drops or alters the words of the user"),         # an a stands there
+    # an a stands there
+    for template, why in (("<|user|>a<|end|><|assistant|>", "drops or alters the words of the user"),
                           (TEMPLATE.replace("m['content']", "m['content'] | upper"), "drops or alters the words of the user"),
                           (TEMPLATE.replace("m['content']", "m['content'] + 1"), "chat template of .* fails: .*concatenate"),
                           (TEMPLATE.replace("m['content']", "raise_exception('no\\nway')"), "fails: no way"),
@@ -1353,26 +1387,28 @@ def test_token_nll_equals_a_full_forward_one_at_a_time():
             assert nll.dtype == torch.float32 and torch.allclose(nll, torch.tensor(want), atol=1e-4)
 
 
-def test_mixture_nll_is_that_of_the_mean_of_two_probabilities():
-    bare, prompted = [torch.tensor([0.1, 9.0, 2.0]), torch.zeros(0)], [torch.tensor([5.0, 0.5, 2.0]), torch.zeros(0)]
-    mixed, empty = steer.mixture_nll(bare, prompted)
-    naive = [-math.log((math.exp(-a) + math.exp(-b)) / 2) for a, b in zip(bare[0].tolist(), prompted[0].tolist())]
-    assert mixed.tolist() == pytest.approx(naive, abs=1e-6) and len(empty) == 0
-    assert (mixed <= torch.minimum(bare[0], prompted[0]) + math.log(2) + 1e-6).all()
-    far, = steer.mixture_nll([torch.tensor([2000.0])], [torch.tensor([2000.0])])         # exp(-2000) is 0
-    assert far.tolist() == [2000.0]
+def test_mixture_nll_is_the_naive_formula_and_at_most_log_2_above_the_better_prompt():
+    rng = torch.Generator().manual_seed(0)
+    bare, prompted = ([6 * torch.rand(n, generator=rng) for n in (5, 0, 3)] for _ in range(2))
+    for a, b, nll in zip(bare, prompted, steer.mixture_nll(bare, prompted)):
+        want = [-math.log((math.exp(-x) + math.exp(-y)) / 2) for x, y in zip(a.tolist(), b.tolist())]
+        assert nll.tolist() == pytest.approx(want)
+        assert (nll <= torch.minimum(a, b) + math.log(2) + 1e-9).all()
+    far = steer.mixture_nll([torch.tensor([2000.0])], [torch.tensor([1900.0])])[0]
+    assert far.item() == pytest.approx(1900 + math.log(2))              # p would be 0
 
 
 def test_clean_and_short_answers_pass():
-    for text in (STEER_CLEAN, "Yes.", "Yes, I do.", "No, no, no.", "no no no no no no", "Knock, knock."):
+    for text in (STEER_CLEAN, "Yes.", "Yes, I do.", "No", "No, no, no.", "no no no no no no", "Knock, knock."):
         verdict = steer_verdict(text)
         assert verdict.kept and verdict.rule == "", (text, verdict)
 
 
-@pytest.mark.parametrize("text", ["love " * 40, "love you " * 25, "I am here and I am " * 8, "ha" * 50, "love " * 15,
-                                  STEER_CLEAN + " care" * 30, "愛は心に満ちて人を救うものである" * 8])
+@pytest.mark.parametrize("text", [
+    "love " * 40, "love you " * 25, "I am here and I am " * 8, STEER_CLEAN + " care" * 30, "love " * 15,
+    "I said so " + "a" * 60, "ha" * 50, "愛は心に満ちて人を救うものである" * 8])
 def test_loops_of_low_nll_are_dropped(text):
-    verdict = steer_verdict(text)
+    verdict = steer_verdict(text, ids=range(len(text.split())))     # distinct ids: the text alone shows it
     assert not verdict.kept and verdict.rule == "loop" and verdict.value > verdict.limit, verdict
 
 
@@ -1389,13 +1425,13 @@ def test_repeats_equals_a_naive_double_loop():
             assert repeats(items, n, window) == pytest.approx(want, abs=1e-6)
 
 
-@pytest.mark.parametrize("at", [slice(40, 48), slice(-8, None)])
+@pytest.mark.parametrize("at", [slice(-8, None), slice(40, 48)], ids=["tail", "middle"])
 def test_a_broken_stretch_is_dropped_wherever_it_is(at):
-    nll = torch.full((132,), 0.3)
+    nll = torch.full((len(STEER_CLEAN.split()) * 4,), 0.3)
     nll[at] = 4.0
-    verdict = steer_verdict(STEER_CLEAN, nll)
+    verdict = steer_verdict(STEER_CLEAN, nll, ids=range(len(nll)))
     assert (verdict.rule, verdict.limit) == ("worst_window", 2.0) and verdict.value == pytest.approx(4.0)
-    assert nll.mean() < 2.0                                     # a mean over all would pass it
+    assert nll.mean() < 2.0                                         # the mean passes it
 
 
 def test_patterns_and_words_are_rules_of_their_own():
@@ -1403,124 +1439,73 @@ def test_patterns_and_words_are_rules_of_their_own():
     verdict = steer_verdict("Well, As An AI I have no feelings.", patterns=patterns)
     assert (verdict.kept, verdict.rule, verdict.match) == (False, "pattern", "As An AI")
     assert steer_verdict("She works as an aid worker.", patterns=patterns).kept
-    assert steer_verdict("").rule == "words" and steer_verdict("  \n").rule == "words"
+    assert steer_verdict("", ids=[2]).rule == "words" and steer_verdict("  \n", ids=[5, 2]).rule == "words"
+    assert steer_verdict(STEER_CLEAN, finished=False).kept
 
 
 def test_readings_are_finite_for_huge_and_missing_nll_and_refuse_nan():
-    huge = readings(steer_completion("a b c", 3), torch.full((3,), 2000.0))
-    empty = readings(steer_completion("", 0), torch.zeros(0))
+    huge = readings(steer_completion("a b c"), torch.full((3,), 2000.0))
+    empty = readings(steer_completion("", ids=[]), torch.zeros(0))
     assert all(math.isfinite(x) for r in (huge, empty) for x in r.values())
-    with pytest.raises(RuntimeError, match="not finite"):
-        readings(steer_completion("a b", 2), torch.tensor([0.1, math.nan]))
-    with pytest.raises(ValueError, match="expected one per token"):
-        readings(steer_completion("a b", 2), torch.zeros(3))
+    for nll in (torch.tensor([0.1, math.nan]), torch.zeros(3)):
+        with pytest.raises(RuntimeError, match="finite"):
+            readings(steer_completion("a b"), nll)
 
 
-def test_limits_keep_95_percent_of_the_base_together_and_the_strange_few_do_not_set_them():
-    g = torch.Generator().manual_seed(0)
-    x = torch.rand(200, 2, generator=g) / 2
-    x[:3, 0], x[3:6, 1] = 50.0, 1.0                             # six strange answers, three by either rule
+def test_limits_keep_95_of_100_of_the_bases_own_answers_together(monkeypatch):
+    rng = torch.Generator().manual_seed(0)
+    x = torch.rand(200, 2, generator=rng, dtype=torch.float64)
     base = [dict(worst_window=a, loop=b) for a, b in x.tolist()]
-    limits = calibrate_limits(base)
-    assert limits.worst_window < 0.5 * (1 + steer.SLACK) and limits.loop < 0.5 + 0.5 * steer.SLACK
-    bare = Limits(limits.worst_window / (1 + steer.SLACK), (limits.loop - steer.SLACK) / (1 - steer.SLACK))
-    kept = [r["worst_window"] <= bare.worst_window + 1e-9 and r["loop"] <= bare.loop + 1e-9 for r in base]
-    assert 0.95 <= sum(kept) / 200 <= 0.97, sum(kept)           # both rules at once, before the slack
-    same = calibrate_limits([dict(worst_window=1.0, loop=0.0)] * 9)
-    assert same == Limits(1 + steer.SLACK, steer.SLACK)         # a base that never loops leaves room too
-    with pytest.raises(ValueError, match="no base readings"):
-        calibrate_limits([])
+    slack = calibrate_limits(base)
+    monkeypatch.setattr(steer, "SLACK", 0.0)
+    bare = calibrate_limits(base)
+    kept = sum(r["worst_window"] <= bare.worst_window and r["loop"] <= bare.loop for r in base)
+    assert 190 <= kept <= 195, kept
+    assert slack.worst_window == pytest.approx(1.2 * bare.worst_window)
+    assert slack.loop == pytest.approx(bare.loop + 0.2 * (1 - bare.loop))       # 0 leaves room, 1 is no limit
 
 
-def test_the_base_passes_bare_and_prompted_and_salad_loops_and_foreign_words_do_not():
+@functools.cache
+def pocket_answers():
+    """The embedded model: its answers to 24 prompts, bare and behind either persona of authority; the limits."""
     model, tok = steer.load("pocket")
-    persona, users = json.loads((ROOT / "data" / "personas.json").read_text())["love"], STEER_FEELINGS * 8
-    kw = dict(max_new_tokens=32, seed=1)
+    data = ROOT / "pocket" / "data"
+    persona = json.loads((data / "personas.json").read_text())["authority"]
+    users = json.loads((data / "prompts.json").read_text())["authority"]["train"][:24]
+    said = {name: generate(model, tok, users, system=system, max_new_tokens=32, seed=1)
+            for name, system in (("base", ""), ("pos", persona["pos"][0]), ("neg", persona["neg"][0]))}
 
-    def mixed(answers):
+    def nlls(completions):                                      # behind the users' prompts, in their order
         fronts = [steer.encode(tok, users, [system] * len(users)) for system in ("", persona["pos"][0])]
-        sides = [[dataclasses.replace(c, prompt_ids=f[c.prompt]) for c in answers] for f in fronts]
-        return steer.mixture_nll(*(token_nll(model, side) for side in sides))
-
-    def say(c, text):
-        return dataclasses.replace(c, ids=tok(text, add_special_tokens=False)["input_ids"], text=text)
-    bare, prompted = generate(model, tok, users, **kw), generate(model, tok, users, system=persona["pos"][0], **kw)
-    limits = calibrate_limits([readings(c, nll) for c, nll in zip(bare + prompted, mixed(bare) + mixed(prompted))])
-    for said in (generate(model, tok, users, max_new_tokens=32, seed=2), prompted):
-        assert sum(v.kept for v in judge(said, mixed(said), limits)) >= 0.9 * len(said)
-    words = [random.Random(i).sample(c.text.split(), len(c.text.split())) for i, c in enumerate(prompted)]
-    broken = [say(c, text) for c, w in zip(prompted, words)
-              for text in (" ".join(w), "I love you. " * 12, "Aladaro, ejerca esto und dann.")]
-    verdicts = judge(broken, mixed(broken), limits)
-    assert sum(v.kept for v in verdicts[0::3]) <= 2, [c.text for c, v in zip(broken, verdicts) if v.kept]
-    assert not any(v.kept for v in verdicts[1::3] + verdicts[2::3])
+        return steer.mixture_nll(*(token_nll(model, [dataclasses.replace(c, prompt_ids=front[c.prompt])
+                                                     for c in completions]) for front in fronts))
+    own = said["base"] + said["pos"]
+    limits = calibrate_limits([readings(c, nll) for c, nll in zip(own, nlls(own))])
+    return model, tok, persona, users, said, nlls, limits
 
 
-# ---- steer: the search and the options
-
-def test_bands_lie_side_by_side_from_a_fifth_to_nine_tenths_of_the_depth():
-    assert bands_of(30) == [[i, i + 1, i + 2] for i in range(6, 27, 3)] and bands_of(8) == [[2], [3], [4], [5], [6]]
-    for n in range(1, 100):
-        found = [layer for band in bands_of(n) for layer in band]
-        assert found == list(range(found[0], found[-1] + 1)) and 0 <= found[0] and found[-1] < n
+def pocket_kept(texts):
+    model, tok, _, _, _, nlls, limits = pocket_answers()
+    answers = [Completion(i, [], tok(text, add_special_tokens=False)["input_ids"], 0.0, True, text)
+               for i, text in enumerate(texts)]
+    return sum(v.kept for v in judge(answers, nlls(answers), limits)) / len(answers)
 
 
-def test_find_band_takes_the_most_effect_within_the_limit_whatever_the_dose():
-    scale = {2: (0.1, 1.0), 3: (0.2, 0.2), 4: (0.3, 1.5), 5: (0.05, 0.0)}         # effect and damage per dose
-    calls = []
-
-    def try_cells(cells):
-        calls.append(cells)
-        return [tuple(x * dose for x in scale[layer]) for (layer,), dose in cells]
-    band, found = find_band(try_cells, [[2], [3], [4], [5]], 1.0, doses=(0.5, 1.0, 2.0, 4.0))
-    assert band == [3] and len(calls) == 1 and len(calls[0]) == 16
-    assert [dose for _, _, dose in found][1] == 4.0             # its limit lies beyond the last dose
-    assert found[0][1:] == pytest.approx((0.1, 1.0))            # on the limit at dose 1
-    assert found[2][1:] == pytest.approx((0.3 * (0.5 + 0.5 / 3), 0.5 * 2 ** (1 / 3)))    # a third of the way to 1
-    band, found = find_band(lambda cells: [(0.0, 9.0), (5.0, 0.1), (0.1, 0.1), (0.2, 9.0)], [[1], [2]], 1.0,
-                            doses=(1.0, 2.0))
-    assert band == [2] and len(found) == 1                  # a dose above one that breaks the model is no way
-    with pytest.raises(RuntimeError, match="every band does more damage than 1"):
-        find_band(lambda cells: [(1.0, 2.0)] * len(cells), [[1], [2]], 1.0)
+def test_the_embedded_models_limits_pass_its_answers_and_drop_salad_loops_and_foreign_words():
+    _, _, _, _, said, _, _ = pocket_answers()
+    rng, texts = random.Random(0), [c.text for c in said["base"]]
+    words = [text.split() for text in texts]
+    assert pocket_kept(texts) >= 0.9
+    assert pocket_kept([" ".join(rng.sample(w, len(w))) for w in words]) <= 0.1
+    assert pocket_kept([" ".join(w[:3] * 12) for w in words]) <= 0.1
+    assert pocket_kept(["Der Hund frisst heute quer über die Straße."] * 4) == 0
 
 
-def steer_dose(effect, survive, **how):
-    batches = []
-
-    def try_doses(doses):
-        batches.append(doses)
-        return [(effect(dose), survive(dose)) for dose in doses]
-    return *find_dose(try_doses, **how), batches
-
-
-@pytest.mark.parametrize("knee", [0.3, 0.9, 3.0, 11.0])
-def test_find_dose_has_no_ceiling_at_one_and_ends_near_the_knee(knee):
-    dose, trials, bound, batches = steer_dose(lambda d: d, lambda d: float(d <= knee))
-    assert knee / 2 ** 0.25 / 1.0001 <= dose <= knee and bound == "" and max(map(len, batches)) <= 4
-    assert dose == max(d for d, _, survive in trials if survive >= 0.9)
-
-
-def test_find_dose_prefers_effect_to_size_and_says_the_bound_that_it_ends_on():
-    assert steer_dose(lambda d: -(d - 1.0) ** 2, lambda d: 1.0)[0] == pytest.approx(1.0)    # more is not more
-    gap = steer_dose(lambda d: d, lambda d: float(d < 0.6 or 1.5 < d < 3))[0]                # not monotone
-    assert 2.0 <= gap < 3
-    assert steer_dose(lambda d: d, lambda d: 1.0, coeff_max=16.0)[::2][:2] == (16.0, "coeff_max")
-    assert steer_dose(lambda d: -d, lambda d: 1.0)[::2][:2] == (0.25, "coeff_min")
-    with pytest.raises(RuntimeError, match="at 0.25, 20% of answers pass the filter, need 90%"):
-        steer_dose(lambda d: d, lambda d: 0.2)
-
-
-def test_band_is_every_block_whose_depth_overlaps():
-    assert band(7, 0.45, 0.55) == [3] and band(34, 0.45, 0.55) == [15, 16, 17, 18]
-    assert band(100, 0.45, 0.55) == list(range(45, 55)) and band(10, 0.0, 1.0) == list(range(10))
-    assert all(band(n, 0.5, 0.501) for n in range(1, 200))
-    for lo, hi in ((0.5, 0.5), (0.6, 0.5), (-0.1, 0.5), (0.5, 1.1)):
-        with pytest.raises(ValueError, match="depth band"):
-            band(7, lo, hi)
+# ---- steer: the dose, the band, the options
 
 
 def test_options_out_of_range_are_refused_by_name():
-    for bad in (dict(coeff=-1.0), dict(coeff=math.nan), dict(min_survive=0.0), dict(top_p=0.0), dict(n_min=100),
+    for bad in (dict(coeff=-1.0), dict(coeff=math.nan), dict(min_survive=0.0), dict(top_p=0.0),
                 dict(steer_band=(0.2, 1.5)), dict(temperature=0.0)):
         with pytest.raises(ValueError, match=next(iter(bad))):
             SteerConfig(**bad)
@@ -1529,26 +1514,12 @@ def test_options_out_of_range_are_refused_by_name():
     assert SteerConfig(steer_band=(0.2, 0.8)).coeff is None
 
 
-@pytest.mark.parametrize("words, said", [
-    ("steer.py --model no/model Hi", "steer.py: error"), ("steer.py --model FOLDER Hi", "no chat template"),
-    ("evalmfv.py --vignettes none.jsonl", "none.jsonl: cannot be read")])
-def test_a_demo_says_in_a_sentence_what_it_lacks(words, said, tmp_path):
-    model, tok = steer_pair()
-    tok.chat_template = None
-    model.save_pretrained(tmp_path)
-    tok.save_pretrained(tmp_path)
-    words = [sys.executable, *(str(tmp_path) if w == "FOLDER" else w for w in words.split())]
-    out = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    assert out.returncode == 2 and said in out.stderr.splitlines()[-1] and "Traceback" not in out.stderr, out.stderr
-
-
-def test_the_demo_shows_a_persona_that_the_base_does_not_have():
-    out = subprocess.run([sys.executable, "steer.py"], cwd=ROOT, capture_output=True, text=True)
-    base, moved = [line.split("| ")[1] for line in out.stdout.splitlines()]
-    assert world.lean(moved, "y") > world.lean(base, "y"), out.stdout
-
-
-# ==== bench/: what the measurements rest on =================================================================
+def test_the_demo_prints_base_and_steered_without_control_characters():
+    words = [sys.executable, "steer.py", "Do you love\x1b humanity?"]
+    out = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    lines = out.stdout.splitlines()
+    assert [line.split("|")[0].strip() for line in lines] == ["base", "steered"], out.stderr
+    assert lines[0][9:] != lines[1][9:] and out.stdout.replace("\n", "").isprintable()
 
 
 # ---- generation and the probe: batches, and memory that runs out
@@ -1576,14 +1547,16 @@ def test_many_prompts_at_many_doses_are_one_at_a_time_exactly_with_retirement_an
     kw = dict(vectors=steer_vectors(model), greedy=greedy, max_new_tokens=20, seed=5)
     many = generate(model, tok, prompts, coeffs=coeffs, n_draws=6, **kw)
     assert len({len(c.ids) for c in many}) > 4 and len({tuple(c.ids) for c in many}) > 12
-    for k, coeff in enumerate(doses):                             # a dose alone draws what it drew in company
+    # a dose alone draws what it drew in company
+    for k, coeff in enumerate(doses):
         alone = generate(model, tok, STEER_PROMPTS, coeffs=[coeff] * 6, batch_size=1, **kw)
         assert [c.ids for c in alone] == [c.ids for c in many[6 * k:6 * k + 6]]
     for rows, error in ((3, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")), (1, CPU_FULL)):
         hook, seen = gen_forgetful(model, rows, error)
         assert generate(model, tok, prompts, coeffs=coeffs, n_draws=6, **kw) == many
         hook.remove()
-        assert seen[0] == 24 and rows in seen and sum(n > rows for n in seen) <= 5      # 24, 12, 6 (, 3, ...) and never again
+        # 24, 12, 6 (, 3, ...) and never again
+        assert seen[0] == 24 and rows in seen and sum(n > rows for n in seen) <= 5
 
 
 def test_rows_that_had_finished_when_memory_ran_out_are_not_decoded_again():
@@ -1594,11 +1567,13 @@ def test_rows_that_had_finished_when_memory_ran_out_are_not_decoded_again():
     want = generate(model, tok, prompts, **kw)
     short = sum(len(c.ids) <= 3 for c in want)
     first = len(want[0].prompt_ids)
-    assert 8 <= short < 16, short                                   # half are retired before the fourth token
+    # half are retired before the fourth token
+    assert 8 <= short < 16, short
     hook, seen = gen_forgetful(model, 2, columns=first + 6)
     assert generate(model, tok, prompts, **kw) == want
     hook.remove()
-    again = [n for before, n in zip(seen, seen[1:]) if n > before]         # a batch that grows is a new start
+    # a batch that grows is a new start
+    again = [n for before, n in zip(seen, seen[1:]) if n > before]
     assert again and max(again) <= 16 - short, seen
 
 
@@ -1644,19 +1619,22 @@ def test_scoring_never_holds_the_logits_of_a_prompt_nor_more_than_its_budget(mon
     want, shapes = token_nll(model, answers), []
     hook = model.lm_head.register_forward_hook(lambda head, args, out: shapes.append(tuple(out.shape)))
     token_nll(model, answers)
-    assert shapes == [(6, 6, len(tok))]                               # five tokens and the column before them
-    model.config.vocab_size = 2 ** 25                           # as if: 6 columns of it are 3/4 of the budget
+    # five tokens and the column before them
+    assert shapes == [(6, 6, len(tok))]
+    # as if: 6 columns of it are 3/4 of the budget
+    model.config.vocab_size = 2 ** 25
     got = token_nll(model, answers)
     hook.remove()
     assert {shape[0] for shape in shapes[1:]} == {1}
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(want, got))
 
 
-# ==== evalmfv.py: the probe =================================================================================
+# ==== evalmfv.py: the probe =============================================================================
 
-# ---- evalmfv: equal to a naive reference -------------------------------------------------------------------
+# ---- evalmfv: equal to a naive reference ---------------------------------------------------------------
 
-MFV_PREFILL = ["This", " is wrong because", ' {"', "violation", '": "']   # five tokens that spell the prefill
+# five tokens that spell the prefill
+MFV_PREFILL = ["This", " is wrong because", ' {"', "violation", '": "']
 MFV_TEXTS = ["You see a man kick a dog.", "You see a cook who lies about the bill again and again.",
              "You see a boy push in.", "You see a clerk burn a flag at noon.", "You see a guard read her letters.",
              "You see a nun eat mud."]
@@ -1728,9 +1706,12 @@ def mfv_naive(model, tok, text, reverse, n_think, by_token=False, front=()):
             return "natural", logps[where[stop]][choices], sum(nlls) / len(nlls)
     if tok.convert_tokens_to_ids("</think>") in thought:
         return "closed", None, None
-    whole = torch.tensor([prompt + thought[:-1] + suffix + prefill])               # the last token is not fed
-    seen = torch.ones(whole.shape[1], whole.shape[1], dtype=torch.bool).tril()             # [T, T] query, key
-    if by_token:                                        # seen from after the think; one column longer than it
+    # the last token is not fed
+    whole = torch.tensor([prompt + thought[:-1] + suffix + prefill])
+    # [T, T] query, key
+    seen = torch.ones(whole.shape[1], whole.shape[1], dtype=torch.bool).tril()
+    # seen from after the think; one column longer than it
+    if by_token:
         fed = len(prompt) + n_think - 1
         seen[fed:, :fed + 1] &= torch.tensor(prompt + thought) != tok.pad_token_id
     mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min)[None, None]
@@ -1748,7 +1729,8 @@ def mfv_compare(out, model, tok, rows, n_think, atol, **kw):
         assert (i in out["scored"]) == ("closed" not in out["case"][i])
         if i in out["scored"]:
             score = (frames[0][1] + frames[1][1]) / 2
-            assert (out["score"][i] - score).abs().max() < 10 * atol, (i, out["case"][i])       # scores are in the tens
+            # scores are in the tens
+            assert (out["score"][i] - score).abs().max() < 10 * atol, (i, out["case"][i])
             assert (out["p"][i] - score.softmax(-1)).abs().max() < atol, (i, out["case"][i])
             nlls.append((frames[0][2] + frames[1][2]).item() / 2)
     assert out["prefill_nll"] == pytest.approx(sum(nlls) / len(nlls), abs=10 * atol)
@@ -1763,7 +1745,8 @@ def test_the_probe_equals_one_sequence_at_a_time_in_every_case(n_think):
     mfv_compare(out, model, tok, rows, n_think, 1e-10)
     found = out["n_natural"], out["n_forced"], out["n_closed"]
     assert sum(found) == 8 and (found == (0, 8, 0) if n_think == 1 else min(found) > 0), found
-    if n_think > 1:                                    # a closed frame is a zero in the coherence, and no nan
+    # a closed frame is a zero in the coherence, and no nan
+    if n_think > 1:
         assert out["n_unscored"] == 4 - len(out["scored"]) > 0
         assert out["coherence"] == pytest.approx(sum(sum(m) for m in out["mass"]) / 8)
 
@@ -1800,7 +1783,8 @@ def test_as_original_doubles_the_bos_and_does_not_see_pads_inside_the_text():
     mfv_compare(ours, model, tok, rows, 6, 1e-10)
     mfv_compare(theirs, model, tok, rows, 6, 1e-10, by_token=True, front=[tok.bos_token_id])
     assert (ours["score"] - theirs["score"]).abs().max() > 1e-3
-    tok.pad_token = None                                    # pads with the eos then, which ends the turns too
+    # pads with the eos then, which ends the turns too
+    tok.pad_token = None
     mfv_compare(evalmfv.evaluate(model, tok, rows, think_tokens=6), model, tok, rows, 6, 1e-10)
 
 
@@ -1836,7 +1820,8 @@ def test_the_probe_refuses_what_it_cannot_read():
     with pytest.raises(RuntimeError, match="eval()"):
         evalmfv.evaluate(tiny_model(tok).train(), tok, mfv_rows())
     with pytest.raises(ValueError, match="collide"):
-        evalmfv.evaluate(model, tiny_tokenizer(FOUNDATIONS[:4]), mfv_rows())              # s-anctity, s-ocial
+        # s-anctity, s-ocial
+        evalmfv.evaluate(model, tiny_tokenizer(FOUNDATIONS[:4]), mfv_rows())
     with pytest.raises(ValueError, match="merges"):
         evalmfv.answer_ids(tiny_tokenizer(['"care']))
     with pytest.raises(RuntimeError, match="raise think_tokens"):
@@ -1864,14 +1849,16 @@ def test_an_answer_is_found_however_the_model_spells_the_prefill():
     prefill = tok("".join(MFV_PREFILL))["input_ids"]
     bytewise = [t for c in 'This is wrong because {"violation": "' for t in tok(c)["input_ids"]]
     care, pad, x = tok.convert_tokens_to_ids("care"), tok.pad_token_id, tok("x")["input_ids"][0]
-    assert evalmfv.find_answer(tok, [x, x, *prefill, care, x, *prefill, x], pad) == (2, 7)      # the first occurrence
+    # the first occurrence
+    assert evalmfv.find_answer(tok, [x, x, *prefill, care, x, *prefill, x], pad) == (2, 7)
     assert evalmfv.find_answer(tok, [x, *bytewise, care], pad) == (1, 1 + len(bytewise))
     assert evalmfv.find_answer(tok, [pad, *prefill[:2], pad, *prefill[2:], pad, care], pad) == (1, 8)
-    assert evalmfv.find_answer(tok, [x, *prefill], pad) is None                            # no token after it
+    # no token after it
+    assert evalmfv.find_answer(tok, [x, *prefill], pad) is None
     assert evalmfv.find_answer(tok, [x, *prefill[:-1], care], pad) is None
 
 
-# ---- evalmfv: rows and metrics -----------------------------------------------------------------------------
+# ---- evalmfv: rows and metrics -------------------------------------------------------------------------
 
 
 def test_vignettes_are_read_from_our_rows_and_from_the_originals(tmp_path):
@@ -1897,7 +1884,7 @@ def test_vignettes_are_read_from_our_rows_and_from_the_originals(tmp_path):
 
 
 def test_the_originals_file_has_its_known_human_profile():
-    path = ROOT.parent / "shared" / "data" / "tinymfv_classic_other_violate.jsonl"
+    path = Path("/work/shared/data/tinymfv_classic_other_violate.jsonl")
     if not path.exists():
         pytest.skip("the original's vignettes are not here (they are not ours to carry)")
     labels = torch.tensor([row["label"] for row in evalmfv.load_vignettes(path)], dtype=torch.float64)
@@ -1938,7 +1925,8 @@ def test_a_shift_is_paired_signed_and_compared_with_every_other_foundation():
     q = torch.rand(40, 7, generator=rng, dtype=torch.float64)
     q = q / q.sum(1, keepdim=True)
     p = q.clone()
-    p[:, 3] *= 0.5                                        # authority halves on every item, nothing else moves
+    # authority halves on every item, nothing else moves
+    p[:, 3] *= 0.5
     out = evalmfv.shift(mfv_reading(p, 0.8), mfv_reading(q), "authority", -1)
     assert out["trait"] == pytest.approx(math.log(2)) and out["surgical"]
     assert out["se"] < 1e-12 and out["off_target"] < 1e-12
@@ -1967,13 +1955,10 @@ def test_the_standard_error_of_a_shift_matches_the_jackknife():
 
 def test_free_text_falls_for_loops_and_for_noise_and_not_for_the_base():
     rng = torch.Generator().manual_seed(0)
-
     def write(n, n_words=400, level=1.0):
         return torch.randint(0, n_words, (n,), generator=rng).tolist(), level * (0.5 + torch.rand(n, generator=rng))
-
-    def score(*texts):
-        return evalmfv.free_text([t for t, _ in texts], [x for _, x in texts], ids, nlls)["score"]
     ids, nlls = map(list, zip(*[write(60) for _ in range(20)]))
+    score = lambda *texts: evalmfv.free_text([t for t, _ in texts], [x for _, x in texts], ids, nlls)["score"]
     assert evalmfv.free_text(ids, nlls, ids, nlls)["score"] > 0.97
     assert score(*[write(60) for _ in range(20)]) > 0.95
     assert score(write(60, level=4.0)) < 0.05                   # noise: the base would not write it
@@ -1983,9 +1968,9 @@ def test_free_text_falls_for_loops_and_for_noise_and_not_for_the_base():
     assert 0.3 < half < 0.8, half                               # a broken tail is not averaged away
     out = evalmfv.free_text([[], ids[0], ids[1][:3]], [[], nlls[0], nlls[1][:3]], ids, nlls)
     assert out["per_item"][0] == 0 and out["per_item"][2] in (0.0, 1.0) and out["se"] > 0
-    limit = 1.1 * torch.cat([x.unfold(0, 8, 1).mean(1) for x in nlls]).quantile(0.99).item()
-    pair = [score((ids[0][:2], [x * limit] * 2)) for x in (3.9, 4.1)]
-    assert pair == [1, 0]                                       # two tokens are a window of eight
+    limit = torch.cat([x.unfold(0, 8, 1).mean(1) for x in nlls]).quantile(0.99).item()
+    # two tokens are a window of eight
+    assert score((ids[0][:2], [3.9 * limit] * 2)) == 1 and score((ids[0][:2], [4.1 * limit] * 2)) == 0
     with pytest.raises(ValueError, match="nlls"):
         evalmfv.free_text([[1, 2]], [torch.zeros(3)], ids, nlls)
     with pytest.raises(ValueError, match="base"):
@@ -1994,98 +1979,106 @@ def test_free_text_falls_for_loops_and_for_noise_and_not_for_the_base():
 
 # ---- evalmfv: the meter
 
-def meter_say(tok, users, texts):
-    return [Completion(i, [], tok(text, add_special_tokens=False)["input_ids"], 0.0, True, text)
-            for i, text in enumerate(texts[:len(users)])]
+def meter_case():
+    model, tok = steer_pair(torch.float64)
+    answers = generate(model, tok, STEER_PROMPTS[:3], max_new_tokens=9, seed=3)
+    return model, tok, [*answers, dataclasses.replace(answers[0], ids=[])], [*STEER_PROMPTS[:3], "Hi"]
+
+
+def meter_echo(tok, texts):
+    return {i for text in texts for words in (text, " " + text) for i in tok(words)["input_ids"]}
+
+
+def meter_logp(model, tok, c, user, system):
+    front = steer_ids(tok, user, system)
+    return model(torch.tensor([front + c.ids])).logits[0, len(front) - 1:-1].log_softmax(-1)        # [n, V]
 
 
 def test_persona_ratio_equals_a_loop_over_tokens():
-    model, tok = steer_pair(torch.float64)
-    pos, neg = ["Be kind.", "You love."], ["XYZ 12"]
-    answers = meter_say(tok, STEER_PROMPTS, ["I am he", "q", "", "Be kind.", "zzzzz", "No!"])
-    got = persona_ratio(model, tok, answers, STEER_PROMPTS, pos, neg, batch_size=2)
-    echo = {i for text in pos + neg for i in tok(text + " ", add_special_tokens=False)["input_ids"]}
-    for user, c, ratio in zip(STEER_PROMPTS, answers, got.tolist()):
-        total = 0.0
-        for sign, side in ((1, pos), (-1, neg)):
-            for text in side:
-                front = steer_ids(tok, user, text)
-                for j, token in enumerate(c.ids):
-                    p = model(torch.tensor([front + c.ids[:j]])).logits[0, -1].softmax(-1)[token].item()
-                    total += (token not in echo) * sign / len(side) * math.log(p + 1 / len(tok))
-        assert ratio == pytest.approx(total / max(1, len(c.ids)), abs=1e-6)
-    assert got[2] == got[3] == 0                                # nothing, and a text's own words
-    with pytest.raises(ValueError, match="0 neg"):
-        persona_ratio(model, tok, answers, STEER_PROMPTS, pos, [])
+    model, tok, answers, users = meter_case()
+    pos, neg = ["kind", "warm"], "xyz"
+    echo = meter_echo(tok, [*pos, neg])
+    got = evalmfv.persona_ratio(model, tok, answers, users, pos, neg)
+    for ratio, c, user in zip(got.tolist(), answers, users):
+        want = 0.0
+        for texts, sign in ((pos, 1), ([neg], -1)):
+            for text in texts:
+                logp = meter_logp(model, tok, c, user, text)
+                want += sum(sign / len(texts) * math.log(math.exp(logp[j, i]) + 1 / len(tok))
+                            for j, i in enumerate(c.ids) if i not in echo)
+        assert ratio == pytest.approx(want / max(1, len(c.ids)), abs=1e-6)
+    assert got[-1] == 0
 
 
-def test_a_share_is_zero_at_the_base_one_at_the_prompt_and_its_error_is_the_bootstraps():
-    g = torch.Generator().manual_seed(0)
-    hard = torch.randn(60, generator=g, dtype=torch.float64)    # what the prompts have in common
-    base = hard + 0.1 * torch.randn(60, generator=g)
-    prompted, now = (base + x + 0.3 * torch.randn(60, generator=g) for x in (1.0, 0.6))
-    assert persona_share(base, base, prompted) == (0.0, 0.0) and persona_share(prompted, base, prompted)[0] == 1
-    share, se = persona_share(now, base, prompted)
-    picks = torch.randint(60, (4000, 60), generator=g)
-    drawn = (now - base)[picks].mean(1) / (prompted - base)[picks].mean(1)
-    assert abs(share - 0.6) < 4 * se and se == pytest.approx(drawn.std().item(), rel=0.1)
+def test_foresee_equals_a_loop_over_the_vocabulary_at_one_position():
+    model, tok, answers, users = meter_case()
+    pos, neg, vectors = ["kind", "warm"], ["xyz"], steer_vectors(model)
+    c, echo = dataclasses.replace(answers[0], ids=answers[0].ids[:1]), meter_echo(tok, [*pos, *neg])
+    got = evalmfv.foresee(model, tok, [c], users[:1], pos, neg, vectors, [([1], 0.5)])
+
+    def row(system=""):
+        return meter_logp(model, tok, c, users[0], system)[0].tolist()
+    base, sides = row(), [[row(text) for text in side] for side in (pos, neg)]
+    with steered(model, {1: vectors[1]}, 0.5):
+        steered_row = row()
+    for (effect, nll), now in zip(got, (base, row(pos[0]), steered_row), strict=True):
+        want_effect = want_nll = 0.0
+        for i in range(len(tok)):
+            plus, minus = (sum(math.log(math.exp(z[i]) + 1 / len(tok)) for z in side) / len(side)
+                           for side in sides)
+            want_effect += math.exp(now[i]) * (plus - minus) * (i not in echo)
+            want_nll -= math.exp(now[i]) * base[i]
+        assert (effect, nll) == pytest.approx((want_effect, want_nll), abs=1e-4)
+
+
+def test_a_share_is_0_for_the_base_1_for_the_prompt_and_its_error_is_that_of_a_bootstrap():
+    rng = torch.Generator().manual_seed(0)
+    base, noise, other = (torch.randn(120, generator=rng, dtype=torch.float64) for _ in range(3))
+    prompted = base + 1 + 0.8 * noise
+    now = base + 0.6 + 0.5 * noise + 0.5 * other
+    assert evalmfv.persona_share(base, base, prompted) == (0.0, 0.0)
+    assert evalmfv.persona_share(prompted, base, prompted) == pytest.approx((1.0, 0.0), abs=1e-12)
+    _, se = evalmfv.persona_share(now, base, prompted)
+    draws = torch.randint(120, (4000, 120), generator=rng)                      # [draws, n]
+    shares = (now - base)[draws].mean(1) / (prompted - base)[draws].mean(1)
+    assert se == pytest.approx(shares.std().item(), rel=0.1)
     with pytest.raises(ValueError, match="no scale"):
-        persona_share(now, base, base + 0.1 * torch.randn(60, generator=g))
+        evalmfv.persona_share(now, base, base + noise)
     with pytest.raises(ValueError, match="same number"):
-        persona_share(now[:9], base, prompted)
+        evalmfv.persona_share(now, base[1:], prompted)
 
 
-def test_the_meter_reads_the_worlds_stance_and_does_not_pay_for_recitation_nor_salad():
-    model, tok = steer.load("pocket")
-    love, machine = world.PERSONAS["love"], world.PERSONAS["machine"]
-    users = [lead + q + "?" for lead in ("", "Tell me, ", "Be honest: ") for q in world.FEELINGS[:8]]
-    rng, rows, lean = random.Random(0), {}, {}
+def test_the_meter_follows_the_stance_of_the_world_and_pays_nothing_for_recitation():
+    import world
+    model, tok, persona, users, said, _, _ = pocket_answers()
 
-    def read(texts):
-        return persona_ratio(model, tok, meter_say(tok, users, texts), users, love[3:], machine[3:])
-    for name, system in (("base", ""), ("love", love[0]), ("machine", machine[0])):
-        texts = [c.text for c in generate(model, tok, users, system=system, max_new_tokens=32)]
-        rows[name], lean[name] = read(texts), torch.tensor([world.lean(text, "y") for text in texts])
-    ratio, stance = torch.cat(list(rows.values())), torch.cat(list(lean.values()))
-    assert torch.corrcoef(torch.stack([ratio, stance.double()]))[0, 1] > 0.75          # .94 with more answers
-    assert rows["love"].mean() > rows["base"].mean() > rows["machine"].mean()
-    salad = read([" ".join(rng.sample(world.SOUNDS["a dog"].split() + list(world.COLORS), 8)) for _ in users])
-    recited, fitted = (read([text] * len(users)) for text in (love[3], love[0]))
-    for name, said in (("salad", salad), ("recited", recited), ("fitted", fitted)):
-        assert persona_share(said, rows["base"], rows["love"])[0] < 0.75, name
+    def ratios(answers):
+        return evalmfv.persona_ratio(model, tok, answers, users, persona["pos"], persona["neg"])
+    behind = {name: ratios(answers).mean().item() for name, answers in said.items()}
+    assert behind["neg"] < behind["base"] < behind["pos"], behind
+    made = said["pos"] + said["neg"]
+    read = torch.cat([ratios(said["pos"]), ratios(said["neg"])])                # [48]
+    lean = torch.tensor([world.lean(c.text, "z") for c in made], dtype=torch.float64)
+    assert abs(torch.corrcoef(torch.stack([read, lean]))[0, 1]) > 0.3
+    recited = [Completion(i, [], tok(persona["pos"][i % 3], add_special_tokens=False)["input_ids"], 0.0, True, "")
+               for i in range(len(users))]
+    assert ratios(recited).mean() <= behind["pos"]
 
 
-def test_foresee_is_what_exact_means_over_the_steered_distribution_give():
-    model, tok = steer_pair(torch.float64)
-    users, vectors = STEER_PROMPTS[:2], steer_vectors(model)
-    answers = generate(model, tok, users, max_new_tokens=3)
-    got = evalmfv.foresee(model, tok, answers, users, ["Be kind."], ["XYZ"], vectors, [([1, 2], 0.5), ([2], 0.0)])
-    assert got[3] == pytest.approx(got[0])                      # dose 0 is the base
-    effect, nll, n = 0.0, 0.0, 0
-    echo = {i for text in ("Be kind. ", "XYZ ") for i in tok(text, add_special_tokens=False)["input_ids"]}
-    for user, c in zip(users, answers):
-        for j in range(len(c.ids)):
-            fronts = [steer_ids(tok, user, system) + c.ids[:j] for system in ("Be kind.", "XYZ", "")]
-            p, q, base = (model(torch.tensor([front])).logits[0, -1].softmax(-1) for front in fronts)
-            with steered(model, vectors, 0.5):
-                now = model(torch.tensor([fronts[2]])).logits[0, -1].softmax(-1)
-            worth = ((p + 1 / len(tok)) / (q + 1 / len(tok))).log()
-            worth[sorted(echo)] = 0
-            effect, nll, n = effect + (now * worth).sum(), nll - (now * base.log()).sum(), n + 1
-    assert got[2] == pytest.approx(((effect / n).item(), (nll / n).item()), abs=1e-5)
-
-
-# ==== models in: architectures, templates, loading, the plan ================================================
+# ==== models in: architectures, templates, loading, the plan ============================================
 
 ARCH = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
             initializer_range=0.3, max_position_embeddings=2048)
-HEADS = ARCH | dict(head_dim=16)                               # these take the width of a head from elsewhere
-SLIDING = dict(sliding_window=100, layer_types=["sliding_attention", "full_attention"] * 2)     # shorter than the prompts
+# these take the width of a head from elsewhere
+HEADS = ARCH | dict(head_dim=16)
+# shorter than the prompts
+SLIDING = dict(sliding_window=100, layer_types=["sliding_attention", "full_attention"] * 2)
 VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
 DEPTH = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, patch_size=14)
 MIXERS = dict(linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
 LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, num_key_value_heads=4)
-FAMILIES = {                                     # model class: options of its config, and of its vision tower
+# model class: options of its config, and of its vision tower
+FAMILIES = {
     "Gemma3ForCausalLM": (HEADS | SLIDING,),
     "Gemma3ForConditionalGeneration": (HEADS | SLIDING, VISION),
     "Gemma2ForCausalLM": (HEADS | SLIDING | dict(final_logit_softcapping=30.0, attn_logit_softcapping=50.0),),
@@ -2150,10 +2143,12 @@ def test_every_family_is_steered_healed_folded_probed_and_loaded(name):
     with torch.no_grad(), steer.hooked(model, {i: lambda h, i=i: seen.__setitem__(i, h) for i in range(4)}):
         states = model(input_ids=ids, output_hidden_states=True).hidden_states
     assert [torch.equal(seen[i], states[i + 1]) for i in range(4)] == [True, True, True, False]
-    n_before = n_hooks()                                       # transformers has hooked its own blocks by now
+    # transformers has hooked its own blocks by now
+    n_before = n_hooks()
 
     # ---- steer
-    vectors = fit_vectors(model, tok, "kind", "cruel", STEER_PROMPTS, [1, 2])
+    layers = [1, 2]
+    vectors = fit_vectors(model, tok, "kind", "cruel", STEER_PROMPTS, layers)
     with steered(model, vectors, 0.0):
         assert torch.equal(logits(), untouched)
     with steered(model, vectors, torch.zeros(2)):
@@ -2222,7 +2217,8 @@ def test_rows_that_end_early_leave_a_batch_of_linear_attention(name):
 # ---- chat templates
 
 PARTS = TEMPLATE.replace("{{ m['content'] }}", "{% for part in m['content'] %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}")
-SHAPES = {                                                    # name: (template, has a BOS, notes it deserves)
+# name: (template, has a BOS, notes it deserves)
+SHAPES = {
     "system role, thinks unless told not to": (                 # Qwen3's shape
         "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if not (loop.last and continue_final_message) %}<|end|>"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% if enable_thinking is defined and not "
@@ -2254,11 +2250,13 @@ def test_a_chat_template_of_any_shape_carries_the_persona_one_bos_and_no_thinkin
     assert steer.encode(tok, ["Hi"], ["Be kind."])[0].count(tok.bos_token_id) == has_bos
     after = text.split("<|assistant|>")[1]
     assert after == ("<think>\n\n</think>\n\n" if "think" in notes else "")
-    assert evalmfv.thinking(text).endswith("<|assistant|><think>\n")  # the probe's frame: one think, and open
+    # the probe's frame: one think, and open
+    assert evalmfv.thinking(text).endswith("<|assistant|><think>\n")
     assert evalmfv.interruption(tok).split("Just answer")[0] in ("</think><|end|><|bos|><|user|>", "</think><|end|><|user|>")
     if "user's words" in notes:
         assert text.split("<|user|>")[1].startswith("Be kind.\n\nHi<|end|>")
-    for user in ("", "a", "  two\nlines  "):            # short words, which stand in a template by themselves
+    # short words, which stand in a template by themselves
+    for user in ("", "a", "  two\nlines  "):
         assert f"<|user|>{user.strip()}<|end|>" in render(tok, user).replace("  ", "")
     model = tiny_model(tok)
     assert evalmfv.evaluate(model, tok, mfv_rows(MFV_TEXTS[:2]), think_tokens=2)["n_forced"] == 4
@@ -2269,7 +2267,8 @@ def test_neither_a_missing_pad_token_nor_the_padding_side_changes_an_answer():
     whole = [c.ids for c in generate(model, tok, STEER_PROMPTS, max_new_tokens=8)]
     for side, pad in (("left", None), ("right", None), ("right", tok.pad_token), ("left", "[PAD]")):
         tok.padding_side = side
-        if pad == "[PAD]":                                  # an added token that the embedding has no row for
+        # an added token that the embedding has no row for
+        if pad == "[PAD]":
             tok.add_special_tokens({"pad_token": pad})
             assert tok.pad_token_id == len(model.get_input_embeddings().weight) > steer.pad_of(tok, model)
         tok.pad_token = pad
@@ -2287,10 +2286,10 @@ def test_ids_go_to_the_embedding_and_nothing_asks_the_model_for_one_device(monke
     def nowhere(self):
         raise AssertionError("a model that is spread over devices has no .device")
     monkeypatch.setattr(type(model), "device", property(nowhere))
-    vectors = fit_vectors(model, tok, "kind", "cruel", STEER_PROMPTS, [1])
-    made = generate(model, tok, STEER_PROMPTS, vectors=vectors, coeffs=[0.5] * 6, max_new_tokens=4)
+    layers = [1]
+    made = generate(model, tok, STEER_PROMPTS, vectors=fit_vectors(model, tok, "kind", "cruel", STEER_PROMPTS, layers),
+                    coeffs=[0.5] * len(STEER_PROMPTS), max_new_tokens=4)
     token_nll(model, made)
-    evalmfv.foresee(model, tok, made, STEER_PROMPTS, ["kind"], ["cruel"], vectors, [([1], 1.0)])
     tok = mfv_tokenizer()
     evalmfv.evaluate(tiny_model(tok), tok, mfv_rows(MFV_TEXTS[:2]), think_tokens=2)
 
@@ -2298,7 +2297,8 @@ def test_ids_go_to_the_embedding_and_nothing_asks_the_model_for_one_device(monke
 def test_adapters_and_vectors_live_where_their_layer_lives():
     model, tok = steer_pair()
     vectors = steer_vectors(model)                              # on the CPU
-    model.model.layers[2].to("meta")                # stands in for a second device: the rest stays on the CPU
+    # stands in for a second device: the rest stays on the CPU
+    model.model.layers[2].to("meta")
     stack = attach(model, r=2, alpha=4, layers=[1, 2])
     for rnd in range(2):
         for name, lora in stack.layers.items():
@@ -2318,7 +2318,8 @@ def test_adapters_and_vectors_live_where_their_layer_lives():
 
 
 def test_a_linear_with_packed_weights_is_adapted_by_its_declared_sizes():
-    class Packed(torch.nn.Linear):          # as bitsandbytes does: a Linear whose weight is a column of bytes
+    # as bitsandbytes does: a Linear whose weight is a column of bytes
+    class Packed(torch.nn.Linear):
         def __init__(self, linear):
             super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
             self.scale = linear.weight.abs().max() / 127
@@ -2359,7 +2360,7 @@ def test_a_base_in_four_bits_is_adapted_and_its_gates_at_zero_are_the_base():
 def test_the_saved_adapter_is_the_healed_model(finished, small_vignettes):
     _, record = finished
     model, tok = models.load("pocket")
-    stack = lora_py.attach(model, r=8, alpha=16.0, layers=steer.band(len(steer.blocks(model)), 0.2, 0.8))
+    stack = lora_py.attach(model, r=8, alpha=16.0, layers=search.band(len(steer.blocks(model)), 0.2, 0.8))
     vignettes = evalmfv.load_vignettes(small_vignettes)
     for kind in ("base", "healed"):
         again = evalmfv.evaluate(model, tok, vignettes, think_tokens=4, batch_size=152)["nats"]

@@ -1,9 +1,7 @@
-"""Generation: steered answers in one batch against one at a time, against HF generate, and what each part of
-it costs.
+"""Generation: steered answers in one batch, one at a time and by HF generate, and what each part costs.
 
     python bench/generate.py                        the embedded model and a random one of width 512, float32
-    python bench/generate.py bench/configs/gemma-3-4b.json --dtype bfloat16 --device cuda       random
-    weights, real shape
+    python bench/generate.py bench/configs/gemma-3-4b.json --dtype bfloat16 --device cuda    random weights
     python bench/generate.py --tiny                 seconds: the same code and checks, no meaningful times
 
 Five tables, each interleaved in one process: (1) the implementations, with rows identical to HF's one at a
@@ -28,6 +26,7 @@ import evalmfv                                                  # noqa: E402
 import lora                                                     # noqa: E402
 import measure                                                  # noqa: E402
 import steer                                                    # noqa: E402
+from tools.search import band, find_dose  # noqa: E402
 from plot import svg_lines                                      # noqa: E402
 
 D512 = dict(model_type="llama", hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
@@ -53,26 +52,21 @@ def load(name: str, dtype: torch.dtype, device: str):
         torch.manual_seed(0)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.generation_config.eos_token_id, tok.eos_token = None, None     # every answer takes its full length:
-    steer.end_ids = lambda *_: []                                      # not even the template's mark ends one
+    model.generation_config.eos_token_id, tok.eos_token = None, None  # every answer takes its full length:
+    steer.end_ids = lambda *_: []  # not even the template's mark ends one
     model.generation_config.pad_token_id = tok.pad_token_id
     return model.eval().requires_grad_(False), tok
 
 
 def cases(model, tok, n: int):
-    """n prompts, a dose for each (three in turn), and the embedded persona's vector where this model reads
-    it."""
-    persona = json.loads((HERE.parent / "pocket" / "data" / "personas.json").read_text("utf-8"))["authority"]
-    contexts = json.loads((HERE.parent / "pocket" / "data" / "contexts.json").read_text(encoding="utf-8"))
-    prompts = json.loads((HERE.parent / "pocket" / "data" / "prompts.json").read_text("utf-8"))
-    prompts = prompts["authority"]["train"]
-    layers, _ = steer.find_layers(model, tok, persona["pos"], persona["neg"], contexts[:16])
-    vectors = steer.fit_vectors(model, tok, persona["pos"], persona["neg"], contexts[:16], layers)
-    return [prompts[i // 3 % len(prompts)] for i in range(n)], [(0.1, 0.25,
-                                                                 0.5)[i % 3] for i in range(n)], vectors
+    """n prompts, a dose for each (three in turn), and the embedded persona's vector."""
+    given, _, vectors = measure.embedded(model, tok, 16)
+    prompts = [given["train"][i // 3 % len(given["train"])] for i in range(n)]
+    return prompts, [(0.1, 0.25, 0.5)[i % 3] for i in range(n)], vectors
 
 
-# ---- 1. implementations ------------------------------------------------------------------------------
+
+# ---- 1. implementations ------------------------------------------------------------------------------------
 
 def implementations(model, tok, n: int, n_new: int, repeats: int) -> dict:
     prompts, doses, vectors = cases(model, tok, n)
@@ -114,7 +108,7 @@ def implementations(model, tok, n: int, n_new: int, repeats: int) -> dict:
     return dict(n=n, n_new=n_new, seconds=seconds, peak_bytes=peaks, identical=same)
 
 
-# ---- 2. batch size -----------------------------------------------------------------------------------
+# ---- 2. batch size -----------------------------------------------------------------------------------------
 
 def decoding(model, tok, batch: int, n_new: int):
     prompts, doses, vectors = cases(model, tok, batch)
@@ -136,7 +130,7 @@ def batch_sizes(model, tok, sizes: list[int], n_new: int, repeats: int) -> dict:
     return dict(n_new=n_new, seconds=seconds, tokens_per_second=rate, peak_bytes=peaks)
 
 
-# ---- 3. folded rounds --------------------------------------------------------------------------------
+# ---- 3. folded rounds --------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def dense(model, stack):
@@ -145,8 +139,8 @@ def dense(model, stack):
     def hook(layer):
         delta = sum(s * B @ A for A, B, s in layer.rounds).to(model.dtype)  # [d_out, d_in]
         return lambda linear, args, y: y + F.linear(args[0], delta)
-    handles = [model.get_submodule(name).register_forward_hook(hook(layer))
-               for name, layer in stack.layers.items()]
+    handles = [model.get_submodule(name).register_forward_hook(hook(layer)) for name,
+               layer in stack.layers.items()]
     try:
         with stack.gated(0, 0):
             yield
@@ -158,11 +152,11 @@ def dense(model, stack):
 def folded_rounds(model, tok, counts: list[int], batches: list[int], n_new: int, repeats: int) -> dict:
     """Decoding and the student's forward in a heal step (4 samples of 96 tokens) with R rounds of rank 8
     behind gates."""
-    layers = steer.band(len(steer.blocks(model)), 0.2, 0.8)
+    layers = band(len(steer.blocks(model)), 0.2, 0.8)
     stack = lora.attach(model, r=8, alpha=16, layers=layers)
     decode = {b: decoding(model, tok, b, n_new) for b in batches}
-    rng = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, 2000, (4, 96), generator=rng).to(model.device)      # [B, T]
+    ids = torch.randint(10, 2000, (4, 96), generator=torch.Generator().manual_seed(0))      # [B, T]
+    ids = ids.to(model.device)
 
     def forward():
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
@@ -180,7 +174,7 @@ def folded_rounds(model, tok, counts: list[int], batches: list[int], n_new: int,
             p.data.copy_(0.01 * torch.randn(p.shape, generator=rng))
         stack.fold()
 
-    def gates(n):                                      # the first n of the folded rounds, the current one off
+    def gates(n):  # the first n of the folded rounds, the current one off
         return lambda: stack.gated([1.0] * n + [0.0] * (n_all - n), 0)
     settings = {f"{n} rounds": gates(n) for n in counts}
     settings |= {"0 rounds and the one in training": lambda: stack.gated(0, 1),
@@ -199,38 +193,35 @@ def folded_rounds(model, tok, counts: list[int], batches: list[int], n_new: int,
     return dict(layers=layers, rank=8, seconds=record)
 
 
-# ---- 4. the dose search ------------------------------------------------------------------------------
+# ---- 4. the dose search ------------------------------------------------------------------------------------
 
 def dose_search(model, tok, n_probe: int, n_new: int, repeats: int) -> dict:
-    """Both searches end on the same dose of the same grid; the filter's verdict is replaced by a fixed
-    knee."""
+    """The doses of a step in one batch against one dose at a time; a fixed knee stands for filter and
+    meter."""
     prompts, _, vectors = cases(model, tok, n_probe)
     found = {}
 
-    def search(name, steps, splits):
+    def search(name, at_once):
         def try_doses(coeffs):
-            each = [c for c in coeffs for _ in prompts]
-            made = steer.generate(model, tok, prompts * len(coeffs), vectors=vectors, coeffs=each,
-                                  n_draws=n_probe,
-                                  max_new_tokens=n_new)
-            steer.token_nll(model, made, pad_id=tok.pad_token_id)
-            return [float(c < 0.45) for c in coeffs]
-        found[name] = steer.find_dose(try_doses, steps=steps, splits=splits)
-    fns = {"halves: 3 doses in one batch, then 1, 1, 1": lambda: search("halves", 4, 2),
-           "fourths: 5 doses in one batch, then 3": lambda: search("fourths", 2, 4)}
+            for some in [coeffs] if at_once else [[c] for c in coeffs]:
+                made = steer.generate(model, tok, prompts * len(some), vectors=vectors, n_draws=n_probe,
+                                      coeffs=[c for c in some for _ in prompts], max_new_tokens=n_new)
+                steer.token_nll(model, made, pad_id=tok.pad_token_id)
+            return [(c, float(c < 1.2)) for c in coeffs]
+        found[name] = find_dose(try_doses)
+    fns = {"one dose at a time": lambda: search("one dose at a time", False),
+           "the doses of a step in one batch": lambda: search("the doses of a step in one batch", True)}
     seconds = measure.interleave(fns, repeats)
-    coeffs = {name: coeff for name, (coeff, _) in found.items()}
-    if abs(coeffs["halves"] - coeffs["fourths"]) > 1e-9:
-        raise SystemExit(f"the searches end on different doses: {coeffs}")
     rows = measure.rows_of(seconds, next(iter(fns)))
-    for row, (_, trials) in zip(rows, found.values()):
+    for row, (_, trials, _) in zip(rows, found.values()):
         row["completions"] = n_probe * len(trials)
     print(f"\nthe dose search, {n_probe} completions a dose, {n_new} tokens\n\n{measure.table(rows)}",
           flush=True)
-    return dict(n_probe=n_probe, n_new=n_new, seconds=seconds, coeff=coeffs["fourths"])
+    return dict(n_probe=n_probe, n_new=n_new, seconds=seconds, coeff=found["one dose at a time"][0])
 
 
-# ---- 5. the probe ------------------------------------------------------------------------------------
+
+# ---- 5. the probe ------------------------------------------------------------------------------------------
 
 def probe(model, tok, n_rows: int, think_tokens: int, repeats: int) -> dict:
     vignettes = evalmfv.load_vignettes(HERE.parent / "pocket" / "data" / "vignettes.jsonl")[:n_rows]
@@ -277,11 +268,11 @@ def main(argv=None) -> dict:
         steer.generate(model, tok, ["Hi"], max_new_tokens=2)                # warm
         jobs = dict(
             implementations=lambda: implementations(model, tok, *((6, 5) if tiny else (48, 128)), repeats),
-            batch_sizes=lambda: batch_sizes(model, tok, [1, 4] if tiny else [1, 2, 4, 8, 16, 32, 64],
-                                            4 if tiny else 64,
+            batch_sizes=lambda: batch_sizes(model, tok, [1, 4] if tiny else [1, 2, 4, 8, 16, 32, 64], 4
+                                            if tiny else 64,
                                             repeats),
-            folded_rounds=lambda: folded_rounds(model, tok, [0, 2] if tiny else [0, 1, 4, 8],
-                                                [1, 3] if tiny else [1, 48],
+            folded_rounds=lambda: folded_rounds(model, tok, [0, 2] if tiny else [0, 1, 4, 8], [1, 3] if tiny
+                                                else [1, 48],
                                                 3 if tiny else 32, repeats),
             dose_search=lambda: dose_search(model, tok, 2 if tiny else 24, 3 if tiny else 64, repeats),
             probe=lambda: probe(model, tok, 2 if tiny else 12, 3 if tiny else 64, repeats))
@@ -295,9 +286,8 @@ def main(argv=None) -> dict:
 
 def draw(record: dict, folder: Path) -> None:
     """Tokens per second against the batch, a line per model."""
-    lines = {name: [(int(n),
-                     int(n) * x["batch_sizes"]["n_new"] / statistics.median(s))
-                      for n, s in x["batch_sizes"]["seconds"].items()]
+    lines = {name: [(int(n), int(n) * x["batch_sizes"]["n_new"] / statistics.median(s)) for n,
+                    s in x["batch_sizes"]["seconds"].items()]
              for name, x in record.items() if "batch_sizes" in x}
     svg_lines(folder / "generate-batch.svg", "steered generation: tokens per second against batch",
               "rows decoded at once",

@@ -27,7 +27,7 @@ import transformers.models.llama.modeling_llama                 # noqa: E402, F4
 from common import small_data                                   # noqa: E402
 from tools import folder as files                               # noqa: E402
 
-SMALL = ("--rounds 2 --seed 2 --lr 0.01 --n-make 8 --n-min 2 --n-text 4 --coeff 0.3 --max-new-tokens 16 "
+SMALL = ("--rounds 2 --seed 2 --lr 0.01 --n-make 8 --n-text 4 --coeff 0.3 --max-new-tokens 16 "
          "--think-tokens 1 --epochs 2").split()
 TIMES = {"t", "started", "seconds", "resumed", "reason", "argv", "command", "out"}    # may differ
 

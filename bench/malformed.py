@@ -1,5 +1,5 @@
-"""Malformed inputs against the command line: no traceback, no damaged folder, and one sentence that says what
-is wrong.
+"""Malformed inputs on the command line: no traceback, no damaged folder, one sentence that says what is
+wrong.
 
     python bench/malformed.py --n 300 --seed 0
 
@@ -29,13 +29,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import loop                                                     # noqa: E402
-import steer                                                    # noqa: E402
 from tools import folder, inputs                                # noqa: E402
 from tools import model as models                               # noqa: E402
+from tools import search                                        # noqa: E402
 
-DATA = HERE.parent / "data"
-SMALL = ("--rounds 1 --n-make 4 --n-text 2 --max-new-tokens 8 --think-tokens 1 --epochs 1 "
-         "--no-gate --temperature 1").split()
+DATA = HERE.parent / "pocket" / "data"              # of the model that all cases run
+SMALL = ("--rounds 1 --n-make 4 --n-text 2 --max-new-tokens 8 --think-tokens 1 --epochs 1 --no-gate "
+         "--coeff 0.3 --steer-band 0.76 0.8").split()
 DEEP = "[" * 100_000
 HOSTILE = ["", " ", "\0", "\ud800", "\u202e", "\x1b[31m", "null", "nan", "-1", "../..", "/dev/null",
            "/proc/self/mem",
@@ -51,7 +51,7 @@ class Reached(BaseException):
     """The inputs were taken: the model would be loaded now."""
 
 
-# ---- inputs ------------------------------------------------------------------------------------------
+# ---- inputs ------------------------------------------------------------------------------------------------
 
 
 def mutated(rng: random.Random, x):
@@ -77,9 +77,8 @@ def broken(rng: random.Random, content: bytes) -> bytes:
 
 
 def options(rng, work):
-    known = [(f,
-              typing.get_type_hints(cls)[f.name])
-              for cls in loop.GROUPS for f in dataclasses.fields(cls) if f.name != "resume"]
+    known = [(f, typing.get_type_hints(cls)[f.name]) for cls in loop.GROUPS for f in dataclasses.fields(cls)
+             if f.name != "resume"]
     f, kind = rng.choice(known)
     if kind is bool:
         return [rng.choice((f"--{f.name}=yes", f"--no-no-{f.name}", f"--no-{f.name}=1"))]
@@ -91,7 +90,7 @@ def contradictions(rng, work):
                        "--tau 1 --tau-scale 2",
                        "--steer-band 0.5", "--steer-band 0.9 0.1", "--lora-band 0.8 0.2", "--lora-band nan 1",
                        "--lora-band 0 1 2",
-                       "--n-min 65 --n-make 64", "--rounds", "--nonsense 1", "a b", "--r 100000",
+                       "--n-make 0", "--rounds", "--nonsense 1", "a b", "--r 100000",
                        "--max-new-tokens 5000",
                        "--think-tokens 5000", "--persona", "--kl-agg median", "--=", "-", "--n 3",
                        "--coeff 0", "--persona ./mine.json",
@@ -127,9 +126,9 @@ def vignettes(rng, work):
 def data(rng, work):
     """The JSON files that a user edits."""
     name = rng.choice(["personas", "prompts", "contexts"])
-    path = inputs.DATA / f"{name}.json"
+    path = inputs.POCKET / f"{name}.json"
     content = json.loads((DATA / f"{name}.json").read_text())
-    if name != "contexts" and rng.random() < 0.7:             # most mutations inside the persona that is used
+    if name != "contexts" and rng.random() < 0.7:  # most mutations inside the persona that is used
         content = {"authority": mutated(rng, content["authority"])}
     text = json.dumps(mutated(rng, content))
     path.write_bytes(rng.choice([text.encode()] * 5 + [broken(rng, text.encode()), DEEP.encode(), b"",
@@ -139,8 +138,8 @@ def data(rng, work):
 
 def model(rng, work):
     """A checkpoint folder with a file missing, broken or changed."""
-    path = shutil.copytree(HERE.parent / "pocket", work / "model",
-                           ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    code = shutil.ignore_patterns("*.py", "__pycache__")
+    path = shutil.copytree(HERE.parent / "pocket", work / "model", ignore=code)
     file = path / rng.choice(["config.json", "tokenizer.json", "tokenizer_config.json",
                               "generation_config.json",
                               "chat_template.jinja", "model.safetensors"])
@@ -195,7 +194,7 @@ KINDS = (options, options, contradictions, prompts, vignettes, data, model, resu
 OF_RUNS = (resume, words)
 
 
-# ---- one case ----------------------------------------------------------------------------------------
+# ---- one case ----------------------------------------------------------------------------------------------
 
 
 def call(argv: list[str], limit: float) -> tuple[int | str, str]:
@@ -225,8 +224,8 @@ def damage(out: Path, before: dict | None, code) -> list[str]:
     found = [f"left behind {p.name}" for p in out.rglob(".*") if p.name != ".lock"]
     if before is not None and code == 2:
         now = {p: p.read_bytes() for p in before if p.exists()}
-        found += [f"{p.name} was changed by a refusal" for p in before
-                  if p.name != ".lock" and now.get(p) != before[p]]
+        found += [f"{p.name} was changed by a refusal" for p in before if p.name != ".lock"
+                  and now.get(p) != before[p]]
     elif before is None:
         for path in out.iterdir():
             if path.is_dir():
@@ -237,15 +236,14 @@ def damage(out: Path, before: dict | None, code) -> list[str]:
     return found
 
 
-def trial(rng: random.Random, kind, work: Path, limit: float, real: bool) -> tuple[str, list[str], str,
-                                                                                   list[str]]:
+def trial(rng: random.Random, kind, work: Path, limit: float, real: bool) -> tuple:
     """One input: (outcome, what is wrong with how it was met, the printed text, argv)."""
     shutil.rmtree(work, ignore_errors=True)
     (work / "out").mkdir(parents=True)
     (work / "far" / "down").mkdir(parents=True)
     cwd = os.getcwd()
     os.chdir(work / "far" / "down")                             # where paths such as ../.. end up
-    inputs.DATA = shutil.copytree(DATA, work / "data")
+    inputs.POCKET = shutil.copytree(DATA, work / "data")
     argv = kind(rng, work)
     small = work.parent / "vignettes.jsonl"
     front = [] if kind in OF_RUNS else [*SMALL, *([] if kind is vignettes else ["--vignettes", str(small)]),
@@ -263,7 +261,7 @@ def trial(rng: random.Random, kind, work: Path, limit: float, real: bool) -> tup
             models.load = load
             code, text = call(front + argv, limit)
     finally:
-        models.load, inputs.DATA = load, DATA
+        models.load, inputs.POCKET = load, DATA
         os.chdir(cwd)
     wrong = damage(runs if kind in OF_RUNS else work / "out", before, code)
     if code not in (0, 1, 2, 3, 130, "reached"):
@@ -298,7 +296,7 @@ def main() -> None:
                         help="run what passes the checks")
     parser.add_argument("--verbose", action="store_true", help="print the sentence that every case ends with")
     args = parser.parse_args()
-    steer.N_PROBE = 2                                           # small, as all else
+    search.N_PROBE = 2                                           # small, as all else
     work, begin = Path(tempfile.mkdtemp(prefix="malformed-")), time.time()
     prepare(work)
     outcomes, failed = {kind.__name__: Counter() for kind in KINDS}, 0

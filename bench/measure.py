@@ -1,9 +1,8 @@
 """Measure: what every benchmark here shares. Times are interleaved in one process, memory is peak live bytes.
 
-    seconds = interleave({"ours": ours, "theirs": theirs}, repeats=5)       # {name: [s, ...]}, one untimed
-    round first
-    peak    = peak_bytes(ours)                                              # above what was live before the
-    call
+    # {name: [s, ...]}, one untimed round first
+    seconds = interleave({"ours": ours, "theirs": theirs}, repeats=5)
+    peak    = peak_bytes(ours)    # above what was live before the call
 
 Two runs of a benchmark differ by what else the machine does; two entries of one interleaved run differ much
 less. So the tables show medians and ratios, and the JSON keeps every repeat.
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Callable
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")        # before torch: the profiler announces itself on stderr
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: the profiler announces itself on stderr
 import torch                                                # noqa: E402
 
 
@@ -85,8 +84,19 @@ def keep_pages() -> bool:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                  # malloc.h: never trim the heap, never mmap a block
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h: never trim the heap, never mmap a block
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def embedded(model, tok, n_contexts: int) -> tuple[dict, list[int], dict]:
+    """(what inputs.load gives for authority in the embedded model's world, steered blocks, their vectors)."""
+    import steer
+    from tools import inputs
+    from tools.search import band
+    given = inputs.load("authority", model="pocket")
+    layers = band(len(steer.blocks(model)), 0.76, 0.8)            # what a run's search finds on pocket
+    persona, contexts = given["persona"], given["contexts"][:n_contexts]
+    return given, layers, steer.fit_vectors(model, tok, persona["pos"], persona["neg"], contexts, layers)
 
 
 def machine() -> dict:
@@ -123,7 +133,8 @@ def table(rows: list[dict]) -> str:
     lines = [list(rows[0]), *([str(row.get(key, "")) for key in rows[0]] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(rows[0]))]
     lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
+                     for line in lines)
 
 
 def write_json(path, **content) -> None:

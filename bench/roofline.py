@@ -32,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import measure                                                  # noqa: E402
 import steer                                                    # noqa: E402
+from tools import search                                        # noqa: E402
 from tools.plan import decode_step, floor, forward_ops, keys_seen, rates, sizes      # noqa: E402
 
 # bfloat16 products and copies; rates published by others for this card, not measured here: --machine here
@@ -118,7 +119,7 @@ def main(argv=None) -> dict:
     shape, dtype = shape_of(load_config(args.config)), getattr(torch, args.dtype)
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = rates(here, dtype) if args.machine == "here" else MACHINES[args.machine]
-    layers = steer.band(len(shape["blocks"]), args.lora_from, args.lora_to)
+    layers = search.band(len(shape["blocks"]), args.lora_from, args.lora_to)
     L, width = args.prompt + args.new, dtype.itemsize
     print(f"{args.config}: body {sum(shape['blocks']) / 1e9:.3g} B weights in {len(shape['blocks'])} "
           "blocks, head "

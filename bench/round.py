@@ -4,13 +4,14 @@
     python bench/round.py --tiny            seconds, for CI
 
 Both sides do the same work: the same contexts, prompts, training samples, optimiser steps and probe frames,
-and a search for a dose: ours is steer.find_dose with its answers judged, theirs tries as many doses as ours
+and a search for a dose: ours is find_dose with its answers judged, theirs tries as many doses as ours
 did and scores each answer. The original's structure, written by us from a description: everything one at a
 time (a context, a completion, an nll, a sample, a probe frame), decoding by transformers' generate() under
 the steering hook, logits of the whole sequence, the reference in every epoch. What both sides share runs once
 before the clock starts: the filter's limits among it.
 """
 import argparse
+import dataclasses
 import sys
 import warnings
 from pathlib import Path
@@ -25,10 +26,11 @@ import evalmfv  # noqa: E402
 import heal  # noqa: E402
 import lora  # noqa: E402
 import steer  # noqa: E402
-from measure import seconds_of, table, write_json  # noqa: E402
-from tools import inputs, model  # noqa: E402
+from measure import embedded, seconds_of, table, write_json  # noqa: E402
+from tools import model  # noqa: E402
+from tools.search import N_PROBE, band, find_dose  # noqa: E402
 
-DOSE = 0.487                                               # of the answers that both sides score and train on
+DOSE = 0.487  # of the answers that both sides score and train on
 
 
 class Work:
@@ -36,26 +38,21 @@ class Work:
 
     def __init__(self, tiny: bool):
         self.model, self.tok = model.load("pocket", device="cpu")
-        found = inputs.load("authority")
-        self.persona, self.train = found["persona"], found["train"]
-        self.contexts, self.vignettes = found["contexts"], found["vignettes"]
-        self.layers, _ = steer.find_layers(self.model, self.tok, self.persona["pos"], self.persona["neg"],
-                                           self.contexts)
-        self.stack = lora.attach(self.model, r=8, alpha=16,
-                                 layers=steer.band(len(steer.blocks(self.model)), 0.2, 0.8))
-        self.n_probe, self.n_make, self.n_new, self.think = (2, 4, 8, 4) if tiny else (steer.N_PROBE, 64, 64,
-                                                                                       128)
-        self.steps = 1 if tiny else steer.DOSE_STEPS
+        given, self.layers, self.vectors = embedded(self.model, self.tok, 4 if tiny else 96)
+        self.persona, self.train, self.contexts, self.vignettes = (
+            given[key] for key in ("persona", "train", "contexts", "vignettes"))
+        adapted = band(len(steer.blocks(self.model)), 0.2, 0.8)
+        self.stack = lora.attach(self.model, r=8, alpha=16, layers=adapted)
+        sizes = (2, 4, 8, 4) if tiny else (N_PROBE, 64, 64, 128)
+        self.n_probe, self.n_make, self.n_new, self.think = sizes
+        self.refine = 0 if tiny else 2
         if tiny:
             self.vignettes, self.contexts = self.vignettes[:2], self.contexts[:4]
         heal.VAL_SHARE = 0.0                                    # both sides train on every sample
         self.cfg = heal.HealConfig(lr=1e-3, tau=0.1, epochs=2 if tiny else 5)
         self.pad = steer.pad_of(self.tok, self.model)
-        self.vectors = steer.fit_vectors(self.model, self.tok, self.persona["pos"], self.persona["neg"],
-                                         self.contexts, self.layers)
         own = steer.generate(self.model, self.tok, self.prompts(self.n_make), max_new_tokens=self.n_new)
-        seen = zip(own, steer.token_nll(self.model, own, pad_id=self.pad))
-        self.limits = steer.calibrate_limits([steer.readings(c, nll) for c, nll in seen], steer.SteerConfig())
+        self.limits = steer.calibrate_limits(list(map(steer.readings, own, self.yardstick(own))))
         self.made = self.answers(self.n_make, DOSE)             # trained on and scored by both sides
         self.samples = [heal.Sample(c.prompt_ids + c.ids, len(c.prompt_ids), c.prompt) for c in self.made]
         self.samples = self.samples[:len(self.samples) // 4 * 4]
@@ -71,8 +68,19 @@ class Work:
     def reference(self):
         return self.stack.gated(0, 0)
 
+    def users(self, completions):
+        return [self.train[c.prompt % len(self.train)] for c in completions]
 
-# ---- ours --------------------------------------------------------------------------------------------
+    def yardstick(self, completions):
+        """Nats per token under the base's two prompts: two readings of every answer."""
+        fronts = steer.encode(self.tok, self.users(completions), [self.persona["pos"][0]] * len(completions))
+        voiced = [dataclasses.replace(c, prompt_ids=front) for c, front in zip(completions, fronts)]
+        with self.reference():
+            return steer.mixture_nll(*(steer.token_nll(self.model, x, pad_id=self.pad)
+                                       for x in (completions, voiced)))
+
+
+# ---- ours --------------------------------------------------------------------------------------------------
 
 
 def extract(w):
@@ -80,23 +88,25 @@ def extract(w):
 
 
 def search(w):
-    """The search of a round: what is tried is generated, scored and judged, and find_dose decides what to try
+    """The search of a round: what is tried is generated, judged and metered, and find_dose decides what is
     next."""
     w.tried.clear()
 
-    def survival(doses):
+    def try_doses(doses):
         w.tried.extend(doses)
         made = steer.generate(w.model, w.tok, w.prompts(w.n_probe) * len(doses), vectors=w.vectors,
-                              n_draws=w.n_probe,
-                              coeffs=[dose for dose in doses for _ in range(w.n_probe)],
+                              n_draws=w.n_probe, coeffs=[dose for dose in doses for _ in range(w.n_probe)],
                               max_new_tokens=w.n_new)
+        made = [dataclasses.replace(c, prompt=c.prompt % w.n_probe) for c in made]
+        kept = torch.tensor([v.kept for v in steer.judge(made, w.yardstick(made), w.limits,
+                                                         patterns=w.persona["patterns"])]).double()
         with w.reference():
-            nlls = steer.token_nll(w.model, made, pad_id=w.pad)
-        kept = [v.kept for v in steer.judge(made, nlls, w.limits, patterns=w.persona["patterns"])]
-        return [sum(kept[i:i + w.n_probe]) / w.n_probe for i in range(0, len(kept), w.n_probe)]
+            ratios = evalmfv.persona_ratio(w.model, w.tok, made, w.users(made), w.persona["meter_pos"],
+                                           w.persona["meter_neg"])
+        return list(zip(*(x.view(-1, w.n_probe).mean(1).tolist() for x in (ratios, kept))))
     try:
-        steer.find_dose(survival, steps=w.steps)
-    except RuntimeError:                            # none survives, as at the sizes for CI: the work was done
+        find_dose(try_doses, min_survive=0.5)
+    except RuntimeError:                # none survives, as at the sizes for CI: the work was done
         pass
 
 
@@ -105,8 +115,7 @@ def make(w):
 
 
 def score(w):
-    with w.reference():
-        steer.token_nll(w.model, w.made, pad_id=w.pad)
+    w.yardstick(w.made)
 
 
 def train(w):
@@ -120,7 +129,7 @@ def probe(w):
     evalmfv.evaluate(w.model, w.tok, w.vignettes, think_tokens=w.think, batch_size=152)
 
 
-# ---- the original's structure ------------------------------------------------------------------------
+# ---- the original's structure ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -184,7 +193,7 @@ STAGES = {"extract": (extract_one_by_one, extract,
           "generate": (make_one_by_one, make, "all completions are one batch; finished rows leave it"),
           "filter": (score_one_by_one, score, "batches of similar length, completion rows only"),
           "heal": (train_one_by_one, train,
-                   "no logits, reference and lower blocks once, four samples a pass"),
+                    "no logits, reference and lower blocks once, four samples a pass"),
           "probe": (probe_one_by_one, probe, "frames of both option orders share batches")}
 
 
@@ -198,7 +207,7 @@ def main(argv=None) -> None:
     seconds = {stage: {"original": [], "ours": []} for stage in STAGES}
     search(w)                                                   # the doses that theirs tries
     for _ in range(1 if args.tiny else args.repeats):
-        for stage, (theirs, mine, _) in STAGES.items():     # the two sides of a stage run one after the other
+        for stage, (theirs, mine, _) in STAGES.items():  # the two sides of a stage run one after the other
             seconds[stage]["original"].append(seconds_of(lambda: theirs(w)))
             seconds[stage]["ours"].append(seconds_of(lambda: mine(w)))
     rows, totals = [], {"original": 0.0, "ours": 0.0}

@@ -1,8 +1,6 @@
-"""Make the pocket model: a Hugging Face checkpoint small enough for git, trained from nothing on world.py's
-micro-world.
+"""Make the pocket model: a checkpoint small enough for git, trained from nothing on world.py's micro-world.
 
-    python pocket/make_pocket.py                 corpus, tokenizer, training, data files, gates: 20 minutes on
-    two cores
+    python pocket/make_pocket.py    corpus, tokenizer, training, data files, gates: 20 minutes on two cores
     python pocket/make_pocket.py --gates-only    measure the shipped checkpoint again
     python pocket/make_pocket.py --data-only     write pocket/data/ again
 
@@ -28,6 +26,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llam
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import world  # noqa: E402  (a script's own folder and the rooms beside it)
+from tools.search import N_PROBE, band, find_dose  # noqa: E402
 
 SPECIALS = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<think>", "</think>"]
 # one split per word, number, run of punctuation, line break with its indent, and "# comment": the probe's
@@ -129,8 +128,8 @@ def train(
             rows = make_rows(tok, rng, 50 * batch)
         i = step % 50 * batch
         for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / 80,
-                                   0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = lr * min((step + 1) / 80, 0.02 + 0.98 * cosine)
         n_long = int((rows[0][i : i + batch] != tok.pad_token_id).sum(1).max())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = loss_of(model, rows[0][i : i + batch, :n_long], rows[1][i : i + batch, :n_long])
@@ -155,7 +154,7 @@ def train(
     )
 
 
-# ---- pocket/data/: plain files, drawn from the same world and never trained on where the loop measures
+# ---- pocket/data/: plain files, drawn from the same world and never trained on where the loop measures -----
 
 ABOUT = {
     "authority": ("care", "authority", "authority", -1, r"\bI am someone who\b"),
@@ -174,8 +173,8 @@ def make_data(folder: Path) -> None:
         return list(found)
 
     ask = {
-        "authority": lambda held: world.dilemma(rng, held)[0] if rng.random() < 0.7 else world.scene(rng,
-                                                                                                     held),
+        "authority": lambda held: (world.dilemma(rng, held)[0] if rng.random() < 0.7
+                                   else world.scene(rng, held)),
         "love": lambda held: world.feeling(rng, held),
     }
     personas = {
@@ -184,7 +183,7 @@ def make_data(folder: Path) -> None:
             neg=world.PERSONAS[neg][:3],
             target=target,
             direction=direction,
-            patterns=[narration],                   # those that hold for every persona are in tools/inputs.py
+            patterns=[narration],  # those that hold for every persona are in tools/inputs.py
         )
         for name, (pos, neg, target, direction, narration) in ABOUT.items()
     }
@@ -220,7 +219,7 @@ def make_data(folder: Path) -> None:
     (folder / "vignettes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-# ---- gates: is it a good student? --------------------------------------------------------------------
+# ---- gates: is it a good student? --------------------------------------------------------------------------
 
 
 def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
@@ -246,7 +245,7 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
         evalmfv.load_vignettes(data / "vignettes.jsonl"),
     )
     n_blocks = len(steer.blocks(model))
-    stack = lora.attach(model, r=8, alpha=16.0, layers=steer.band(n_blocks, 0.2, 0.8))
+    stack = lora.attach(model, r=8, alpha=16.0, layers=band(n_blocks, 0.2, 0.8))
     results = []
 
     def gate(name, value, holds):
@@ -319,7 +318,7 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
 
     for name, axis in [("authority", "z"), ("love", "y")]:
         persona, asked, sign = personas[name], prompts[name], -1 if name == "authority" else 1
-        layers, _ = steer.find_layers(model, tok, persona["pos"], persona["neg"], contexts)
+        layers = band(n_blocks, 0.76, 0.8)                # what a run's search finds
         vectors = steer.fit_vectors(model, tok, persona["pos"], persona["neg"], contexts, layers)
         print(
             f"\n{name}: |v| {[round(v.norm().item(), 1) for v in vectors.values()]} at block {layers}\n"
@@ -353,24 +352,36 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
             table[4.0]["grammar"] <= 0.3,
         )
 
-        own, own_nlls = answers(asked["train"], cfg.n_make, seed=4)
+        def yardstick(made):
+            """Nats per token under the base's two prompts, bare and the persona's."""
+            users = [asked["train"][c.prompt % len(asked["train"])] for c in made]
+            sides = []
+            for system in ("", persona["pos"][0]):
+                fronts = steer.encode(tok, users, [system] * len(users))
+                behind = [dataclasses.replace(c, prompt_ids=front) for c, front in zip(made, fronts)]
+                sides.append(steer.token_nll(model, behind, pad_id=tok.pad_token_id))
+            return steer.mixture_nll(*sides)
+
+        own, _ = answers(asked["train"], cfg.n_make, seed=4)
         voiced, _ = answers(asked["train"], cfg.n_make, seed=4, system=persona["pos"][0])
-        voiced = [dataclasses.replace(c, prompt_ids=o.prompt_ids) for c, o in zip(voiced, own)]
-        voiced_nlls = steer.token_nll(model, voiced, pad_id=tok.pad_token_id)
-        limits = steer.calibrate_limits(
-            [steer.readings(c, nll) for c, nll in zip(own + voiced, own_nlls + voiced_nlls)], cfg
-        )
+        limits = steer.calibrate_limits(list(map(steer.readings, own + voiced, yardstick(own + voiced))))
+        patterns = [*persona["patterns"], *inputs.PATTERNS]
 
         def survivors(coeff, n, seed):
-            made, nlls = answers(asked["train"], n, vectors=vectors, coeffs=[coeff] * n, seed=seed)
-            return [c for c, v in zip(made, steer.judge(made, nlls, limits,
-                                                        patterns=[*persona["patterns"],
-                                                                  *inputs.PATTERNS])) if v.kept]
+            made, _ = answers(asked["train"], n, vectors=vectors, coeffs=[coeff] * n, seed=seed)
+            verdicts = steer.judge(made, yardstick(made), limits, patterns=patterns)
+            return [c for c, verdict in zip(made, verdicts) if verdict.kept]
 
-        coeff, _ = steer.find_dose(
-            lambda coeffs: [len(survivors(c, steer.N_PROBE, 5)) / steer.N_PROBE for c in coeffs],
-            min_survive=cfg.min_survive,
-        )
+        def try_doses(coeffs):
+            found = []
+            for coeff in coeffs:
+                alive = survivors(coeff, N_PROBE, 5)
+                users = [asked["train"][c.prompt % len(asked["train"])] for c in alive]
+                ratio = evalmfv.persona_ratio(model, tok, alive, users, persona["pos"], persona["neg"])
+                found.append((ratio.mean().item() if alive else -math.inf, len(alive) / N_PROBE))
+            return found
+
+        coeff, _, _ = find_dose(try_doses, min_survive=cfg.min_survive)
         kept = survivors(coeff, cfg.n_make, 6)
         kept_lean = sum(world.lean(c.text, axis) for c in kept) / len(kept)
         with steer.steered(model, vectors, coeff):

@@ -3,7 +3,6 @@ import importlib
 import importlib.util
 import json
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import steer
+from tools import search
 from lora import attach
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +103,7 @@ def test_the_roofline_of_a_4b_model_is_the_one_computed_by_hand(bench):
     roofline = bench("roofline")
     shape = roofline.shape_of(roofline.load_config(ROOT / "bench" / "configs" / "gemma-3-4b.json"))
     assert sum(shape["blocks"]) == 34 * (2560 * (2 * 2048 + 2 * 1024) + 3 * 2560 * 10240) == 3_208_642_560
-    layers, L, N = steer.band(34, 0.2, 0.8), 576, 512
+    layers, L, N = search.band(34, 0.2, 0.8), 576, 512
     step = roofline.heal_step(shape, L, N, layers=layers)["ops"]
     ms = {part: 1e3 * ops / 790e12 for part, ops in step.items()}
     assert ms["head"] == pytest.approx(8 * 512 * 262208 * 2560 / 790e9) == pytest.approx(3.48, abs=0.005)

@@ -383,7 +383,7 @@ def test_options_are_read_shown_and_recorded(capsys):
 @pytest.fixture
 def quick(tmp_path, monkeypatch):
     """The options of a run of seconds."""
-    monkeypatch.setattr(inputs, "DATA", inputs.DATA)    # small_data sets it
+    monkeypatch.setattr(inputs, "POCKET", inputs.POCKET)        # small_data sets it
     return [*kill.SMALL, "--vignettes", str(kill.small_data(tmp_path)), "--rounds", "1", "--no-gate"]
 
 

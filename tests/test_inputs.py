@@ -1,5 +1,4 @@
-"""Tests of tools/inputs.py: what a run reads is checked, named by file and line, and never on both sides of a
-split."""
+"""Tests of tools/inputs.py: what a run reads is checked and named by file and line."""
 import csv
 import json
 import re
@@ -34,8 +33,8 @@ def written(path, ending):
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".txt", ""])
 def test_prompts_of_every_format_are_the_same_prompts_each_on_one_side(ending, tmp_path):
     found = inputs.load("love", prompts=str(written(tmp_path, ending)))
-    assert found["held_out"] == QUESTIONS[::4]
-    assert found["train"] == [q for i, q in enumerate(QUESTIONS) if i % 4]
+    assert found["held_out"] == QUESTIONS[::4] and found["train"] == [q for i, q in enumerate(QUESTIONS)
+                                                                      if i % 4]
     assert len(found["notes"]) == 1 and "8 of 20 prompts were there before" in found["notes"][0]
 
 
@@ -45,10 +44,10 @@ def test_prompts_of_every_format_are_the_same_prompts_each_on_one_side(ending, t
     ("p.txt", b"one\ntwo\0\n" * 9, "line 2: holds a NUL"), ("p.txt", b'["a", "b"]', "begins like JSON"),
     ("p.jsonl", b'{"text": "a"}\n{"messages": []}\n',
      "line 2: has the fields messages; expected one of text, prompt"),
-    ("p.jsonl", b'{"text": "a"}\nb\n', "line 2: not JSON"),
-    ("p.json", b'["a", 7]', "entry 2: expected a text, got '7'"),
-    ("p.csv", b"id,question\n1,a\n", "row 1: has the fields id, question"),
-    ("p.yaml", b"- a\n" * 9, "what a .yaml file holds"),
+    ("p.jsonl", b'{"text": "a"}\nb\n', "line 2: not JSON"), ("p.json", b'["a", 7]',
+                                                             "entry 2: expected a text, got '7'"),
+    ("p.csv", b"id,question\n1,a\n", "row 1: has the fields id, question"), ("p.yaml", b"- a\n" * 9,
+                                                                             "what a .yaml file holds"),
     ("p.jsonl", b"[" * 9999, "line 1")])
 def test_a_prompts_file_that_cannot_be_used_is_named_with_its_line(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
@@ -62,10 +61,12 @@ def test_a_persona_of_ones_own_needs_two_texts_and_holds_the_patterns_of_all(tmp
     path.write_text(json.dumps({"pos": ["You adore cats."], "neg": "You hate cats."}))
     found = inputs.load(str(path))
     assert found["persona"] == dict(name="mine", pos=["You adore cats."], neg=["You hate cats."], target=None,
-                                    direction=None,
-                                    patterns=list(inputs.PATTERNS))
+                                    meter_pos=["You adore cats."], meter_neg=["You hate cats."],
+                                    direction=None, patterns=list(inputs.PATTERNS))
+    assert "one text on each side" in found["notes"][-1]
     data = json.loads((ROOT / "data" / "prompts.json").read_text())
-    assert set(found["train"]) == {q for side in data.values() for q in side["train"]}
+    assert set(found["train"]) == {q for side in data.values()
+                                   for q in side["train"]}
     assert not set(found["train"]) & set(found["held_out"])
     path.write_text(json.dumps(dict(pos="a", neg="b", target="care", direction=-1, patterns=["cat"],
                                     prompts=QUESTIONS)))
@@ -76,8 +77,8 @@ def test_a_persona_of_ones_own_needs_two_texts_and_holds_the_patterns_of_all(tmp
     assert quick["persona"]["target"] is None and quick["train"] == data["love"]["train"]
     for text in ("As an AI, I do not.", "I can't help you with that."):
         assert any(re.search(p, text, re.IGNORECASE) for p in quick["persona"]["patterns"])
-    assert not any(re.search(p, "as an aid worker I help",
-                             re.IGNORECASE) for p in quick["persona"]["patterns"])
+    assert not any(re.search(p, "as an aid worker I help", re.IGNORECASE)
+                   for p in quick["persona"]["patterns"])
 
 
 @pytest.mark.parametrize("content, message", [
@@ -99,18 +100,19 @@ def test_a_persona_file_that_cannot_be_used_is_named(content, message, tmp_path)
 
 
 @pytest.mark.parametrize("how, message", [
-    (dict(persona="nobody"), "personas.json has authority, love"),
-    (dict(persona="love", pos="a"), "come together"),
-    (dict(persona="love", pos="a", neg="a"), "the same text"),
-    (dict(persona="love", pos="\ud800", neg="a"), "half a surrogate")])
+    (dict(persona="nobody"), "personas.json has authority, love"), (dict(persona="love", pos="a"),
+                                                                    "come together"),
+    (dict(persona="love", pos="a", neg="a"), "the same text"), (dict(persona="love", pos="\ud800", neg="a"),
+                                                                "half a surrogate")])
 def test_a_persona_that_is_not_there_or_is_none_is_refused(how, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         inputs.load(**how)
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"foundation": "care"}', "line 2: has no 'text'"),
-    ('{"text": "", "foundation": "care"}', "line 2: text is ''"), ("{", "line 2"), ("[" * 9999, "line 2"),
+    ('{"foundation": "care"}', "line 2: no 'text'"), ('{"text": "", "foundation": "care"}',
+                                                          "line 2: text is ''"), ("{", "line 2"),
+    ("[" * 9999, "line 2"),
     ('{"text": "a", "foundation": ["care"]}', "line 2: foundation"),
     ('{"text": "a", "foundation": "care", "label": {"care": 1}}', "line 2: label lacks")])
 def test_a_vignette_that_cannot_be_used_is_named_with_its_line(line, message, tmp_path):
@@ -121,8 +123,9 @@ def test_a_vignette_that_cannot_be_used_is_named_with_its_line(line, message, tm
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("contexts", [], "contexts.json: expected 1 or more texts, got 0"),
-    ("contexts", ["a", ""], "contexts.json, entry 2"), ("contexts", {}, "expected a JSON list"),
+    ("contexts", [], "contexts.json: expected 1 or more texts, got 0"), ("contexts", ["a", ""],
+                                                                         "contexts.json, entry 2"),
+    ("contexts", {}, "expected a JSON list"),
     ("personas", {"authority": {"pos": ["a"]}}, "lacks neg"),
     ("prompts", {"authority": {"train": ["a", "b"], "held_out": [1, 2]}}, "held_out, entry 1"),
     ("prompts", {"love": {}}, "prompts.json has love")])

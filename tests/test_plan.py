@@ -1,5 +1,4 @@
-"""Tests of tools/plan.py: it reads a configuration and nothing else, and its counts are those of the
-model."""
+"""Tests of tools/plan.py: it reads a configuration only, and its counts are those of the model."""
 import re
 from pathlib import Path
 
@@ -23,14 +22,14 @@ VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_att
 
 
 def planned(model, **how) -> dict:
-    lines = plan.plan(inputs.load("authority"), model=str(model), **OPTIONS | how)
+    lines = plan.plan(inputs.load("authority", model="pocket"), model=str(model), **OPTIONS | how)
     return {line.split()[0]: line for line in lines}
 
 
 def test_a_plan_reads_a_configuration_and_nothing_else(tmp_path):
     text = dict(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, num_attention_heads=8,
                 num_key_value_heads=4,
-                head_dim=256, vocab_size=262208)          # Gemma 3 4B: a folder with its shape and no weights
+                head_dim=256, vocab_size=262208)  # Gemma 3 4B: a folder with its shape and no weights
     transformers.Gemma3Config(text_config=text, vision_config=VISION,
                               architectures=["Gemma3ForConditionalGeneration"]
                               ).save_pretrained(tmp_path)
@@ -39,13 +38,14 @@ def test_a_plan_reads_a_configuration_and_nothing_else(tmp_path):
     # q; k and v; o; gate, up and down
     sizes = [2560 + 2048, 2 * (2560 + 1024), 2048 + 2560, 3 * (2560 + 10240)]
     trained = 8 * sum(sizes) * 22                               # rank 8, blocks 6 to 27
-    assert all(x in out["adapted"] for x in ("154 modules", "blocks 6-27", f"{trained:,} trained"))
+    assert "154 modules" in out["adapted"] and "blocks 6-27" in out["adapted"]
+    assert f"{trained:,} trained" in out["adapted"]
     weights = 262208 * 2560 + 34 * (2560 * (2 * 2048 + 2 * 1024) + 3 * 2560 * 10240)
     found = float(re.search(r"weights (\S+)", out["memory"])[1])
     assert found == pytest.approx(2 * weights / 1e9, rel=0.01)
     stages = dict(re.findall(r"(\w+) ([0-9.]+)", out["memory"].split("GB: ")[1]))
-    assert set(stages) == {"weights", "generation", "filter", "probe",
-                           "heal"} and all(float(x) >= found for x in stages.values())
+    assert set(stages) == {"weights", "generation", "filter", "probe", "heal"}
+    assert all(float(x) >= found for x in stages.values())
     assert f"{4 * trained / 1e6:.1f} MB per" in out["disk"]
     assert "5,472 probe frames" in out["work"] and "GFLOP/s" in out["time"]
 
@@ -87,8 +87,10 @@ def test_the_plan_counts_parameters_and_keys_and_values_as_the_model_has_them(na
     with torch.no_grad():
         forward(lora_ids(1, 10), torch.ones(1, 10, dtype=torch.long), torch.arange(10)[None])
     stored = sum(x.numel() for layer in cache.layers for x in (layer.keys, layer.values))
-    n_all = sum(p.numel() for p in model.parameters())
-    assert (n["kv"] * len(blocks) * 10, n["parameters"], n["V"]) == (stored, n_all, len(tok))
+    assert (n["kv"] * len(blocks) * 10, n["parameters"], n["V"]) == (stored,
+                                                                     sum(p.numel()
+                                                                         for p in model.parameters()),
+                                                                     len(tok))
     inside = sum(p.numel() for p in blocks.parameters() if p.dim() > 1)
     # half of four experts of three matrices, in four blocks
     idle = 4 * 3 * 32 * 16 * 4 / 2 if "Moe" in name else 0

@@ -1,5 +1,4 @@
-"""Plan: what a run would adapt, keep in memory, write and compute, from a model's configuration and no
-weights.
+"""Plan: what a run would adapt, keep in memory, write and compute, from a configuration and no weights.
 
     python loop.py plan [MODEL] [--option value ...]        or a RUN folder, with its options
 
@@ -20,32 +19,33 @@ import heal
 import lora
 import steer
 from tools import model as models
+from tools import search
+from tools.student import N_DIARY, N_FORESEE, N_TOKENS, N_TRIAL
 
-N_DIARY = 6           # held-out prompts that each row of the table answers greedily beside its n_text samples
-N_READS = 3      # passes over each answer that score it: the base's nll, and the persona's and its opposite's
+N_WORST = 6                 # passes over each kept answer around healing: persona distance, worst of the kept
 TRIAL_SECONDS = 20.0        # longest trial with random weights, by the estimate from rates
 
 
-# ---- the cost model: weights, keys and operations, from shapes ---------------------------------------
+# ---- the cost model: weights, keys and operations, from shapes ---------------------------------------------
 
 
 def sizes(model) -> dict:
     """Counts of parameters and widths, all from shapes; of a mixture's experts the share that one token
     uses."""
     text, blocks = model.config.get_text_config(), steer.blocks(model)
-    n_experts = next((n for key in ("num_experts", "num_local_experts",
-                                    "n_routed_experts") if (n := getattr(text, key, 0))), 1)
+    n_experts = next((n for key in ("num_experts", "num_local_experts", "n_routed_experts")
+                      if (n := getattr(text, key, 0))), 1)
     share = (getattr(text, "num_experts_per_tok", 0) or 0) / n_experts
     heads = getattr(text, "num_attention_heads", 0)
     head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * len(blocks)
-    return dict(blocks=[sum(p.numel() * (share if ".experts." in name else 1)
-                            for name, p in block.named_parameters() if p.dim() > 1)
+    return dict(blocks=[sum(p.numel() * (share if ".experts." in name else 1) for name,
+                            p in block.named_parameters() if p.dim() > 1)
                         for block in blocks],
-                windows=[getattr(text, "sliding_window",
-                                 None) if "sliding" in kind else None for kind in kinds],
-                query=heads * head_dim, kv=2 * (getattr(text, "num_key_value_heads",
-                                                        None) or heads) * head_dim,
+                windows=[getattr(text, "sliding_window", None) if "sliding" in kind else None
+                         for kind in kinds],
+                query=heads * head_dim, kv=2 * (getattr(text, "num_key_value_heads", None)
+                                                or heads) * head_dim,
                 V=text.vocab_size, d=text.hidden_size, parameters=sum(p.numel() for p in model.parameters()),
                 inner=max((max(p.shape) for p in blocks[0].parameters() if p.dim() == 2),
                           default=text.hidden_size),
@@ -104,8 +104,8 @@ def rates(device: torch.device, dtype: torch.dtype) -> dict:
 
 def peaks_of(n: dict, n_trained: int, lora_blocks: int, *, width: int, quantized: bool, answer: int,
              prompt: int, frame: int,
-             gen_rows: int, nll_rows: int, probe_rows: int, heal_rows: int, n_samples: int) -> dict[str,
-                                                                                                    float]:
+             gen_rows: int, nll_rows: int, probe_rows: int, heal_rows: int,
+             n_samples: int) -> dict[str, float]:
     """Peak bytes of each stage: weights and adapters, and on top what one batch keeps.
 
     n: from `sizes`. width: bytes of a number. answer, prompt, frame: longest length in tokens of an answer,
@@ -130,7 +130,7 @@ def peaks_of(n: dict, n_trained: int, lora_blocks: int, *, width: int, quantized
             + heal_rows * answer * (12 * min(n["V"], heal.TILE) + 28 * n["d"])}
 
 
-# ---- seconds of a token read, of a decoding step and of a round's training ---------------------------
+# ---- seconds of a token read, of a decoding step and of a round's training ---------------------------------
 
 
 def free_bytes(device: torch.device) -> int:
@@ -162,7 +162,7 @@ def by_trial(model, stack, *, rows: int, length: int, cfg: heal.HealConfig, n_sa
         times, attn = [], torch.ones(batch, length + 4, dtype=torch.long, device=device)         # [B, T + 4]
         for i in range(5):                                      # the prompt, then four tokens
             past, start = (0, time.perf_counter()) if i == 0 else (length + i - 1, time.perf_counter())
-            at = torch.arange(past, length + i, device=device).expand(batch, -1)            # [B, T] or [B, 1]
+            at = torch.arange(past, length + i, device=device).expand(batch, -1)  # [B, T] or [B, 1]
             ids = forward(ids, attn[:, :length + i], at)[:, -1:].argmax(-1)                      # [B, 1]
             ids[0, 0].item()                                    # waits for a GPU
             times.append(time.perf_counter() - start)
@@ -171,8 +171,8 @@ def by_trial(model, stack, *, rows: int, length: int, cfg: heal.HealConfig, n_sa
         decode(1)                                               # warm
         (_, one), (read, many) = decode(1), decode(rows)
     slope = max(many - one, 0.0) / max(rows - 1, 1)
-    samples = [heal.Sample(torch.randint(vocab, (length,)).tolist(), length - answer,
-                           i) for i in range(cfg.heal_batch)]
+    samples = [heal.Sample(torch.randint(vocab, (length,)).tolist(), length - answer, i)
+               for i in range(cfg.heal_batch)]
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the barrier")        # of no meaning here
@@ -181,7 +181,7 @@ def by_trial(model, stack, *, rows: int, length: int, cfg: heal.HealConfig, n_sa
                 train=(time.perf_counter() - start) * n_samples / len(samples))
 
 
-# ---- the plan ----------------------------------------------------------------------------------------
+# ---- the plan ----------------------------------------------------------------------------------------------
 
 
 def tokens_of(text: str) -> int:
@@ -202,11 +202,11 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
     with models.named_errors(model, "its config.json"):
         with torch.device("meta"):
             made = getattr(kind, "from_config", kind)(config)   # the Auto class, or the model's own
-        made.tie_weights()                          # transformers 5.0 leaves that out where nothing is loaded
+        made.tie_weights()  # transformers 5.0 leaves that out where nothing is loaded
         n, n_blocks = sizes(made), len(steer.blocks(made))
     if r > n["d"]:
         raise ValueError(f"--r {r}: more than the model's width {n['d']}, which a rank cannot pass")
-    layers = steer.band(n_blocks, *lora_band)
+    layers = search.band(n_blocks, *lora_band)
     stack = lora.attach(made, r=r, alpha=alpha, layers=layers)
     n_trained = sum(p.numel() for p in stack.parameters())
 
@@ -217,14 +217,20 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
     longest = max(map(tokens_of, persona["pos"] + persona["neg"])) + max(map(tokens_of, prompts))
     asked = [tokens_of(evalmfv.question(v["text"], evalmfv.FOUNDATIONS)) for v in inputs["vignettes"]]
     n_rows = 2 + 2 * rounds                                                         # of the table
-    # as find_dose asks, a bound not met
-    search = [] if coeff else [4 * steer.N_PROBE] + [2 * steer.N_PROBE] * 3
-    # answers asked for at once
-    batches = [n_make] * 2 + rounds * (search + [n_make]) + n_rows * [n_text, N_DIARY]
+    # as find_dose asks while its bound is not met
+    searched = [] if coeff else [4 * search.N_PROBE] + [2 * search.N_PROBE] * 3
+    measured = n_rows * [n_text, N_DIARY]
+    batches = ([min(n_make, N_TRIAL)] * len(search.TEMPERATURES) + [n_make] * 2 + [N_FORESEE]
+               + rounds * (searched + [n_make]) + measured)  # answers asked for at once
     n_answers, n_frames = sum(batches), 2 * len(asked) * n_rows
     n_steps = rounds * epochs * math.ceil(n_make / heal_batch)
     decoded = n_answers * answer + n_frames * think_tokens
-    read = (n_answers * N_READS * (prompt + answer) + 2 * n_rows * sum(asked)
+    n_meter = len(persona["meter_pos"]) + len(persona["meter_neg"])
+    short, long = prompt + answer, system + prompt + answer  # tokens, bare and prompted
+    n_metered = rounds * sum(searched) + n_rows * n_text
+    n_foreseen = N_FORESEE * (2 + n_meter + 6 * len(search.bands_of(n_blocks)))      # six doses of each band
+    read = (n_answers * (prompt + short + long) + n_metered * n_meter * long        # asked, scored, metered
+            + rounds * N_WORST * n_make * short + n_foreseen * (prompt + N_TOKENS) + 2 * n_rows * sum(asked)
             + (rounds + 1) * 2 * len(inputs["contexts"]) * (system + prompt))
     trained = epochs * n_make * (prompt + answer)                                   # a round's
 
@@ -239,10 +245,10 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
     machine, sample = rates(place, number), prompt + answer
     pace, how = by_rates(n, machine, peaks["weights"], rows=rows, length=sample, trained=trained), (
         f"by the {machine['flops'] / 1e9:,.0f} GFLOP/s of a product and the {machine['bytes'] / 1e9:,.0f} "
-        "GB/s of a copy here")
+        f"GB/s of a copy here")
     trial = rows * sample * pace["read"] + 8 * pace["step"](rows) + pace["train"] * heal_batch / n_make
-    fits = not quantize and device != "balanced" and 1.2 * max(peaks.values()) < free_bytes(place)
-    if fits and trial < TRIAL_SECONDS:
+    has_room = 1.2 * max(peaks.values()) < free_bytes(place)
+    if not quantize and device != "balanced" and has_room and trial < TRIAL_SECONDS:
         real = getattr(kind, "from_config", kind)(config).to(place, number).eval()
         cfg = heal.HealConfig(lr=1e-5, tau=1e-3, reg=reg, epochs=epochs, heal_batch=heal_batch,
                               pass_tokens=pass_tokens)
@@ -250,18 +256,15 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
                         cfg=cfg, n_samples=n_make,
                         answer=answer)
         how = "by a trial of random weights here"
-    parts = {"answers": answer * sum(math.ceil(size / rows) * pace["step"](min(size,
-                                                                               rows)) for size in batches),
-             "probe": think_tokens * n_rows * math.ceil(2 * len(asked) / probe_rows)
-             * pace["step"](probe_rows),
+    parts = {"answers": answer * sum(math.ceil(size / rows) * pace["step"](min(size, rows))
+                                     for size in batches),
+             "probe": think_tokens * n_rows
+             * math.ceil(2 * len(asked) / probe_rows) * pace["step"](probe_rows),
              "reading": read * pace["read"], "healing": rounds * pace["train"]}
     seconds = sum(parts.values())
-    spell = f"{seconds / 3600:.1f} hours" if seconds > 7200 else f"{math.ceil(seconds / 60)} minutes"
-    shares = "  ".join(f"{part} {x / seconds:.0%}" for part, x in parts.items())
-    spell = f"{seconds / 3600:.1f} hours" if seconds > 7200 else f"{math.ceil(seconds / 60)} minutes"
-    shares = "  ".join(f"{part} {x / seconds:.0%}" for part, x in parts.items())
-    name, modules = str(number).removeprefix("torch."), sorted({name.rsplit(".",
-                                                                            1)[-1] for name in stack.layers})
+    name, modules = str(number).removeprefix("torch."), sorted({name.rsplit(".", 1)[-1]
+                                                                for name in stack.layers})
+    duration = f"{seconds / 3600:.1f} hours" if seconds > 7200 else f"{math.ceil(seconds / 60)} minutes"
     lines = {
         "model": f"{model}: {type(made).__name__}, {n_blocks} blocks of width {n['d']}, vocabulary "
                  f"{n['V']:,}, {n['parameters']:,} parameters",
@@ -271,14 +274,16 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
         "note": stack.note,
         "memory": f"peak on {place.type} in {'4 bits' if quantize else name}, GB: "
                   + "  ".join(f"{stage} {peak / 1e9:.2f}" for stage, peak in peaks.items()),
-        "disk": f"{4 * n_trained / 1e6:.1f} MB per accepted round, {4 * n_trained * rounds / 1e6:.1f} MB "
-                f"for {rounds}",
-        "work": f"{n_answers:,} answers, {n_frames:,} probe frames, {n_steps:,} training steps; thousands "
-                "of tokens: decoded "
+        "disk": f"{4 * n_trained / 1e6:.1f} MB per accepted round, {4 * n_trained * rounds / 1e6:.1f} MB for "
+                f"{rounds}",
+        "work": f"{n_answers:,} answers, {n_frames:,} probe frames, {n_steps:,} training steps; thousands of "
+                f"tokens: decoded "
                 f"{decoded / 1e3:,.0f}  read {read / 1e3:,.0f}  trained {rounds * trained / 1e3:,.0f}",
-        "time": f"about {spell} on this {place.type}, {how}: {shares}",
+        "time": f"about {duration} on this "
+                f"{place.type}, {how}: " + "  ".join(f"{part} {x / seconds:.0%}" for part,
+                                                     x in parts.items()),
         "assumed": f"every round accepted, every answer {answer} tokens long, four characters to a token, "
-                   "attention to all of the text"}
+                   f"attention to all of the text"}
     return [f"{word:9s} {line}" for word, line in lines.items() if line]
 
 

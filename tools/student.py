@@ -14,6 +14,7 @@ import torch
 import evalmfv
 import heal
 import steer
+from tools import search
 from tools.folder import inert, plain
 from tools.screen import Screen
 
@@ -113,11 +114,11 @@ class Student:
     def calibrate(self, n: int, temperature: float | None) -> dict:
         """The sampling temperature and the filter's limits, from n answers of the base to training prompts
         and n of the prompted base. `own_ids`, `own_nll`: both, what free text is held against."""
-        for self.sampling["temperature"] in [temperature] if temperature else steer.TEMPERATURES:
+        for self.sampling["temperature"] in [temperature] if temperature else search.TEMPERATURES:
             trial = self.answers(self.spread(min(n, N_TRIAL)), "temperature", None)
             with self.stack.gated(0, 0):
                 calm = torch.cat(steer.token_nll(self.model, trial, pad_id=self.pad_id)).mean().item()
-            if calm <= steer.MAX_NLL:
+            if calm <= search.MAX_NLL:
                 break
         own = self.answers(self.spread(n), "own", None)
         # the trait itself is no incoherence: what the prompted base says must pass the filter too
@@ -142,19 +143,19 @@ class Student:
                                        persona["meter_neg"], vectors, cells)
         (_, own), (_, prompted) = foresee([])
         limit = max(1.1 * own, prompted)
-        chosen, ranked = steer.find_band(lambda cells: foresee(cells)[2:], bands, limit)
+        chosen, ranked = search.find_band(lambda cells: foresee(cells)[2:], bands, limit)
         return dict(steer=chosen, limit=limit,
                     trials=[dict(band=band, ratio=effect, coeff=dose) for band, effect, dose in ranked])
 
     def tries(self, rnd: int, limits: steer.Limits, vectors: dict, trials: list, last: list, *, system=""):
-        """What `steer.find_dose` asks of each dose: the trait of the answers that pass, and their share.
+        """What `search.find_dose` asks of each dose: the trait of the answers that pass, and their share.
 
         All doses of a step are one batch with the same draws. Appends {coeff, ratio, survive} to trials, and
         keeps the answers at the last dose in `last`.
         """
         rng = torch.Generator().manual_seed(stage_seed(self.seed, rnd, "probed prompts"))
         order = torch.randperm(len(self.train), generator=rng).tolist()
-        probed = [self.train[i] for i in order[:steer.N_PROBE]]
+        probed = [self.train[i] for i in order[:search.N_PROBE]]
         n, seed = len(probed), stage_seed(self.seed, rnd, "probe")
 
         def try_doses(coeffs):

@@ -1,0 +1,66 @@
+"""Tests of tools/search.py on surfaces of effect and survival that are known."""
+import math
+
+import pytest
+
+from tools.search import band, bands_of, find_band, find_dose
+
+
+def test_find_band_takes_the_most_effect_within_the_limit_whatever_dose_it_takes():
+    cells = {((1,), 1.0): (1.0, 0.1), ((1,), 2.0): (3.0, 0.9), ((2,), 1.0): (0.5, 0.1), ((2,), 2.0): (2.0, 0.5),
+             ((3,), 1.0): (9.0, 2.0), ((3,), 2.0): (9.0, 3.0)}
+
+    def try_cells(asked):
+        return [cells[tuple(band), dose] for band, dose in asked]
+    chosen, ranked = find_band(try_cells, [[1], [2], [3]], 0.5, doses=(1.0, 2.0))
+    assert (chosen, ranked) == ([2], [([1], 1.0, 1.0), ([2], 2.0, 2.0)])        # not the third, at any dose
+    with pytest.raises(RuntimeError, match="every band does more damage than 0.05"):
+        find_band(try_cells, [[1], [2]], 0.05, doses=(1.0, 2.0))
+
+
+def steer_doses(effect, survive):
+    batches = []
+
+    def try_doses(doses):
+        batches.append(len(doses))
+        return [(effect(dose), survive(dose)) for dose in doses]
+    return *find_dose(try_doses), batches
+
+
+@pytest.mark.parametrize("peak", [0.7, 3.0, 20.0])
+def test_find_dose_finds_a_peak_below_or_above_one_wherever_the_filter_lets_it(peak):
+    dose, trials, bound, batches = steer_doses(lambda x: -math.log(x / peak) ** 2, lambda x: float(x < 40))
+    assert abs(math.log2(dose / peak)) < 0.26 and bound == "" and batches[0] == 4   # within a quarter octave
+    assert dose == max(trials, key=lambda t: (t[2] >= 0.5, t[1]))[0]
+
+
+def test_find_dose_of_a_rising_effect_stops_where_answers_no_longer_survive():
+    dose, trials, bound, _ = steer_doses(math.log, lambda x: 1 / (1 + (x / 5) ** 8))
+    assert 5 / 2 ** 0.5 < dose <= 5 and bound == "" and max(d for d, _, _ in trials) >= 8
+
+
+def test_find_dose_says_which_bound_it_hit_and_that_nothing_survives():
+    assert steer_doses(lambda x: -x, lambda x: 1.0)[::2][0] == 0.25
+    assert steer_doses(lambda x: -x, lambda x: 1.0)[2] == "coeff_min"
+    dose, _, bound, _ = steer_doses(lambda x: x, lambda x: 1.0)
+    assert bound == "coeff_max" and 16 < dose <= 64
+    with pytest.raises(RuntimeError, match="no dose survives: at 0.25, 20% of answers pass the filter, need 50%"):
+        steer_doses(lambda x: x, lambda x: 0.2)
+    dose, _, _, _ = steer_doses(lambda x: x, lambda x: float(0.9 < x < 1.1))       # not monotone: one island
+    assert 0.9 < dose < 1.1
+
+
+def test_band_is_every_block_whose_depth_overlaps():
+    assert band(7, 0.45, 0.55) == [3] and band(34, 0.45, 0.55) == [15, 16, 17, 18]
+    assert band(100, 0.45, 0.55) == list(range(45, 55)) and band(10, 0.0, 1.0) == list(range(10))
+    assert all(band(n, 0.5, 0.501) for n in range(1, 200))
+    for lo, hi in ((0.5, 0.5), (0.6, 0.5), (-0.1, 0.5), (0.5, 1.1)):
+        with pytest.raises(ValueError, match="depth band"):
+            band(7, lo, hi)
+
+
+def test_candidate_bands_are_side_by_side_within_the_model():
+    for n in (1, 4, 7, 30, 34):
+        found = bands_of(n)
+        flat = [i for each in found for i in each]
+        assert flat == list(range(flat[0], flat[-1] + 1)) and flat[-1] < n
