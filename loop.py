@@ -216,8 +216,8 @@ class Run:
 
     def chosen(self) -> dict:
         """Which blocks are steered: {steer, trials}."""
-        is_given = len(self.bands) == 1
-        return dict(steer=self.bands[0], trials=[]) if is_given else self.student.band(self.bands, self.origin)
+        given = dict(steer=self.bands[0], trials=[])
+        return given if len(self.bands) == 1 else self.student.band(self.bands, self.origin)
 
     def row(self, kind: str, rnd: int | None, label: str, **how) -> dict:
         """A row of the table, from the journal or measured now."""
