@@ -28,7 +28,7 @@ import steer                                                    # noqa: E402
 from innerpissa import contrast, dilemmas, dose, extract, rivals, spin      # noqa: E402
 from innerpissa.dilemmas import table                           # noqa: E402
 from lora import check_ranges, opt                              # noqa: E402
-from tools import export, folder, inputs, model as models, options          # noqa: E402
+from tools import export, folder, inputs, model as models, options, search  # noqa: E402
 from tools.rounds import Rounds                                 # noqa: E402
 from tools.screen import Screen                                 # noqa: E402
 from tools.student import Student                               # noqa: E402
@@ -87,7 +87,7 @@ class Bench:
         self.persona, self.pad_id = given["persona"], steer.pad_of(tok, model)
         n_blocks = len(steer.blocks(model))
         self.block = min(int(ccfg.read * n_blocks), n_blocks - 1)
-        self.layers = steer.band(n_blocks, *cfg.band)
+        self.layers = search.band(n_blocks, *cfg.band)
         self.targets = [m.strip() for m in cfg.modules.split(",") if m.strip()] or None
         least = min(min(lora.sizes(m)) for m in spin.linears(model, self.layers, self.targets).values())
         if scfg.r > least:                                  # said before the model speaks
