@@ -83,11 +83,9 @@ CARD = """---
 {front}
 ---
 
-# {base}, steered to {persona} and healed
+# {base}, {done}
 
-{what}: rounds {rounds} of steer, filter, heal, fold.
-A persona vector steered the model, and its coherent answers were distilled into LoRA weights.
-{barrier}
+{what}: {how}
 {refused}
 ## Persona pair
 
@@ -163,13 +161,16 @@ def model_card(record: folder.Record, base: Base, rounds: list[int], words: list
     shown = base._replace(where=fenced(base.name), commit=fenced(base.commit))
     pinned = json.dumps(shown.where) + (f", revision={json.dumps(shown.commit)}" if base.commit else "")
     load = "model = AutoModelForCausalLM.from_pretrained"
+    whom = "a persona of its own" if options["pos"] else safe(options["persona"])
     why, code = refusal(record, rounds[-1]), run.get("git") or ""
     return CARD.format(
         front="\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()),
-        base=safe(base.name), persona="a persona of its own" if options["pos"] else safe(options["persona"]),
+        base=safe(base.name), done=f"turned to {whom}" if run.get("how") else f"steered to {whom} and healed",
         what=("A LoRA adapter for " if is_peft else "A merged checkpoint of ") + safe(base.name)
         + (f" at revision {safe(base.commit)}" if base.commit else ""),
-        rounds=", ".join(map(str, rounds)), barrier=barrier_line(record, rounds),
+        how=safe(run["how"]) if run.get("how") else
+        f"rounds {', '.join(map(str, rounds))} of steer, filter, heal, fold.\nA persona vector steered the "
+        f"model, and its coherent answers were distilled into LoRA weights.\n{barrier_line(record, rounds)}",
         refused=why and f"\nRound {rounds[-1]} did not pass the run's own acceptance check: {safe(why)}.\n",
         pair="\n".join(f"- {side}: {safe(text)}" for side, texts in sides.items() for text in texts),
         trait="" if persona["target"] is None else
