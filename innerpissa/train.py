@@ -236,7 +236,8 @@ def rows_of(bench: Bench, method: str) -> tuple[list, list, dict | None]:
         score, scale, moved = found[-1]
         flipped = "  flipped" * bool(said["record"] and said["record"]["flipped"])
         bench.screen.say(method, seed, f"score {score.score:.3f}  slope {score.slope:+.3f}  scale {scale:g}  "
-                         f"symmetry {score.symmetry:.2f}  transfer {moved.slopes[bench.target]:+.3f}{flipped}")
+                         f"symmetry {score.symmetry:.2f}  "
+                         f"transfer {moved.slopes[bench.target]:+.3f}{flipped}")
     return found, parities, first
 
 
@@ -267,7 +268,8 @@ def train(cfg: TrainConfig, scfg: spin.SpinConfig, ccfg: contrast.ContrastConfig
     finally:                                                # what is finished is shown, whatever ends it
         if scores:
             print(f"\ndose response of {target}, {cfg.n_seeds} seeds, {len(bench.questions)} items, nats\n"
-                  f"{table(DOSE_HEAD, scores)}\n\ntransfer to {len(items)} items at the scale that was chosen\n"
+                  f"{table(DOSE_HEAD, scores)}\n\n"
+                 f"transfer to {len(items)} items at the scale that was chosen\n"
                   f"{table(dilemmas.COLUMNS, moves)}", flush=True)
     if first and cfg.out:
         values = {f.name: getattr(c, f.name) for c in (cfg, scfg, ccfg) for f in fields(c)}
