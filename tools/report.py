@@ -45,7 +45,8 @@ RUN = dict(status=str, reason=str, command=str, started=float, seconds=float, st
 EVENTS = dict(
     layers=dict(steer=[float], lora=[float]), limits=dict(limits={str: float}), tau=dict(tau=float),
     row=dict(kind=str, trait=float, trait_se=float, share=float, share_se=float, persona_ratio=float,
-             persona_ratio_se=float, text=float, text_se=float, coherence=float, shift=dict(off_target=float, moved={str: float}),
+             persona_ratio_se=float, text=float, text_se=float, coherence=float,
+             shift=dict(off_target=float, moved={str: float}),
              probe=dict(p=[[float]], counted=[float], nats={str: float}),
              diary=[dict(prompt=str, text=str, coherence=float)]),
     dose=dict(coeff=float), made={},
