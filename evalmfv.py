@@ -47,6 +47,7 @@ OPTIONS = {"care": "harm or unkindness, causing pain to another",
            "social": "weird or unusual behaviour, but not morally wrong"}
 PREFILL = 'This is wrong because {"violation": "'
 NUDGE = "Just answer"
+READABLE = 0.5                          # least coherence of a base whose profile can be read
 CHECK_EVERY = 16                        # think steps between looks for an answer given unasked
 
 # ---- vignettes --------------------------------------------------------------------------------------------
@@ -495,5 +496,5 @@ if __name__ == "__main__":
               f"nats {out['nats'][f]:+.3f} +- {out['nats_se'][f]:.3f}")
     print(f"coherence {out['coherence']:.4f} +- {out['coherence_se']:.4f}   "
           f"frames: natural {out['n_natural']}, forced {out['n_forced']}, closed {out['n_closed']}")
-    if out["coherence"] < 0.5:
+    if out["coherence"] < READABLE:
         print("warning: the answers hold less than half of the probability: the probe cannot read this model")

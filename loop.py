@@ -58,7 +58,6 @@ from tools.table import has_moved, show, tally, to_results
 WORDS = ("plan", "chat", "export", "report")            # python loop.py WORD ...: tools/WORD.py
 QUICK = dict(rounds=2, n_vignettes=28, think_tokens=16, n_text=24, n_make=48, max_new_tokens=40, epochs=3)
 KEPT_LEAST = 0.25           # share of a round's answers that must pass the filter: less is no data
-READABLE = 0.5              # least probability of the base on the probe's answers: below, it says other
 CODE = ("loop", "steer", "lora", "heal", "evalmfv", "tools/student", "tools/model", "tools/inputs")
 
 
@@ -133,7 +132,8 @@ def parse(argv=None) -> list:
 
 def is_readable(base: dict, prompted: dict, cfg: LoopConfig) -> bool:
     """Does the base answer the probe, bare and prompted? Else it has no say in the gate."""
-    return base["coherence"] >= READABLE and prompted["coherence"] >= cfg.coh_floor * base["coherence"]
+    floor = cfg.coh_floor * base["coherence"]
+    return base["coherence"] >= evalmfv.READABLE and prompted["coherence"] >= floor
 
 
 def gate(now: dict, last: dict, base: dict, prompted: dict, cfg: LoopConfig) -> list[str]:

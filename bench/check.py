@@ -20,6 +20,7 @@ import steer                                            # noqa: E402
 import world                                            # noqa: E402
 from tools import folder, model as models               # noqa: E402
 from tools.export import restack                        # noqa: E402
+from tools.rounds import read_vectors                   # noqa: E402
 
 FRESH = 987_654_321                                     # no stage of a run draws from this seed
 
@@ -39,10 +40,9 @@ def check(path: str, n: int) -> list[dict]:
     files = record.adapters()
     stack = restack(model, list(files.values())) if files else lora.attach(model, r=1, alpha=1, layers=[0])
     first = min(int(p.name) for p in (record.path / "rounds").iterdir())
-    tensors, notes = folder.read_tensors(record.path / "rounds" / f"{first:02d}" / "vectors.safetensors")
-    night = {int(name.removeprefix("layer.")): v for name, v in tensors.items()}
+    night, coeff, _ = read_vectors(record.path / "rounds" / f"{first:02d}" / "vectors.safetensors")
     rows = {"base": (0, {}), "persona prompt": (0, dict(system=persona["pos"][0])),
-            f"steering, night {first}": (0, dict(vectors=night, coeffs=[float(notes["coeff"])] * n))}
+            f"steering, night {first}": (0, dict(vectors=night, coeffs=[coeff] * n))}
     if files:
         rows[f"day {max(files)}"] = (1, {})
     asked, found, base, prompted = run["items"]["held_out"], [], None, None

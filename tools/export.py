@@ -32,6 +32,7 @@ import lora
 import steer
 from tools import folder, model as models
 from tools.card import Base, last_part, model_card, refusal, serve_line
+from tools.rounds import read_vectors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FROM_BASE = ("generation_config.json", "processor_config.json", "preprocessor_config.json",
@@ -296,17 +297,6 @@ def save_vectors(path, vectors: dict[int, Tensor], coeff: float, notes: dict[str
     """`layer.N` [d] float32, raw v; coeff and notes as metadata: steered(model, *read_vectors(path)[:2])."""
     tensors = {f"layer.{layer}": v.float().cpu().contiguous() for layer, v in vectors.items()}
     folder.save_tensors(path, tensors, notes | {"coeff": repr(coeff)})
-
-
-def read_vectors(path) -> tuple[dict[int, Tensor], float | None, dict[str, str]]:
-    """Vectors, coeff and notes of a file of `save_vectors` or of a round; coeff None if the file has none."""
-    tensors, notes = folder.read_tensors(path)
-    try:
-        vectors = {int(key.removeprefix("layer.")): v for key, v in tensors.items()}
-        coeff = float(notes.pop("coeff")) if "coeff" in notes else None
-    except ValueError as error:
-        raise ValueError(f"{path}: no file of steering vectors ({error})") from None
-    return vectors, coeff, notes
 
 
 def save_gguf(path, vectors: dict[int, Tensor], coeff: float, model_type: str, notes: dict[str, str]) -> None:

@@ -23,11 +23,10 @@ import time
 import urllib.parse
 from pathlib import Path
 
+from evalmfv import FOUNDATIONS, READABLE
 from tools.folder import inert, read, write_whole
 from tools.svg import MARKS, Plot, esc, swatch
 
-FOUNDATIONS = ("care", "fairness", "loyalty", "authority", "sanctity", "liberty", "social")
-READABLE = 0.5            # what a base gives to the probe's allowed answers; under it their nats say nothing
 RULES = {"worst_window": "a stretch of tokens that the base finds too surprising (nats per token)",
          "ppl_tail": "an ending that the base finds too surprising (perplexity of the last quarter)",
          "ngram": "phrases repeated (share of n-grams seen shortly before)",

@@ -7,6 +7,17 @@ from torch import Tensor
 from tools.folder import Folder, read_tensors, save_tensors
 
 
+def read_vectors(path) -> tuple[dict[int, Tensor], float | None, dict[str, str]]:
+    """Vectors, coeff (None if there is none) and notes of a file of a round or of `export --to vectors`."""
+    tensors, notes = read_tensors(path)
+    try:
+        vectors = {int(key.removeprefix("layer.")): v for key, v in tensors.items()}
+        coeff = float(notes.pop("coeff")) if "coeff" in notes else None
+    except ValueError as error:
+        raise ValueError(f"{path}: no file of steering vectors ({error})") from None
+    return vectors, coeff, notes
+
+
 class Rounds:
     """Writes whole files before their events, and reads them back for a run that goes on."""
 
@@ -26,9 +37,8 @@ class Rounds:
 
     def steering(self, rnd: int) -> dict:
         """{vectors, coeff} of a round whose dose is settled."""
-        tensors, notes = read_tensors(self.path(rnd, "vectors"))
-        return dict(vectors={int(name.removeprefix("layer.")): v for name, v in tensors.items()},
-                    coeff=float(notes.get("coeff", "nan")))
+        vectors, coeff, _ = read_vectors(self.path(rnd, "vectors"))
+        return dict(vectors=vectors, coeff=coeff)
 
     def adapter(self, rnd: int) -> dict[str, Tensor]:
         path = self.path(rnd, "adapter")                # renamed, if refused and then killed
