@@ -1,58 +1,45 @@
-"""Plot: a small line chart as SVG, readable on light and dark pages. No packages."""
+"""Plot: a small line chart as SVG, readable on light and dark pages. Scales and ticks are the report's."""
 import html
-import math
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.svg import Scale, tick                               # noqa: E402
 
 # Okabe and Ito: safe for colour-blind readers
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+STYLE = ("<style>text{fill:#333}line{stroke:#999}@media(prefers-color-scheme:dark){text{fill:#ddd}}</style>")
 
 
 def svg_lines(path, title: str, x_label: str, y_label: str, lines: dict[str, list[tuple[float, float]]],
               log: bool = True) -> None:
-    """One line per name through its (x, y) points, labelled at its end; both axes logarithmic unless
-    log=False."""
+    """One line per name through its (x, y) points, labelled at its end; both axes are logarithmic if log."""
     width, height, left, right, top, bottom = 560, 320, 70, 150, 40, 50
-    def scale(x):
-        return math.log10(x) if log else x
-    xs, ys = ([scale(p[i]) for line in lines.values() for p in line] for i in (0, 1))
-    low, high = (min(ys), max(ys)) if log else (0.0, max(ys) * 1.05)
-    low, high = (low - 0.1, high + 0.1) if log else (low, high)
+    points = [p for line in lines.values() for p in line]
+    x = Scale([p[0] for p in points], left, width - right, log, 0.0)
+    y = Scale([p[1] for p in points], height - bottom, top, log)
+    floor, middle = height - bottom, (top + height - bottom) / 2
 
-    def at(p):
-        x = left + (scale(p[0]) - min(xs)) / (max(xs) - min(xs) or 1) * (width - left - right)
-        return x, height - bottom - (scale(p[1]) - low) / (high - low or 1) * (height - top - bottom)
+    def text(at_x, at_y, words, more="", anchor="middle"):
+        at = f'x="{at_x:.1f}" y="{at_y:.1f}" text-anchor="{anchor}" {more}'
+        return f"<text {at}>{html.escape(words)}</text>"
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-           'font-family="sans-serif" font-size="12">',
-           f"<title>{html.escape(title)}</title>",
-           "<style>text{fill:#333}line{stroke:#999}"
-           "@media(prefers-color-scheme:dark){text{fill:#ddd}}</style>",
-           f'<text x="{left}" y="20" font-size="14">{html.escape(title)}</text>',
-           f'<text x="{(left + width - right) / 2}" y="{height - 10}" '
-           f'text-anchor="middle">{html.escape(x_label)}</text>',
-           f'<text x="15" y="{height / 2}" text-anchor="middle" transform="rotate(-90 15 '
-           f'{height / 2})">{html.escape(y_label)}</text>',
-           f'<line x1="{left}" y1="{height - bottom}" x2="{width - right}" y2="{height - bottom}"/>',
-           f'<line x1="{left}" y1="{top}" x2="{left}" y2="{height - bottom}"/>']
-    for x in sorted({p[0] for line in lines.values() for p in line}):
-        px = at((x, 10 ** high if log else high))[0]
-        out.append(f'<text x="{px:.1f}" y="{height - bottom + 16}" text-anchor="middle">{x:g}</text>'
-                   if x < 10000 else
-                   f'<text x="{px:.1f}" y="{height - bottom + 16}" '
-                   f'text-anchor="middle">{x / 1024:.0f}k</text>')
-    ticks = [10.0 ** k * m for k in range(math.floor(low),
-                                          math.ceil(high) + 1)
-             for m in (1, 2, 5)] if log else [high * i / 4 for i in range(5)]
-    for y in ticks:
-        if low <= scale(y) <= high:
-            py = at((min(p[0] for line in lines.values() for p in line), y))[1]
-            out.append(f'<text x="{left - 6}" y="{py + 4:.1f}" text-anchor="end">{y:.3g}</text>')
-            out.append(f'<line x1="{left - 3}" y1="{py:.1f}" x2="{left}" y2="{py:.1f}"/>')
+           'font-family="sans-serif" font-size="12">', f"<title>{html.escape(title)}</title>", STYLE,
+           text(left, 20, title, 'font-size="14"', "start"),
+           text((left + width - right) / 2, height - 10, x_label),
+           text(15, middle, y_label, f'transform="rotate(-90 15 {middle})"'),
+           f'<line x1="{left}" y1="{floor}" x2="{width - right}" y2="{floor}"/>']
+    for v in x.ticks():
+        out.append(text(x(v), floor + 16, tick(v) if v < 10_000 else f"{v / 1024:.0f}k"))
+    for v in y.ticks():
+        out += [text(left - 6, y(v) + 4, tick(v), anchor="end"),
+                f'<line x1="{left - 3}" y1="{y(v)}" x2="{left}" y2="{y(v)}"/>']
     for (name, line), colour in zip(lines.items(), COLOURS):
-        points = [at(p) for p in line]
-        out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" '
-                   f'points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>')
-        out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
-        out.append(f'<text x="{points[-1][0] + 8:.1f}" y="{points[-1][1] + 4:.1f}" '
-                   f'style="fill:{colour}">{html.escape(name)}</text>')
+        at = [(x(a), y(b)) for a, b in line]
+        path_of = " ".join(f"{a:.1f},{b:.1f}" for a, b in at)
+        out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{path_of}"/>')
+        out += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in at]
+        out.append(text(at[-1][0] + 8, at[-1][1] + 4, name, f'style="fill:{colour}"', "start"))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("\n".join([*out, "</svg>"]) + "\n", encoding="utf-8")

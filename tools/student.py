@@ -192,11 +192,12 @@ class Student:
         texts = self.answers(asked, kind, rnd, **sampler)
         diary = self.answers(self.held_out[:N_DIARY], kind, rnd, greedy=True, **sampler)
 
-        def coherent(said):
-            return evalmfv.free_text([c.ids for c in said], self.yardstick(said, self.held_out), *own)
-        free, told, ratios = coherent(texts), coherent(diary), self.ratios(texts, self.held_out)
+        nlls, ratios = self.yardstick(texts + diary, self.held_out), self.ratios(texts, self.held_out)
+        free, told = (evalmfv.free_text([c.ids for c in said], found, *own)
+                      for said, found in ((texts, nlls[:len(texts)]), (diary, nlls[len(texts):])))
         row = dict(label=label, probe=probe, nats=probe["nats"], coherence=probe["coherence"], coeff=coeff,
-                   text=free["score"], text_se=free["se"], texts=[c.text for c in texts], ratios=ratios,
+                   text=free["score"], text_se=free["se"], texts=[c.text for c in texts],
+                   windows=free["per_item"], nll=torch.cat(nlls[:len(texts)]).mean(), ratios=ratios,
                    persona_ratio=ratios.mean(), persona_ratio_se=evalmfv.standard_error(ratios),
                    **self.share(kind, ratios, base, prompted),
                    diary=[dict(prompt=self.held_out[c.prompt], text=c.text, coherence=share)
