@@ -1,16 +1,16 @@
 """Experiment: arms x seeds, each an ordinary run folder, and what they say side by side.
 
-    python bench/experiment.py bench/grids/barrier.json             runs what is missing, then tables, plot
+    python bench/experiment.py bench/grids/barrier.json          runs what is missing, then tables, plot
     python bench/experiment.py bench/grids/barrier.json --tables    of the runs that are there
 
-    GRID.json   {"folder": "runs/barrier",                          where the runs lie, a folder per arm and seed
+    GRID.json   {"folder": "runs/barrier",                          a run folder per arm and seed
                  "argv": ["--rounds", "4", "--no-gate"],            what all arms have, for loop.py
                  "seeds": [0, 1, 2],
                  "arms": {"rmse": [], "mean": ["--kl-agg", "mean"], "none": ["--reg", "nll"]}}
 
 Two runs at a time, one thread each (two threads each slow one another up to ten times). A run that was cut
-off goes on where it stopped. Before anything is compared, run.json must say that two arms differ in the options
-which their lists name, and in nothing else: not in weights, data, versions or code.
+off goes on where it stopped. Before anything is compared, run.json must say that two arms differ in the
+options which their lists name, and in nothing else: not in weights, data, versions or code.
 
 The first arm is what the others are held against: their difference is a mean over the items of all seeds, its
 interval a bootstrap over seeds and, within a seed, over items, both paired (the same prompts and draws). A
