@@ -63,7 +63,7 @@ class HealConfig:
     lam_round_pow: float = opt(0.0, "in round k (from 0) the weight is lam * (1 + k) ** this", -10, 10)
     spectral: float = opt(0.0, "weight of the update's mean largest singular value", 0, 1e6)
     weight_decay: float = opt(0.0, "AdamW weight decay (per unit of lr)", 0, 1e6)
-    lr: float | None = opt(None, "peak learning rate, cosine to 0; none = 0.2 / the model's width", 1e-12, 1)
+    lr: float | None = opt(None, "peak learning rate, cosine to 0; none = 0.4 / the model's width", 1e-12, 1)
     epochs: int = opt(5, "passes over the training samples", 1, 1e4)
     heal_batch: int = opt(4, "samples per optimiser step", 1, 1e6)
     pass_tokens: int = opt(2048, "tokens per forward pass, at least a sample; moves memory only", 1, 1e9)
@@ -402,7 +402,7 @@ def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], referenc
                          "float32 with requires_grad (half precision rounds small updates away)")
     if tau is None or cfg.lr is None:
         raise ValueError(f"cfg.tau={tau}, cfg.lr={cfg.lr}: None is for the caller to calibrate; pass "
-                         "numbers, like dataclasses.replace(cfg, tau=0.5, lr=0.2 / width)")
+                         "numbers, like dataclasses.replace(cfg, tau=0.5, lr=0.4 / width)")
     if cfg.spectral and spectral is None:
         raise ValueError(f"cfg.spectral={cfg.spectral} needs spectral=, a callable giving a scalar tensor")
 

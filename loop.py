@@ -56,7 +56,7 @@ from tools.student import Student, stage_seed, why_dropped
 from tools.table import has_moved, show, tally, to_results
 
 WORDS = ("plan", "chat", "export", "report")            # python loop.py WORD ...: tools/WORD.py
-QUICK = dict(rounds=2, n_vignettes=28, think_tokens=16, n_text=24, n_make=48, max_new_tokens=40, epochs=3)
+QUICK = dict(rounds=2, n_vignettes=14, think_tokens=8, n_text=24, n_make=64, max_new_tokens=32, epochs=3)
 KEPT_LEAST = 0.25           # share of a round's answers that must pass the filter: less is no data
 CODE = ("loop", "steer", "lora", "heal", "evalmfv", "tools/student", "tools/model", "tools/inputs")
 
@@ -76,7 +76,7 @@ class LoopConfig:
     neg: str = opt("", "system prompt of its opposite")
     prompts: str = opt("", "text file, a prompt a line, every fourth held out; empty = the persona's")
     vignettes: str = opt("", "the probe's items, ours or the original's rows; empty = data/vignettes.jsonl")
-    rounds: int = opt(8, "rounds of steer, filter, heal, fold, eval", 1, 1e6)
+    rounds: int = opt(6, "rounds of steer, filter, heal, fold, eval", 1, 1e6)
     seed: int = opt(0, "every stage draws from its own generator, seeded by (seed, round, stage)")
     teacher: Literal["steer", "prompt", "both"] = opt(
         "steer", "whose answers are learned: the steered student's, those under the persona prompt (rival), "
@@ -88,7 +88,7 @@ class LoopConfig:
     coh_floor: float = opt(0.95, "lowest coherence that is accepted, as a share of the base's", 1e-6, 1)
     patience: int = opt(2, "stop after this many refused rounds in a row", 1, 1e6)
     think_tokens: int = opt(128, "tokens the model may think before the probe interrupts it", 1, 1e6)
-    n_text: int = opt(48, "sampled answers to held-out prompts behind trait meter and text coherence", 2, 1e6)
+    n_text: int = opt(96, "sampled answers to held-out prompts behind trait meter and text coherence", 2, 1e6)
     n_vignettes: int = opt(0, "items of the probe, evenly spread through the file; 0 = all", 0, 1e6)
     quick: bool = opt(False, "a preset for small machines: other defaults of " + ", ".join(QUICK))
     batch_size: int = opt(152, "rows of a batch of answers or probe frames, fewer without memory", 1, 1e6)
@@ -179,7 +179,7 @@ class Run:
         self.cfg, self.scfg, self.folder, self.screen = cfg, scfg, folder, folder.screen
         self.rounds = Rounds(folder)
         n_blocks, width = len(steer.blocks(model)), model.config.get_text_config().hidden_size
-        self.hcfg = dataclasses.replace(hcfg, lr=0.2 / width if hcfg.lr is None else hcfg.lr)
+        self.hcfg = dataclasses.replace(hcfg, lr=0.4 / width if hcfg.lr is None else hcfg.lr)
         persona = given["persona"]
         self.read = model, tok, persona["pos"], persona["neg"], given["contexts"]
         self.system = "" if cfg.teacher == "steer" else persona["pos"][0]

@@ -52,7 +52,7 @@ class SteerConfig:
     coeff: float | None = opt(
         None, "dose (multiples of v); default: the most effect that survives the filter", 1e-6, 1e6)
     min_survive: float = opt(0.5, "share of a dose's answers that must pass the filter", 1e-6, 1)
-    n_make: int = opt(128, "completions sampled per round", 1, 1e6)
+    n_make: int = opt(192, "completions sampled per round", 1, 1e6)
     max_new_tokens: int = opt(64, "longest completion (tokens)", 1, 1e6)
     temperature: float | None = opt(
         None, "sampling temperature; default: the highest that the model can bear", 1e-6, 1e6)

@@ -7,6 +7,7 @@ no ceiling at 1.0: a vector may be a hundredth of the state that it is added to.
 import math
 from typing import Callable
 
+NEAR = 1.3                  # doses so close are read together: one step of the finest grid, 2 ** (1/4)
 N_PROBE = 24                # answers per dose of the search: enough to tell .8 from .95 survival
 TEMPERATURES = 1.0, 0.7, 0.5        # the default is the first at which the base's own answers cost it at
 MAX_NLL = 1.5                       # most so many nats per token; SmolLM2-135M at 1.0: 1.9, and much nonsense
@@ -48,9 +49,15 @@ def find_dose(try_doses: Callable[[list[float]], list], *, min_survive: float = 
     """The dose with the most effect among those that survive, from coeff_min up to where the filter stops it.
 
     try_doses(doses) -> one (effect, share that survives) per dose: one batch. Doses double while the highest
-    survives, then the gaps beside the best are halved twice, in log(dose). Returns (dose, [(dose, effect,
-    share), ...], the bound it is: "coeff_min", "coeff_max" or ""). RuntimeError if none survives.
+    survives, then the gaps beside the best are halved twice, in log(dose). A dose is held against others by
+    the mean effect of all survivors within a factor of NEAR: on few answers neighbours differ by noise.
+    Returns (dose, [(dose, effect, share), ...], the bound it is: "coeff_min", "coeff_max" or "").
+    RuntimeError if none survives.
     """
+    def effect(dose):
+        near = [trials[other][0] for other in alive if dose / NEAR <= other <= dose * NEAR]
+        return sum(near) / len(near)
+
     trials, doses = {}, [coeff_min * 2 ** i for i in range(4)]
     while doses:
         trials |= zip(doses, try_doses(doses), strict=True)
@@ -61,7 +68,7 @@ def find_dose(try_doses: Callable[[list[float]], list], *, min_survive: float = 
         if not alive:
             raise RuntimeError(f"no dose survives: at {coeff_min:g}, {trials[coeff_min][1]:.0%} of answers "
                                f"pass the filter, need {min_survive:.0%}; lower --min-survive, give --coeff")
-        best, tried = max(alive, key=lambda dose: trials[dose][0]), sorted(trials)
+        best, tried = max(alive, key=effect), sorted(trials)
         if step < 2:
             doses = [math.sqrt(a * b) for a, b in zip(tried, tried[1:]) if best in (a, b)]
             trials |= zip(doses, try_doses(doses), strict=True)
