@@ -96,6 +96,7 @@ def check_apart(grid: dict, runs: dict) -> None:
     for (arm, seed), other in runs.items():
         x, y = facts(one), facts(other)
         may = {"seed", "out"} | named(first) | named(arm)
+        may |= {"items"} if "persona" in may else set()                 # a persona brings its own prompts
         if more := {k for k in x | y if x.get(k) != y.get(k)} - may:
             raise ValueError(f"{other.path} differs from {one.path} in {', '.join(sorted(more))}, which the "
                              f"arm {arm} does not name: remove it and run again")
@@ -179,7 +180,7 @@ def tables(grid: dict, runs: dict) -> str:
                for level in LEVELS for arm, found in days.items()]
     apart = []
     (first, ours), *others = days.items()
-    for arm, theirs in others:
+    for arm, theirs in others if "persona" not in json.dumps(grid["arms"]) else ():         # not paired
         both = [(a, b) for a, b in zip(theirs, ours) if len(a) > 1 and len(b) > 1]
         for name in both[0][0][-1]["items"] if both else ():
             ends = [(a[day]["items"][name], b[day]["items"][name])
