@@ -117,7 +117,7 @@ def parse(argv=None) -> list:
                epilog="; ".join(f"python loop.py {word} --help" for word in WORDS))
     try:
         args = options.command(GROUPS, FIRST, FREE, argv, preset=QUICK, **how,
-                               recorded_of=lambda path: files.read_for_more(path).run.get("options"))
+                               recorded_of=lambda path: files.read(path).run.get("options"))
         if args["tau"] is not None and args["reg"] == "nll":
             raise ValueError("--reg nll and --tau: without a barrier there is no tau; leave one out")
         if args["tau"] is not None and args["tau_scale"] != LoopConfig.tau_scale:

@@ -62,6 +62,7 @@ from steer import (
 from tools import folder as files                               # noqa: E402
 from tools import inputs, search                                # noqa: E402
 from tools import model as models                               # noqa: E402
+from tools.files import read_tensors                            # noqa: E402
 
 torch.set_num_threads(1)                              # small models: a second thread costs more
 
@@ -2636,7 +2637,7 @@ def test_the_saved_adapter_is_the_healed_model(finished, small_vignettes):
         again = evalmfv.evaluate(model, tok, vignettes, think_tokens=4, batch_size=152)["nats"]
         row = record.rows(kind)[0]["nats"]
         assert again["authority"] == pytest.approx(row["authority"], abs=1e-5), kind
-        stack.load_tensors(files.read_tensors(record.adapters()[0])[0])
+        stack.load_tensors(read_tensors(record.adapters()[0])[0])
     assert record.rows("healed")[0]["nats"]["authority"] != record.rows("base")[0]["nats"]["authority"]
 
 

@@ -30,8 +30,10 @@ from torch import Tensor, nn
 
 import lora
 import steer
-from tools import folder, model as models
+from tools import model as models
 from tools.card import Base, last_part, model_card, refusal, serve_line
+from tools.files import inert, one_line, read_tensors, save_tensors, write_whole
+from tools.record import Record, read
 from tools.rounds import read_vectors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -206,12 +208,12 @@ def write_peft(out, pairs: Pairs, proof: Witness, model, *, base: str, revision:
                   modules_to_save=None, init_lora_weights=True, rank_pattern={}, alpha_pattern={},
                   layers_to_transform=None, layers_pattern=None, auto_mapping=None)
     with whole_folder(out) as temporary:
-        folder.save_tensors(temporary / "adapter_model.safetensors", tensors, {"format": "pt"})
-        folder.write_whole(temporary / "adapter_config.json", json.dumps(config, indent=1).encode())
+        save_tensors(temporary / "adapter_model.safetensors", tensors, {"format": "pt"})
+        write_whole(temporary / "adapter_config.json", json.dumps(config, indent=1).encode())
         with adapted(model, read_peft(temporary)):
             found = logits_of(model, proof.prompts)
         check = prove(proof, found, dtype, rounded="update", target=target) | dict(rank=R)
-        folder.write_whole(temporary / "README.md", card(check).encode())
+        write_whole(temporary / "README.md", card(check).encode())
     return check
 
 
@@ -222,7 +224,7 @@ def read_peft(path) -> Pairs:
     """
     config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
     found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in folder.read_tensors(Path(path) / "adapter_model.safetensors")[0].items():
+    for key, tensor in read_tensors(Path(path) / "adapter_model.safetensors")[0].items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
         if not match:
             raise ValueError(f"{path}: {key} is not a LoRA weight of peft")
@@ -287,7 +289,7 @@ def write_merged(out, pairs: Pairs, proof: Witness, load: Callable, tok, *, dtyp
         if ours != theirs:
             raise RuntimeError(f"the tokenizer, loaded back, gives {theirs} for a chat turn that was {ours}")
         check = prove(proof, logits_of(load("float32", temporary), proof.prompts), written, rounded="weights")
-        folder.write_whole(temporary / "README.md", card(check).encode())
+        write_whole(temporary / "README.md", card(check).encode())
     return check
 
 
@@ -296,7 +298,7 @@ def write_merged(out, pairs: Pairs, proof: Witness, load: Callable, tok, *, dtyp
 def save_vectors(path, vectors: dict[int, Tensor], coeff: float, notes: dict[str, str]) -> None:
     """`layer.N` [d] float32, raw v; coeff and notes as metadata: steered(model, *read_vectors(path)[:2])."""
     tensors = {f"layer.{layer}": v.float().cpu().contiguous() for layer, v in vectors.items()}
-    folder.save_tensors(path, tensors, notes | {"coeff": repr(coeff)})
+    save_tensors(path, tensors, notes | {"coeff": repr(coeff)})
 
 
 def save_gguf(path, vectors: dict[int, Tensor], coeff: float, model_type: str, notes: dict[str, str]) -> None:
@@ -326,7 +328,7 @@ def save_gguf(path, vectors: dict[int, Tensor], coeff: float, model_type: str, n
     for layer, v in directions.items():                         # one dimension, float32
         head += string(f"direction.{layer}") + struct.pack("<IQIQ", 1, len(v), 0, len(body))
         body += v.numpy().astype("<f4").tobytes() + b"\0" * (-4 * len(v) % 32)
-    folder.write_whole(path, head + b"\0" * (-len(head) % 32) + body)
+    write_whole(path, head + b"\0" * (-len(head) % 32) + body)
 
 
 def read_gguf(path) -> tuple[dict[int, Tensor], dict]:
@@ -405,7 +407,7 @@ def commit_of(where: str, revision: str) -> str:
     return at[1] if at else ""
 
 
-def rounds_of(record: folder.Record, last: int | None) -> dict[int, Path]:
+def rounds_of(record: Record, last: int | None) -> dict[int, Path]:
     """The adapter files to stack: of the accepted rounds up to `last`; of `last` even if refused."""
     refused = None if last is None else record.path / "rounds" / f"{last:02d}" / "rejected.safetensors"
     if refused is None or not refused.is_file():
@@ -418,7 +420,7 @@ def restack(model, files: Sequence[Path]) -> lora.Stack:
     """A stack on the modules that the files name, with their rounds, whatever ranks and blocks these have."""
     stack, layers = None, list(range(len(steer.blocks(model))))
     for path in files:
-        tensors = folder.read_tensors(path)[0]
+        tensors = read_tensors(path)[0]
         names = sorted({key.rsplit(".", 2)[0] for key in tensors})
         try:
             stack = stack or lora.attach(model, r=1, alpha=1, layers=layers, targets=names)
@@ -432,7 +434,7 @@ def total_rank(files: Sequence[Path]) -> int:
     """The rank that the rounds of these files have together, for the Linear where it is largest."""
     ranks = Counter()
     for path in files:
-        for key, tensor in folder.read_tensors(path)[0].items():
+        for key, tensor in read_tensors(path)[0].items():
             ranks[key.rsplit(".", 2)[0]] += len(tensor) if key.endswith(".A") else 0
     return max(ranks.values(), default=0)
 
@@ -454,7 +456,7 @@ def export(path, to: str, *, rank: int | None = None, last: int | None = None, o
     and the first accepted one. base: where the base is, if not where the run had it. Raises ValueError for
     bad input, and RuntimeError if what was written, loaded back, is not the run's: then nothing is left.
     """
-    record, out = folder.read(path), Path(out or Path(path) / folder_name(to, rank, last, dtype))
+    record, out = read(path), Path(out or Path(path) / folder_name(to, rank, last, dtype))
     if rank is not None and to != "peft":
         raise ValueError(f"--rank is for --to peft: {to} has no rank to choose")
     if dtype != "auto" and to not in ("peft", "merged"):
@@ -464,12 +466,12 @@ def export(path, to: str, *, rank: int | None = None, last: int | None = None, o
     return work(record, to, rank=rank, last=last, out=out, dtype=dtype, moved=base)
 
 
-def warn_if_refused(record: folder.Record, rnd: int) -> None:
+def warn_if_refused(record: Record, rnd: int) -> None:
     if why := refusal(record, rnd):
-        print(f"warning  round {rnd} did not pass the run's acceptance check: {folder.inert(why)}")
+        print(f"warning  round {rnd} did not pass the run's acceptance check: {inert(why)}")
 
 
-def export_vectors(record: folder.Record, to: str, *, last: int | None, out: Path, moved: str, **_) -> dict:
+def export_vectors(record: Record, to: str, *, last: int | None, out: Path, moved: str, **_) -> dict:
     """The steering vector of a round, at the dose that the run settled on."""
     found = sorted(record.path.glob("rounds/[0-9]*/vectors.safetensors"))
     files = {int(path.parent.name): path for path in found}
@@ -501,7 +503,7 @@ def export_vectors(record: folder.Record, to: str, *, last: int | None, out: Pat
     return check
 
 
-def export_model(record: folder.Record, to: str, *, rank: int | None, last: int | None, out: Path, dtype: str,
+def export_model(record: Record, to: str, *, rank: int | None, last: int | None, out: Path, dtype: str,
                  moved: str) -> dict:
     """The run's model, as an adapter or a whole checkpoint; compared in float32 on the CPU, on four held-out
     prompts with the last day's own answers."""
@@ -594,9 +596,9 @@ def main(argv: list[str]) -> int:
         export(args.run, args.to, rank=args.rank, last=args.round, out=args.out, dtype=args.dtype,
                base=args.base)
     except (ValueError, OSError) as error:
-        print(f"loop.py export: {folder.one_line(error)}", file=sys.stderr)
+        print(f"loop.py export: {one_line(error)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        print(f"loop.py export: {folder.one_line(error)}; nothing was written", file=sys.stderr)
+        print(f"loop.py export: {one_line(error)}; nothing was written", file=sys.stderr)
         return 1
     return 0

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import steer
-from tools import folder
+from tools.files import inert
 
 HERE = Path(__file__).resolve().parents[1]
 
@@ -68,7 +68,7 @@ def named_errors(name: str, what: str = "", *, revision: str = "", device: str =
         kinds, cause = "", error
         while cause:
             kinds, cause = f"{kinds} {type(cause).__name__}", cause.__cause__
-        text = folder.inert(str(error).strip().split("\n")[0])[:300] or type(error).__name__
+        text = inert(str(error).strip().split("\n")[0])[:300] or type(error).__name__
         plain = "{text}" if isinstance(error,
                                        (OSError, ValueError, ImportError,
                                         RuntimeError)) else f"{type(error).__name__}, {{text}}"

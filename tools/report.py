@@ -6,7 +6,7 @@ report.html is one file with its style and figures inside: no script, nothing fe
 damaged: `clean` turns it into values of known types once, as the run is read, and what draws them trusts
 them. A stage that is missing leaves a sentence where its figure would be.
 
-Everything that a model or a user wrote is untrusted. It passes folder.inert on its way to HTML and Markdown;
+Everything that a model or a user wrote is untrusted. It passes files.inert on its way to HTML and Markdown;
 a content security policy in the page forbids what an escape might have missed.
 
 Known gaps: of a run with very many rounds the figures show a selection, and say so.
@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 from evalmfv import FOUNDATIONS, READABLE
-from tools.folder import inert, read, write_whole
+from tools.files import inert, write_whole
+from tools.record import read
 from tools.svg import MARKS, Plot, esc, swatch
 
 RULES = {"worst_window": "a stretch of tokens that the base finds too surprising (nats per token)",

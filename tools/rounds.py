@@ -4,7 +4,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tools.folder import Folder, read_tensors, save_tensors
+from tools.files import read_tensors, save_tensors
+from tools.folder import Folder
 
 
 def read_vectors(path) -> tuple[dict[int, Tensor], float | None, dict[str, str]]:

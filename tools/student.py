@@ -15,7 +15,7 @@ import evalmfv
 import heal
 import steer
 from tools import search
-from tools.folder import inert, plain
+from tools.files import inert, plain
 from tools.screen import Screen
 
 N_DIARY = 6                 # held-out prompts answered greedily for the diary: as many as a reader reads

@@ -8,7 +8,7 @@ A label stands where it hides nothing. Colours are classes, which the page's sty
 """
 import math
 
-from tools.folder import inert
+from tools.files import inert
 
 MARKS = {"base": "M0,-8 2.1,-2.6 7.6,-2.5 3.2,1 4.7,6.5 0,3.3 -4.7,6.5 -3.2,1 -7.6,-2.5 -2.1,-2.6Z",  # star
          "prompted": "M0,-6 5.5,4 -5.5,4Z", "steered": "M0,-6 6,0 0,6 -6,0Z",      # triangle, diamond
