@@ -48,7 +48,7 @@ import lora
 import steer
 from heal import check_ranges, opt
 from tools import folder as files
-from tools import inputs, model as models, options, search
+from tools import inputs, model as models, options, search, template
 from tools.folder import Folder, Record, RunDied, one_line, plain
 from tools.rounds import Rounds
 from tools.screen import Screen
@@ -401,7 +401,7 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
                         model=cfg.model, n_vignettes=cfg.n_vignettes)
     notes = given.pop("notes")
     files.check_out(Path(cfg.resume or cfg.out))
-    date = files.read(cfg.resume).run.get("date", "") if cfg.resume else models.today()
+    date = files.read(cfg.resume).run.get("date", "") if cfg.resume else template.today()
     screen = Screen()
     with Folder(Path(cfg.resume) if cfg.resume else None, screen, lambda path: show(path, screen)) as folder:
         from transformers.utils import logging          # slow: not for --help
@@ -414,7 +414,7 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         run = Run(cfg, scfg, lcfg, hcfg, model, tok, folder, given)
         values = {f.name: getattr(c, f.name) for c in (cfg, scfg, lcfg, run.hcfg) for f in fields(c)}
         texts = json.dumps([given["persona"], given["contexts"], given["vignettes"]]).encode()
-        facts = dict(weights=models.fingerprint(model), template=models.template_id(tok), date=date,
+        facts = dict(weights=models.fingerprint(model), template=template.template_id(tok), date=date,
                      texts=f"{zlib.crc32(texts):08x}", persona=given["persona"],
                      items={side: given[side] for side in ("train", "held_out")})
         around = files.surroundings(model, CODE) | dict(commit=models.commit_of(model))
@@ -424,7 +424,7 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         screen.say("model", None, f"{cfg.model}: {len(steer.blocks(model))} blocks of width "
                    f"{width}, {str(model.dtype).removeprefix('torch.')}, lora "
                    f"{adapted[0]}-{adapted[-1]} rank {lcfg.r}, {n_trained:,} trained parameters")
-        for note in [*notes, *models.template_notes(tok), run.stack.note]:
+        for note in [*notes, *template.template_notes(tok), run.stack.note]:
             if note:
                 screen.say("note", None, note)
         run.measure_base()

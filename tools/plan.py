@@ -17,6 +17,7 @@ import lora
 import steer
 from tools import model as models
 from tools import search
+from tools.refusals import named_errors
 from tools.student import N_DIARY, N_FORESEE, N_TOKENS, N_TRIAL
 
 N_WORST = 6                 # passes over each kept answer around healing: persona distance, worst of the kept
@@ -107,7 +108,7 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
     cannot be."""
     place, number = models.placed(device, dtype)
     _, config, kind = models.config_of(model, revision)
-    with models.named_errors(model, "its config.json"), torch.device("meta"):
+    with named_errors(model, "its config.json"), torch.device("meta"):
         made = getattr(kind, "from_config", kind)(config)       # the Auto class, or the model's own
         made.tie_weights()                                      # transformers 5.0 leaves that to loading
         n, n_blocks = sizes(made), len(steer.blocks(made))
