@@ -58,7 +58,8 @@ from tools.table import has_moved, show, tally, to_results
 WORDS = ("plan", "chat", "export", "report")            # python loop.py WORD ...: tools/WORD.py
 QUICK = dict(rounds=2, n_vignettes=28, think_tokens=16, n_text=24, n_make=48, max_new_tokens=40, epochs=3)
 KEPT_LEAST = 0.25           # share of a round's answers that must pass the filter: less is no data
-CODE = ("loop", "steer", "lora", "heal", "evalmfv", "tools/student", "tools/model", "tools/inputs")
+CODE = ("loop", "steer", "lora", "heal", "evalmfv", "tools/student", "tools/model", "tools/inputs",
+        "tools/template")
 
 
 @dataclass(frozen=True)
@@ -424,9 +425,8 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         screen.say("model", None, f"{cfg.model}: {len(steer.blocks(model))} blocks of width "
                    f"{width}, {str(model.dtype).removeprefix('torch.')}, lora "
                    f"{adapted[0]}-{adapted[-1]} rank {lcfg.r}, {n_trained:,} trained parameters")
-        for note in [*notes, *template.template_notes(tok), run.stack.note]:
-            if note:
-                screen.say("note", None, note)
+        for note in filter(None, [*notes, *template.template_notes(tok), run.stack.note]):
+            screen.say("note", None, note)
         run.measure_base()
 
         in_a_row, stopped = 0, ""
