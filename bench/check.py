@@ -20,7 +20,7 @@ import steer                                            # noqa: E402
 import world                                            # noqa: E402
 from tools import files as whole, model as models           # noqa: E402
 from tools.record import read                               # noqa: E402
-from tools.export import restack                        # noqa: E402
+from tools.rounds import restack                            # noqa: E402
 from tools.rounds import read_vectors                   # noqa: E402
 
 FRESH = 987_654_321                                     # no stage of a run draws from this seed

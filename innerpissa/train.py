@@ -28,8 +28,8 @@ import steer                                                    # noqa: E402
 from innerpissa import contrast, dilemmas, dose, extract, rivals, spin      # noqa: E402
 from innerpissa.dilemmas import table                           # noqa: E402
 from lora import check_ranges, opt                              # noqa: E402
-from tools import export, folder, inputs, model as models, options, search, template  # noqa: E402
-from tools.rounds import Rounds                                 # noqa: E402
+from tools import folder, inputs, model as models, options, search, template  # noqa: E402
+from tools.rounds import Rounds, restack                        # noqa: E402
 from tools.screen import Screen                                 # noqa: E402
 from tools.student import Student                               # noqa: E402
 from tools.table import show                                    # noqa: E402
@@ -200,7 +200,7 @@ def write_run(bench: Bench, tensors: dict, argv: list[str], values: dict, date: 
                  items={side: given[side] for side in ("train", "held_out")})
         rounds = Rounds(run)
         rounds.save(0, "adapter", tensors, c=cfg.c)
-        stack = export.restack(model, [rounds.path(0, "adapter")])
+        stack = restack(model, [rounds.path(0, "adapter")])
         sampling = dict(max_new_tokens=32, temperature=1.0, top_p=0.95, batch_size=128)
         student = Student(model, tok, stack, screen, **given, seed=cfg.seed, sampling=sampling,
                           think_tokens=8, n_text=24)

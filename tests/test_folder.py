@@ -83,7 +83,7 @@ def test_an_error_is_one_line_and_numbers_that_json_cannot_hold_are_null():
 
 def test_tensors_come_back_bit_for_bit_and_a_damaged_file_is_named(tmp_path):
     path, tensors = tmp_path / "x.safetensors", {"layer.3": torch.randn(5), "b": torch.randn(2, 3).T}
-    save_tensors(path, tensors, dict(coeff=repr(0.1 + 0.2)))
+    save_tensors(path, tensors, coeff=repr(0.1 + 0.2))
     found, notes = read_tensors(path)
     assert all(torch.equal(found[k], v) for k, v in tensors.items()) and float(notes["coeff"]) == 0.1 + 0.2
     for content in (b"", path.read_bytes()[:-4], b"\xff" * 100):
@@ -221,8 +221,9 @@ def test_the_reader_gives_accepted_rounds_their_files_and_the_last_day(folder):
     record = read(folder.path)
     assert record.events == folder.events and record.accepted == [0] and record.last_day["round"] == 0
     assert list(record.adapters()) == [0] and len(record.completions(1)) == 3
-    with pytest.raises(ValueError, match="--round 1: the accepted rounds of .* are 0"):
-        record.adapters(1)
+    assert [path.stem for path in record.adapters(1).values()] == ["adapter", "rejected"]
+    with pytest.raises(ValueError, match="--round 2: the accepted rounds of .* are 0"):
+        record.adapters(2)
     record.adapters()[0].unlink()
     with pytest.raises(ValueError, match="is missing"):
         record.adapters()

@@ -16,10 +16,10 @@ import textwrap
 from pathlib import Path
 
 import steer
-from tools import export
 from tools import model as models
 from tools.files import inert, one_line
-from tools.record import Record, read
+from tools.record import read
+from tools.rounds import restack
 
 HELP = """Each line is asked on its own: the model remembers nothing of the lines before.
 /help shows this; the end of input (Ctrl-D) or Ctrl-C leaves. Options of the command: --compare shows base,
@@ -75,18 +75,6 @@ def asked(prompts: list[str]):
             yield line
 
 
-def files_of(record: Record, rnd: int | None) -> dict[int, Path]:
-    """The adapter files that make a day. A round that its gate refused is taken by its number, on the days
-    before it."""
-    rejected = record.path / "rounds" / f"{rnd or 0:02d}" / "rejected.safetensors"
-    if rnd is None or rnd in record.accepted or not rejected.is_file():
-        return record.adapters(rnd)
-    print(f"loop.py chat: warning: the gate refused round {rnd}, and no other round has it underneath",
-          file=sys.stderr)
-    before = [i for i in record.accepted if i < rnd]
-    return (record.adapters(before[-1]) if before else {}) | {rnd: rejected}
-
-
 def answers(model, tok, stack, prompt: str, columns: dict, args, **sampling) -> list[str]:
     """One answer per column; ValueError if there is no room for one."""
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -108,11 +96,14 @@ def main(argv: list[str]) -> int:
     """Answers of a run's model, by the stop tokens that it was made with; control characters are dropped."""
     args = options(argv)
     record = read(args.run)
-    run, files = record.run, files_of(record, args.round)
+    run, files = record.run, record.adapters(args.round)
+    if args.round is not None and args.round not in record.accepted:
+        print(f"loop.py chat: warning: the gate refused round {args.round}, and no other round has it "
+              "underneath", file=sys.stderr)
     opts, persona = run.get("options", {}), run.get("persona", {})
     known = {name: opts[name] for name in ("revision", "dtype", "device", "quantize") if name in opts}
     model, tok = models.load(opts.get("model", "pocket"), **known, date=run.get("date", ""))
-    stack = export.restack(model, list(files.values()))
+    stack = restack(model, list(files.values()))
     day = f"day {max(files)}" + (f", dial {args.dial:g}" if args.dial != 1 else "")
     columns = {day: (args.dial, "")}                            # name -> scale of all rounds, system prompt
     if args.compare:

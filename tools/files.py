@@ -86,7 +86,7 @@ def write_whole(path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)               # still there only if something went wrong
 
 
-def save_tensors(path, tensors: dict[str, torch.Tensor], notes: dict = {}) -> None:
+def save_tensors(path, tensors: dict[str, torch.Tensor], **notes) -> None:
     """One safetensors file, whole or not at all; notes become its metadata, as strings."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_whole(path, safetensors.torch.save(tensors, {name: str(note) for name, note in notes.items()}))

@@ -36,14 +36,19 @@ class Record:
         return (self.of("made", rnd) or {}).get("completions", [])
 
     def adapters(self, last: int | None = None) -> dict[int, Path]:
-        """The adapter file of each accepted round up to `last`, which must be one; ValueError if none is."""
+        """The adapter file of each accepted round up to `last`, and of `last` even if it was refused.
+
+        ValueError if there is none."""
         files = {rnd: self.path / "rounds" / f"{rnd:02d}" / "adapter.safetensors" for rnd in self.accepted}
+        if last is not None:
+            refused = self.path / "rounds" / f"{last:02d}" / "rejected.safetensors"
+            files |= {last: refused} if refused.is_file() else {}
+            if last not in files:
+                rounds = ", ".join(map(str, self.accepted)) or "none"
+                raise ValueError(f"--round {last}: the accepted rounds of {self.path} are {rounds}")
+            files = {rnd: path for rnd, path in files.items() if rnd <= last}
         if not files:
             raise ValueError(f"{self.path} has no accepted round")
-        if last is not None and last not in files:
-            rounds = ", ".join(map(str, files))
-            raise ValueError(f"--round {last}: the accepted rounds of {self.path} are {rounds}")
-        files = {rnd: path for rnd, path in files.items() if last is None or rnd <= last}
         if missing := [path for path in files.values() if not path.is_file()]:
             raise ValueError(f"{missing[0]} is missing: the run accepted this round")
         return files
