@@ -48,7 +48,7 @@ import lora
 import steer
 from heal import check_ranges, opt
 from tools import folder as files
-from tools import inputs, model as models, options, search, template
+from tools import inputs, model as models, options, search, size, template
 from tools.folder import Folder, Record, RunDied, one_line, plain
 from tools.rounds import Rounds
 from tools.screen import Screen
@@ -59,7 +59,7 @@ WORDS = ("plan", "chat", "export", "report")            # python loop.py WORD ..
 QUICK = dict(rounds=2, n_vignettes=28, think_tokens=16, n_text=24, n_make=48, max_new_tokens=40, epochs=3)
 KEPT_LEAST = 0.25           # share of a round's answers that must pass the filter: less is no data
 CODE = ("loop", "steer", "lora", "heal", "evalmfv", "tools/student", "tools/model", "tools/inputs",
-        "tools/template")
+        "tools/template", "tools/search", "tools/foresee")
 
 
 @dataclass(frozen=True)
@@ -343,11 +343,11 @@ class Run:
             warnings.filterwarnings("ignore", "the barrier")            # said below, in a line of its own
             record = heal.heal(student.model, stack.parameters(), samples, reference, hcfg, rnd=rnd, log=tick,
                                pad_id=student.pad_id, seed=stage_seed(cfg.seed, rnd, "heal"),
-                               spectral=stack.spectral if hcfg.spectral else None)
+                               spectral=(lambda: size.spectral(stack)) if hcfg.spectral else None)
         self.say_healed(rnd, record)
         worst = student.worst_kept(samples, reference, **self.rounds.steering(rnd), reg=hcfg.reg,
                                    pass_tokens=hcfg.pass_tokens)
-        event = dict(record, norm=stack.norm(), singular=stack.singular_values(), worst=worst)
+        event = dict(record, norm=size.norm(stack), singular=size.singular_values(stack), worst=worst)
         stack.fold()
         self.rounds.save(rnd, "adapter", stack.tensors([stack.n_rounds - 1]))
         return event
