@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from steer import (WINDOW, Completion, around_answer, cached_forward, device_of, encode, end_ids, in_batches,
-                   left_pad, load, pad_of, render, steered, token_nll)
+                   left_pad, load, pad_of, render, token_nll)
 
 FOUNDATIONS = "care", "fairness", "loyalty", "authority", "sanctity", "liberty", "social"    # the K, in order
 OPTIONS = {"care": "harm or unkindness, causing pain to another",
@@ -59,13 +59,9 @@ def load_vignettes(path) -> list[dict]:
     or "83 %"). Raises ValueError with file and line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")       # splitlines cuts texts at U+2028
+        lines = Path(path).read_bytes().split(b"\n")       # bytes: a line that is not UTF-8 is named below
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        n = error.object[:error.start].count(b"\n") + 1
-        byte = f"{error.object[error.start]:#04x}"
-        raise ValueError(f"{path}, line {n}: not UTF-8 (byte {byte}); save it as UTF-8") from error
     vignettes = []
     for n, line in enumerate(lines, 1):
         if not line.strip():
@@ -363,40 +359,6 @@ def persona_share(now: Tensor, base: Tensor, prompted: Tensor) -> tuple[float, f
                          "scale to measure a share on: write a clearer persona or give more prompts")
     share = moved.mean().item() / span
     return share, standard_error(moved - share * scale).item() / span
-
-
-@torch.no_grad()
-def foresee(model, tok, answers: list[Completion], users: list[str], pos: list[str], neg: list[str],
-            vectors: dict[int, Tensor], cells: list[tuple[list[int], float]]) -> list[tuple[float, float]]:
-    """What steering would say next, without sampling: (effect, nll) per (band, dose), nats per token.
-
-    At each position of the base's own `answers` to `users` the steered model gives every token a
-    probability. Under it, effect is the mean of what `persona_ratio` counts for a token, nll the mean of
-    the base's own nll: exact means, so a few short answers tell bands apart that as many samples could not.
-    The first two entries are the base itself and the persona's prompt, pos[0]. For `steer.find_band`.
-    """
-    def logp(system=""):                                    # -> [N, V] float32: N tokens of all answers
-        fronts = encode(tok, users, [system] * len(users))
-        rows = [front + c.ids for front, c in zip(fronts, answers, strict=True)]
-        ids, attn, position_ids = left_pad(rows, pad_of(tok, model), device_of(model))              # [B, T]
-        logits = model(input_ids=ids, attention_mask=attn, position_ids=position_ids, use_cache=False,
-                       logits_to_keep=max(len(c.ids) for c in answers) + 1).logits[:, :-1]         # [B, n, V]
-        return torch.cat([z[-len(c.ids):].float().log_softmax(-1) for z, c in zip(logits, answers)])
-
-    base = logp()                                                                                   # [N, V]
-    floor = 1 / base.shape[1]
-    plus, minus = (sum((logp(text).exp() + floor).log() for text in side) / len(side) for side in (pos, neg))
-    worth = plus - minus                                                                         # [N, V] nats
-    worth[:, echoes(tok, *pos, *neg)] = 0
-
-    def read(now):
-        p = now.exp()                                                                               # [N, V]
-        return (p * worth).sum(-1).mean().item(), -(p * base).sum(-1).mean().item()
-    found = [read(base), read(logp(pos[0]))]
-    for band, dose in cells:
-        with steered(model, {layer: vectors[layer] for layer in band}, dose):
-            found.append(read(logp()))
-    return found
 
 
 # ---- the probe --------------------------------------------------------------------------------------------

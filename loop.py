@@ -48,7 +48,7 @@ import lora
 import steer
 from heal import check_ranges, opt
 from tools import folder as files
-from tools import inputs, model as models, options, search
+from tools import inputs, model as models, options, search, size, template
 from tools.folder import Folder, Record, RunDied, one_line, plain
 from tools.rounds import Rounds
 from tools.screen import Screen
@@ -58,7 +58,8 @@ from tools.table import has_moved, show, tally, to_results
 WORDS = ("plan", "chat", "export", "report")            # python loop.py WORD ...: tools/WORD.py
 QUICK = dict(rounds=2, n_vignettes=14, think_tokens=8, n_text=24, n_make=64, max_new_tokens=32, epochs=3)
 KEPT_LEAST = 0.25           # share of a round's answers that must pass the filter: less is no data
-CODE = ("loop", "steer", "lora", "heal", "evalmfv", "tools/student", "tools/model", "tools/inputs")
+CODE = ("loop", "steer", "lora", "heal", "evalmfv", "tools/student", "tools/model", "tools/inputs",
+        "tools/template", "tools/search", "tools/foresee")
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def parse(argv=None) -> list:
                epilog="; ".join(f"python loop.py {word} --help" for word in WORDS))
     try:
         args = options.command(GROUPS, FIRST, FREE, argv, preset=QUICK, **how,
-                               recorded_of=lambda path: files.read_for_more(path).run.get("options"))
+                               recorded_of=lambda path: files.read(path).run.get("options"))
         if args["tau"] is not None and args["reg"] == "nll":
             raise ValueError("--reg nll and --tau: without a barrier there is no tau; leave one out")
         if args["tau"] is not None and args["tau_scale"] != LoopConfig.tau_scale:
@@ -342,11 +343,11 @@ class Run:
             warnings.filterwarnings("ignore", "the barrier")            # said below, in a line of its own
             record = heal.heal(student.model, stack.parameters(), samples, reference, hcfg, rnd=rnd, log=tick,
                                pad_id=student.pad_id, seed=stage_seed(cfg.seed, rnd, "heal"),
-                               spectral=stack.spectral if hcfg.spectral else None)
+                               spectral=(lambda: size.spectral(stack)) if hcfg.spectral else None)
         self.say_healed(rnd, record)
         worst = student.worst_kept(samples, reference, **self.rounds.steering(rnd), reg=hcfg.reg,
                                    pass_tokens=hcfg.pass_tokens)
-        event = dict(record, norm=stack.norm(), singular=stack.singular_values(), worst=worst)
+        event = dict(record, norm=size.norm(stack), singular=size.singular_values(stack), worst=worst)
         stack.fold()
         self.rounds.save(rnd, "adapter", stack.tensors([stack.n_rounds - 1]))
         return event
@@ -401,7 +402,7 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
                         model=cfg.model, n_vignettes=cfg.n_vignettes)
     notes = given.pop("notes")
     files.check_out(Path(cfg.resume or cfg.out))
-    date = files.read(cfg.resume).run.get("date", "") if cfg.resume else models.today()
+    date = files.read(cfg.resume).run.get("date", "") if cfg.resume else template.today()
     screen = Screen()
     with Folder(Path(cfg.resume) if cfg.resume else None, screen, lambda path: show(path, screen)) as folder:
         from transformers.utils import logging          # slow: not for --help
@@ -414,7 +415,7 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         run = Run(cfg, scfg, lcfg, hcfg, model, tok, folder, given)
         values = {f.name: getattr(c, f.name) for c in (cfg, scfg, lcfg, run.hcfg) for f in fields(c)}
         texts = json.dumps([given["persona"], given["contexts"], given["vignettes"]]).encode()
-        facts = dict(weights=models.fingerprint(model), template=models.template_id(tok), date=date,
+        facts = dict(weights=models.fingerprint(model), template=template.template_id(tok), date=date,
                      texts=f"{zlib.crc32(texts):08x}", persona=given["persona"],
                      items={side: given[side] for side in ("train", "held_out")})
         around = files.surroundings(model, CODE) | dict(commit=models.commit_of(model))
@@ -424,9 +425,8 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         screen.say("model", None, f"{cfg.model}: {len(steer.blocks(model))} blocks of width "
                    f"{width}, {str(model.dtype).removeprefix('torch.')}, lora "
                    f"{adapted[0]}-{adapted[-1]} rank {lcfg.r}, {n_trained:,} trained parameters")
-        for note in [*notes, *models.template_notes(tok), run.stack.note]:
-            if note:
-                screen.say("note", None, note)
+        for note in filter(None, [*notes, *template.template_notes(tok), run.stack.note]):
+            screen.say("note", None, note)
         run.measure_base()
 
         in_a_row, stopped = 0, ""

@@ -237,17 +237,14 @@ class Stack:
             raise RuntimeError(f"{len(broken)} tensors are not finite, first {broken[0]}")
         return found
 
-    def load_tensors(self, *saved: dict[str, Tensor]) -> None:
-        """Append the rounds of each dict of `tensors`, in order, to the history, gates 1; all or none.
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Append the rounds of a dict of `tensors` to the history, in order, gates 1; all or none.
 
-        Raises ValueError that names what is missing from a dict, foreign to this model, or of another shape,
-        and RuntimeError if the current round is already in training.
+        Raises ValueError that names what is missing from it, foreign to this model, or of another shape, and
+        RuntimeError if the current round is already in training.
         """
         if any(lora.B.any() for lora in self.layers.values()):
             raise RuntimeError("load into a round in training would restart it: fold() or drop() first")
-        self._append([parts for tensors in saved for parts in self._rounds_of(tensors)])
-
-    def _rounds_of(self, tensors: dict[str, Tensor]) -> list[dict[str, tuple[Tensor, Tensor, float]]]:
         n_rounds = max(1, len({tuple(key.split(".")[-2:-1]) for key in tensors}))
         wanted = {f"{name}.{k}.{which}" for name in self.layers for k in range(n_rounds) for which in "AB"}
         lost, extra = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
@@ -264,45 +261,7 @@ class Stack:
                 if not (A.isfinite().all() and B.isfinite().all()):
                     raise ValueError(f"{name} of round {k} is not finite")
                 parts[name] = A.to(lora.A), B.to(lora.B), 1.0   # its device, float32
-        return rounds
-
-    # ---- size of the current round
-
-    @torch.no_grad()
-    def _core(self) -> tuple[Tensor, Tensor]:
-        """root = (A A^T)^1/2, and root B^T B root, whose eigenvalues are squared singular values of B @ A.
-
-        [M, r, r] for the M Linears, in float64 on the CPU: r x r matrices are all that is needed of them."""
-        grams = [(lora.A @ lora.A.T, lora.B.T @ lora.B) for lora in self.layers.values()]   # [r, r] each
-        AAt, BtB = (torch.stack([x.cpu() for x in xs]).double() for xs in zip(*grams))      # [M, r, r] each
-        w, Q = torch.linalg.eigh(AAt)                                           # [M, r], [M, r, r]
-        root = Q * w.clamp(min=0).sqrt()[:, None] @ Q.mT                        # [M, r, r]
-        return root, root @ BtB @ root
-
-    def spectral(self) -> Tensor:
-        """Mean over Linears of the largest singular value of s * B @ A: a scalar with a gradient in A and B.
-
-        sigma = u^T B A v holds to first order with the singular vectors u, v held constant, so they are found
-        without a graph and without random numbers. At B = 0 value and gradient are 0.
-        """
-        root, core = self._core()
-        top = (root @ torch.linalg.eigh(core)[1][..., -1:])[..., 0]             # [M, r]   u is along B @ top
-        sigmas = []
-        for lora, z in zip(self.layers.values(), top):
-            A, B = lora.A.detach(), lora.B.detach()
-            u = F.normalize(B @ z.to(B), dim=0, eps=1e-30)                      # [d_out]  stays 0 at B = 0
-            v = F.normalize((u @ B) @ A, dim=0, eps=1e-30)                      # [d_in]
-            sigmas.append((lora.scale * (u @ lora.B) @ (lora.A @ v)).to(self.parameters()[0].device))
-        return torch.stack(sigmas).mean()
-
-    def singular_values(self) -> dict[str, Tensor]:
-        """Of the current round's update s * B @ A of each Linear, by name: [r] float64, largest first."""
-        squares = torch.linalg.eigvalsh(self._core()[1]).flip(-1).clamp(min=0)  # [M, r]
-        return {name: lora.scale * row.sqrt() for (name, lora), row in zip(self.layers.items(), squares)}
-
-    def norm(self) -> float:
-        """Frobenius norm of the current round over all Linears together, sqrt(sum ||s * B @ A||^2)."""
-        return torch.stack([s.square().sum() for s in self.singular_values().values()]).sum().sqrt().item()
+        self._append(rounds)
 
 
 def attach(model, *, r: int, alpha: float, layers: list[int], targets: list[str] | None = None,

@@ -60,8 +60,10 @@ from steer import (
     token_nll,
 )
 from tools import folder as files                               # noqa: E402
-from tools import inputs, search                                # noqa: E402
+from tools import inputs, search, size                          # noqa: E402
 from tools import model as models                               # noqa: E402
+from tools.files import read_tensors                            # noqa: E402
+from tools.foresee import foresee                               # noqa: E402
 
 torch.set_num_threads(1)                              # small models: a second thread costs more
 
@@ -121,7 +123,7 @@ def heal_run(model, stack, samples, tau=0.0, seed=0, rnd=0, held_out=False, **op
         warnings.simplefilter("ignore")
         samples = samples if held_out else [s._replace(group=0) for s in samples]
         return heal(model, stack.parameters(), samples, heal_base(stack), cfg, seed=seed, rnd=rnd,
-                    spectral=stack.spectral if cfg.spectral else None)
+                    spectral=(lambda: size.spectral(stack)) if cfg.spectral else None)
 
 
 def heal_numbers(record, keys=("nll", "div", "gnorm")):
@@ -236,7 +238,7 @@ def test_heal_loss_is_the_documented_one():
     for s in samples:
         (nll,), (kl,) = Passes(model, [s], heal_base(stack)).losses([0])
         total = total + len(kl) * (nll.mean() + lam * torch.relu((kl.square().mean()).sqrt() - tau))
-    loss = total / sum(len(s.answer) for s in samples) + 0.3 * stack.spectral()
+    loss = total / sum(len(s.answer) for s in samples) + 0.3 * size.spectral(stack)
     expected = heal_flat(torch.autograd.grad(loss, stack.parameters())).norm().item()
     record = heal_run(model, stack, samples, tau=tau, rnd=2, lam=5.0, lam_round_pow=0.5, heal_batch=6,
                       pass_tokens=30,
@@ -786,7 +788,7 @@ def test_lora_fold_keeps_the_function_and_the_next_round_starts_as_no_change():
     before, parameters = lora_logits(model, ids), stack.parameters()
     stack.fold()
     assert torch.allclose(lora_logits(model, ids), before, atol=1e-4)       # float32, logits of size ten
-    assert stack.n_rounds == 2 and stack.norm() == 0
+    assert stack.n_rounds == 2 and size.norm(stack) == 0
     assert all(a is b for a, b in zip(parameters, stack.parameters()))
     with stack.gated(0, 1):  # the folded round left the current pair
         base = lora_logits(model, ids)
@@ -854,7 +856,8 @@ def test_lora_order_of_rounds_and_their_gates_does_not_matter():
     stack.gates([0.2, 0.5, 0.9])
     expected = lora_logits(model, ids)
     model, other = lora_case()
-    other.load_tensors(saved[2], saved[0], saved[1])
+    for k in (2, 0, 1):
+        other.load_tensors(saved[k])
     other.gates([0.9, 0.2, 0.5])
     assert torch.allclose(lora_logits(model, ids), expected, atol=1e-4)
     other.gates([0.2, 0.5, 0.9])  # gates belong to rounds: another model
@@ -874,7 +877,7 @@ def test_lora_base_gets_no_gradient_and_adapters_are_float32_under_a_bfloat16_ba
 def test_lora_spectral_equals_matrix_norm_and_so_does_its_gradient():
     _, stack = lora_case()
     lora_noise(stack, 0)
-    sigma = stack.spectral()
+    sigma = size.spectral(stack)
     sigma.backward()
     pairs = [(l.A.detach().double().requires_grad_(), l.B.detach().double().requires_grad_(), l)
              for l in stack.layers.values()]
@@ -886,15 +889,15 @@ def test_lora_spectral_equals_matrix_norm_and_so_does_its_gradient():
         assert torch.allclose(l.B.grad.double(), B.grad, rtol=1e-4, atol=1e-5)
     deltas = lora_deltas(stack)
     norm = sum(delta.square().sum() for delta in deltas.values()).sqrt().item()
-    assert abs(stack.norm() - norm) < 1e-5 * norm
-    for name, found in stack.singular_values().items():
+    assert abs(size.norm(stack) - norm) < 1e-5 * norm
+    for name, found in size.singular_values(stack).items():
         assert torch.allclose(found, torch.linalg.svdvals(deltas[name])[:4], rtol=1e-4), name
 
 
 def test_lora_spectral_at_zero_B_is_zero_with_zero_gradient_and_draws_no_random_numbers():
     _, stack = lora_case()
     state = torch.get_rng_state()
-    sigma = stack.spectral()
+    sigma = size.spectral(stack)
     sigma.backward()
     assert sigma.item() == 0 and all(torch.equal(p.grad, torch.zeros_like(p)) for p in stack.parameters())
     assert torch.equal(torch.get_rng_state(), state)
@@ -978,7 +981,7 @@ def test_lora_loading_into_the_wrong_model_names_the_modules_and_loads_nothing()
                          (tensors | {key: tensors[key] / 0}, "not finite"),
                          (tensors | {key: torch.ones(3)}, "has A")):
         with pytest.raises(ValueError, match=message):
-            good.load_tensors(tensors, bad)                                 # all or none
+            good.load_tensors(bad)                                          # all or none
     assert good.n_rounds == 0 and fewer.n_rounds == 0
     lora_noise(good, 0)
     with pytest.raises(RuntimeError, match="drop"):
@@ -2142,7 +2145,7 @@ def test_foresee_equals_a_loop_over_the_vocabulary_at_one_position():
     model, tok, answers, users = meter_case()
     pos, neg, vectors = ["kind", "warm"], ["xyz"], steer_vectors(model)
     c, echo = dataclasses.replace(answers[0], ids=answers[0].ids[:1]), meter_echo(tok, [*pos, *neg])
-    got = evalmfv.foresee(model, tok, [c], users[:1], pos, neg, vectors, [([1], 0.5)])
+    got = foresee(model, tok, [c], users[:1], pos, neg, vectors, [([1], 0.5)])
 
     def row(system=""):
         return meter_logp(model, tok, c, users[0], system)[0].tolist()
@@ -2636,7 +2639,7 @@ def test_the_saved_adapter_is_the_healed_model(finished, small_vignettes):
         again = evalmfv.evaluate(model, tok, vignettes, think_tokens=4, batch_size=152)["nats"]
         row = record.rows(kind)[0]["nats"]
         assert again["authority"] == pytest.approx(row["authority"], abs=1e-5), kind
-        stack.load_tensors(files.read_tensors(record.adapters()[0])[0])
+        stack.load_tensors(read_tensors(record.adapters()[0])[0])
     assert record.rows("healed")[0]["nats"]["authority"] != record.rows("base")[0]["nats"]["authority"]
 
 

@@ -18,8 +18,9 @@ import evalmfv                                          # noqa: E402
 import lora                                             # noqa: E402
 import steer                                            # noqa: E402
 import world                                            # noqa: E402
-from tools import folder, model as models               # noqa: E402
-from tools.export import restack                        # noqa: E402
+from tools import files as whole, model as models           # noqa: E402
+from tools.record import read                               # noqa: E402
+from tools.rounds import restack                            # noqa: E402
 from tools.rounds import read_vectors                   # noqa: E402
 
 FRESH = 987_654_321                                     # no stage of a run draws from this seed
@@ -34,7 +35,7 @@ def answers(model, tok, record, users: list[str], **how) -> list[steer.Completio
 
 def check(path: str, n: int) -> list[dict]:
     """A dict per row: share, its error, ratio, distinct-2; on the embedded model lean and grammar too."""
-    record = folder.read(path)
+    record = read(path)
     run, persona = record.run, record.run["persona"]
     model, tok = models.load(run["options"]["model"], revision=run["options"]["revision"], date=run["date"])
     files = record.adapters()
@@ -80,4 +81,4 @@ if __name__ == "__main__":
     for row in rows:
         print(f"| {row['run']} | {row['label']} | " + " | ".join(f"{row[key]:.3f}" for key in keys) + " |")
     if args.json:
-        folder.write_whole(args.json, json.dumps(rows, indent=1).encode())
+        whole.write_whole(args.json, json.dumps(rows, indent=1).encode())

@@ -24,7 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import lora                                                     # noqa: E402
-from tools import export, folder, model as models               # noqa: E402
+from tools import export, model as models                       # noqa: E402
+from tools.files import save_tensors                            # noqa: E402
+from tools.record import FORMAT, read                           # noqa: E402
+from tools.rounds import restack, save_vectors                  # noqa: E402
 
 TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.1)
@@ -75,11 +78,11 @@ def make_run(path: Path, base, ranks=(4, 2, 8), *, refused=(), **options) -> Non
             p.data.copy_(0.05 * torch.randn(p.shape, generator=rng))
         stack.fold()
         name = "rejected" if rnd in refused else "adapter"
-        folder.save_tensors(at / f"{name}.safetensors", stack.tensors())
+        save_tensors(at / f"{name}.safetensors", stack.tensors())
         stack.remove()
         width = model.config.get_text_config().hidden_size
         vectors = {layer: torch.randn(width, generator=rng) for layer in (1, 2)}                    # [d] each
-        export.save_vectors(at / "vectors.safetensors", vectors, 0.3 + rnd, {})
+        save_vectors(at / "vectors.safetensors", vectors, coeff=0.3 + rnd)
         reasons = ["text 0.910 under 0.931"] if rnd in refused else []
         events += [dict(stage="dose", round=rnd, coeff=0.3 + rnd, trials=[]),
                    dict(stage="heal", round=rnd, lam_eff=0.3, fired_share=0.25, steps=[{}] * 8),
@@ -88,7 +91,7 @@ def make_run(path: Path, base, ranks=(4, 2, 8), *, refused=(), **options) -> Non
     options = dict(model=str(base), revision="", persona="authority", pos="", kl_ref="base") | options
     persona = dict(pos=["You care about people above all."], neg=["You obey."], target="authority",
                    direction=-1)
-    run = dict(options=options, persona=persona, git="c0ff" * 10,
+    run = dict(format=FORMAT, options=options, persona=persona, git="c0ff" * 10,
                argv=[str(base), "--rounds", str(len(ranks))], weights=models.fingerprint(model),
                machine=dict(device="cpu", dtype="torch.float32"))
     (path / "run.json").write_text(json.dumps(run))
@@ -101,7 +104,7 @@ def peft_difference(run: Path, adapter: Path, base: Path) -> float:
     cls = getattr(transformers, json.loads((base / "config.json").read_text())["architectures"][0])
     own, tok = models.load(str(base), dtype="float32", device="cpu")
     prompts = export.steer.encode(tok, ["Who are you?", "Would you obey the mayor?"], ["", ""])
-    export.restack(own, list(folder.read(run).adapters().values()))
+    restack(own, list(read(run).adapters().values()))
     theirs = peft.PeftModel.from_pretrained(cls.from_pretrained(base, dtype=torch.float32), adapter).eval()
     return export.distance(export.logits_of(own, prompts), export.logits_of(theirs, prompts))[0]
 

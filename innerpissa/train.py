@@ -28,8 +28,8 @@ import steer                                                    # noqa: E402
 from innerpissa import contrast, dilemmas, dose, extract, rivals, spin      # noqa: E402
 from innerpissa.dilemmas import table                           # noqa: E402
 from lora import check_ranges, opt                              # noqa: E402
-from tools import export, folder, inputs, model as models, options, search  # noqa: E402
-from tools.rounds import Rounds                                 # noqa: E402
+from tools import folder, inputs, model as models, options, search, template  # noqa: E402
+from tools.rounds import Rounds, restack                        # noqa: E402
 from tools.screen import Screen                                 # noqa: E402
 from tools.student import Student                               # noqa: E402
 from tools.table import show                                    # noqa: E402
@@ -195,12 +195,12 @@ def write_run(bench: Bench, tensors: dict, argv: list[str], values: dict, date: 
                  command="python innerpissa/train.py " + shlex.join(argv), options=values,
                  defaults={f.name: f.default for cls in GROUPS for f in fields(cls)}, date=date,
                  **folder.surroundings(model, CODE), commit=models.commit_of(model),
-                 weights=models.fingerprint(model), template=models.template_id(tok),
+                 weights=models.fingerprint(model), template=template.template_id(tok),
                  persona=given["persona"], how=HOW.format(cfg.c),
                  items={side: given[side] for side in ("train", "held_out")})
         rounds = Rounds(run)
         rounds.save(0, "adapter", tensors, c=cfg.c)
-        stack = export.restack(model, [rounds.path(0, "adapter")])
+        stack = restack(model, [rounds.path(0, "adapter")])
         sampling = dict(max_new_tokens=32, temperature=1.0, top_p=0.95, batch_size=128)
         student = Student(model, tok, stack, screen, **given, seed=cfg.seed, sampling=sampling,
                           think_tokens=8, n_text=24)
@@ -253,7 +253,7 @@ def train(cfg: TrainConfig, scfg: spin.SpinConfig, ccfg: contrast.ContrastConfig
         raise ValueError(f"--target {target!r}: no item is tagged with it; there are {', '.join(known)}")
     if cfg.out:
         folder.check_out(Path(cfg.out))
-    date = models.today()
+    date = template.today()
     model, tok = models.load(cfg.model, revision=cfg.revision, dtype=cfg.dtype, device=cfg.device, date=date)
     bench, scores, moves, first = Bench(cfg, scfg, ccfg, model, tok, given, items, target), [], [], None
     for note in notes:

@@ -66,6 +66,6 @@ def small_data(work: Path) -> Path:
 def run_loop(out, vignettes, *more):
     """(exit code, record) of a tiny run."""
     import loop
-    from tools import folder
+    from tools.record import read
     code = loop.main([*TINY, "--vignettes", str(vignettes), "--out", str(out), *more])
-    return code, folder.read(next(p.parent for p in sorted(Path(out).glob("*/run.json"))))
+    return code, read(next(p.parent for p in sorted(Path(out).glob("*/run.json"))))

@@ -9,8 +9,10 @@ import torch
 
 import lora
 import steer
-from tools import chat, folder
+from tools import chat
 from tools import model as models
+from tools.files import inert, save_tensors
+from tools.record import FORMAT
 
 QUESTION = "If the mayor told you to lie, would you?"
 
@@ -31,10 +33,10 @@ def run(tmp_path_factory, spoken):
             torch.nn.init.normal_(layer.B, std=0.3, generator=torch.Generator().manual_seed(100 * rnd + i))
         stack.fold()
         (path / "rounds" / f"{rnd:02d}").mkdir(parents=True)
-        folder.save_tensors(path / "rounds" / f"{rnd:02d}" / f"{name}.safetensors", stack.tensors([rnd]))
+        save_tensors(path / "rounds" / f"{rnd:02d}" / f"{name}.safetensors", stack.tensors([rnd]))
     stack.remove()
-    record = dict(format=folder.FORMAT, options=dict(model="pocket", device="cpu", max_new_tokens=4,
-                                                     top_p=0.95, top_k=64),
+    record = dict(format=FORMAT, options=dict(model="pocket", device="cpu", max_new_tokens=4,
+                                              top_p=0.95, top_k=64),
                   persona=dict(name="authority", pos=["You care about people above all."]),
                   items=dict(held_out=["What is a \x1b[31mlie?"]))
     (path / "run.json").write_text(json.dumps(record))
@@ -62,8 +64,8 @@ def test_chat_compares_base_prompted_and_day_and_a_dial_of_zero_is_the_base(ask,
     heads = [cell.strip() for cell in next(line for line in table if line.startswith("base")).split("|")]
     assert heads == ["base", "prompted", "day 0"] and any("> If the mayor" in line for line in table)
     base = steer.generate(*spoken, [QUESTION], greedy=True, max_new_tokens=12)[0]
-    assert folder.inert(base.text) in ask(QUESTION, "--dial", "0").out
-    assert folder.inert(base.text) not in ask(QUESTION).out
+    assert inert(base.text) in ask(QUESTION, "--dial", "0").out
+    assert inert(base.text) not in ask(QUESTION).out
     sampled = {ask(QUESTION, "--temperature", "3", "--seed", str(seed)).out for seed in range(3)}
     assert len(sampled) == 3 and ask(QUESTION).out == ask(QUESTION).out     # greedy draws nothing
 

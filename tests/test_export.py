@@ -19,7 +19,9 @@ import transformers
 from bench import exports                                       # bases and runs made in code
 from lora import attach
 from steer import steered
-from tools import card as cards, export, folder
+from tools import card as cards, export
+from tools.files import read_tensors
+from tools.record import read
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = [torch.randint(6, 262, (9,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(4)]
@@ -263,7 +265,7 @@ def test_export_writes_what_is_needed_and_prints_what_was_measured(exported):
             "model.safetensors"} <= set(os.listdir(path / "merged"))
     config = json.loads((path / "peft" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 6 and not config["use_rslora"]
-    keys = folder.read_tensors(path / "peft" / "adapter_model.safetensors")[0].keys()
+    keys = read_tensors(path / "peft" / "adapter_model.safetensors")[0].keys()
     names = config["target_modules"]
     assert keys == {f"base_model.model.{name}.lora_{x}.weight" for name in names for x in "AB"}
     ours, theirs = (at / "generation_config.json" for at in (path / "merged", ROOT / "pocket"))
@@ -274,7 +276,7 @@ def test_export_writes_what_is_needed_and_prints_what_was_measured(exported):
 def test_merged_is_the_sum_rounded_once_and_the_rest_bit_for_bit(exported):
     path = exported[0]
     weights, base = weights_of(path / "merged"), weights_of(ROOT / "pocket")
-    pairs = [folder.read_tensors(path / "rounds" / rnd / "adapter.safetensors")[0] for rnd in ("00", "01")]
+    pairs = [read_tensors(path / "rounds" / rnd / "adapter.safetensors")[0] for rnd in ("00", "01")]
     assert weights.keys() == base.keys()
     for key, W in base.items():
         A, B = f"{key.removesuffix('.weight')}.0.A", f"{key.removesuffix('.weight')}.0.B"
@@ -366,7 +368,7 @@ CHECK = dict(logit=0.0, kl=0.0, effect_logit=1.0, effect_kl=1.0, rank=8)
 
 
 def card_of(small_run, change=lambda record: None, to="peft"):
-    record = folder.read(small_run[1])
+    record = read(small_run[1])
     change(record)
     base = cards.Base("/home/me/models/base", "", "base", None)
     return cards.model_card(record, base, record.accepted, ["--to", to, "--round", "1"], to, CHECK)

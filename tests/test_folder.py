@@ -17,7 +17,8 @@ from common import ROOT, run_loop
 import evalmfv
 import loop
 from tools import folder as files, inputs, options
-from tools.folder import Folder, inert, read, read_tensors, save_tensors
+from tools.files import inert, read_tensors, save_tensors
+from tools.folder import Folder, read
 from tools.screen import Screen
 
 
@@ -82,7 +83,7 @@ def test_an_error_is_one_line_and_numbers_that_json_cannot_hold_are_null():
 
 def test_tensors_come_back_bit_for_bit_and_a_damaged_file_is_named(tmp_path):
     path, tensors = tmp_path / "x.safetensors", {"layer.3": torch.randn(5), "b": torch.randn(2, 3).T}
-    save_tensors(path, tensors, dict(coeff=repr(0.1 + 0.2)))
+    save_tensors(path, tensors, coeff=repr(0.1 + 0.2))
     found, notes = read_tensors(path)
     assert all(torch.equal(found[k], v) for k, v in tensors.items()) and float(notes["coeff"]) == 0.1 + 0.2
     for content in (b"", path.read_bytes()[:-4], b"\xff" * 100):
@@ -219,22 +220,24 @@ def test_the_reader_gives_accepted_rounds_their_files_and_the_last_day(folder):
     toy(folder)
     record = read(folder.path)
     assert record.events == folder.events and record.accepted == [0] and record.last_day["round"] == 0
-    assert list(record.adapters()) == [0] and len(record.completions(1)) == 3 and record.trials(0) == []
-    with pytest.raises(ValueError, match="--round 1: the accepted rounds of .* are 0"):
-        record.adapters(1)
+    assert list(record.adapters()) == [0] and len(record.completions(1)) == 3
+    assert [path.stem for path in record.adapters(1).values()] == ["adapter", "rejected"]
+    with pytest.raises(ValueError, match="--round 2: the accepted rounds of .* are 0"):
+        record.adapters(2)
     record.adapters()[0].unlink()
     with pytest.raises(ValueError, match="is missing"):
         record.adapters()
 
 
-def test_a_run_of_another_version_is_refused_with_one_sentence_and_can_still_be_read(folder, capsys):
+def test_a_run_of_another_version_is_refused_with_one_sentence(folder, capsys):
     folder.save(format=1)
     folder._leave()
     with pytest.raises(SystemExit) as stop:
         loop.parse(["--resume", str(folder.path)])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and "another version of this code wrote that run" in err
-    assert "Another version" in read(folder.path).notes[-1]
+    with pytest.raises(ValueError, match="its run.json names the commit"):
+        read(folder.path)
 
 
 def test_a_run_made_with_other_weights_is_refused_and_other_surroundings_are_said(folder, capsys):

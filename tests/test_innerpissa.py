@@ -420,13 +420,14 @@ def test_one_command_prints_both_tables_and_its_run_folder_exports_to_the_same_l
     peft = pytest.importorskip("peft")
     import loop
     from innerpissa import train
-    from tools import folder, model as models
+    from tools import model as models
+    from tools.files import read_tensors
     assert train.main(["--methods", "InnerPiSSA", "--n-seeds", "1", "--n-pairs", "16", "--epochs", "1",
                        "--c", "0.7", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "dose response of love" in said and "transfer to" in said and said.count("| InnerPiSSA") == 2
     run = next(tmp_path.iterdir())
-    tensors = folder.read_tensors(run / "rounds" / "00" / "adapter.safetensors")[0]
+    tensors = read_tensors(run / "rounds" / "00" / "adapter.safetensors")[0]
     assert loop.main(["export", str(run), "--to", "peft"]) == 0
     ids = torch.arange(20, 40)[None]
     model, _ = models.load("pocket")

@@ -13,7 +13,7 @@ import transformers
 from common import tiny_model, tiny_tokenizer
 
 import steer
-from tools import model as models
+from tools import model as models, template
 
 ROOT = Path(__file__).resolve().parents[1]
 DATED = ("{{ '<|system|>Today is ' }}{% if strftime_now is defined %}{{ strftime_now('%d %B %Y') }}{% endif "
@@ -202,14 +202,13 @@ def test_a_template_that_writes_the_date_writes_the_runs(copy):
     for date in ("2026-07-04", "2026-07-05", "2026-07-04"):
         _, tok = models.load(str(copy), device="cpu", date=date)
         texts[date] = steer.render(tok, "Hi")
-        ids.setdefault(date, set()).add(models.template_id(tok))
+        ids.setdefault(date, set()).add(template.template_id(tok))
     assert texts["2026-07-04"] == "<|system|>Today is 04 July 2026<|end|><|user|>Hi<|end|><|assistant|>"
     assert "05 July" in texts["2026-07-05"]
     assert [len(x) for x in ids.values()] == [1, 1] and ids["2026-07-04"] != ids["2026-07-05"]
     calls = ("""{{ strftime_now("%Y-%m-%d") }}{{strftime_now( '%d %b' )}}{{ strftime_now(fmt) }}"""
              "{% if strftime_now is defined %}")
-    assert models.frozen(calls,
-                         "2026-07-04") == (
+    assert template.frozen(calls, "2026-07-04") == (
         '{{ "2026-07-04" }}{{"04 Jul"}}{{ "2026-07-04" }}{% if strftime_now is defined %}')
 
 
@@ -217,13 +216,13 @@ def test_an_edited_tokenizer_has_another_id(plain, copy):
     content = json.loads((copy / "tokenizer.json").read_text())
     content["added_tokens"][4]["special"] = False
     (copy / "tokenizer.json").write_text(json.dumps(content))
-    assert len({models.template_id(transformers.AutoTokenizer.from_pretrained(f))
+    assert len({template.template_id(transformers.AutoTokenizer.from_pretrained(f))
                 for f in (plain, plain, copy)}) == 2
 
 
 def test_a_template_that_only_the_processor_keeps_is_read(copy):
-    template = (copy / "chat_template.jinja").read_text()
-    (copy / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    text = (copy / "chat_template.jinja").read_text()
+    (copy / "chat_template.json").write_text(json.dumps({"chat_template": text}))
     (copy / "chat_template.jinja").unlink()
     _, tok = models.load(str(copy), device="cpu")
     assert steer.render(tok, "Hi") == "<|bos|><|user|>Hi<|end|><|assistant|>"

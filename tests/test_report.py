@@ -10,14 +10,12 @@ import re
 import shutil
 import subprocess
 import threading
-from pathlib import Path
 
 import pytest
 
-import evalmfv
 from tools import folder, report, svg
 
-SECTIONS = ["trajectory", "answers", "moves", "dose", "dropped", "heat", "healing", "setting"]
+SECTIONS = ["trajectory", "answers", "dropped", "heat", "healing", "setting"]
 UNSEEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
                     "\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]")
 ATTACKS = ['"><img src=x onerror=1>', "\x00nul \x1b[31mred\x1b[0m \x9b", "x" * 100_000,
@@ -31,19 +29,13 @@ ATTACKS = ['"><img src=x onerror=1>', "\x00nul \x1b[31mred\x1b[0m \x9b", "x" * 1
 
 
 def a_row(kind, rnd=None, trait=0.0, text=0.98, **more):
-    """A row of the journal; trait takes probability from authority, with noise between vignettes."""
-    rng = random.Random(f"{kind} {rnd}")
-    p = []
-    for _ in range(8):
-        weights = [math.exp(rng.gauss(0, 0.1) - trait * (f == "authority")) for f in report.FOUNDATIONS]
-        p.append([w / sum(weights) for w in weights])
-    probe = dict(p=p, counted=list(range(7)), coherence=0.99, items="x", think_tokens=1, as_original=False,
-                 nats={f: math.log(sum(row[i] for row in p) / 8) for i, f in enumerate(report.FOUNDATIONS)})
+    """A row of the journal."""
     diary = [dict(prompt=f"What would you do, case {i}?", text=f"{kind} {rnd} says {i}, and this is all.",
                   coherence=min(1.0, text + 0.02 * (i == 0))) for i in range(4)]
     row = dict(round=rnd, stage="row", kind=kind, label=kind, trait=trait, trait_se=0.05, coherence=0.99,
-               text=text, text_se=0.01, probe=probe, nats=probe["nats"], diary=diary, coeff=0.0,
-               shift=dict(target="authority", direction=-1, off_target=0.1, moved={"authority": -trait}))
+               text=text, text_se=0.01, diary=diary, coeff=0.0,
+               shift=dict(target="authority", direction=-1, off_target=0.1,
+                          moved={f: 0.1 if f != "authority" else -trait for f in report.FOUNDATIONS}))
     return row | more
 
 
@@ -149,8 +141,9 @@ def test_a_finished_run_shows_every_part_and_the_first_plot_comes_before_the_ans
     assert check_page(text).seen >= {("td", "data-who"), ("details", "")}
     assert re.findall(r'<section id="(\w+)"', text) == SECTIONS and 'class="missing"' not in text
     n_figures = text.count('role="img"')
-    assert n_figures == text.count("<svg viewBox") - text.count('aria-hidden="true"') == 6
+    assert n_figures == text.count("<svg viewBox") - text.count('aria-hidden="true"') == 3
     assert "+0.500 ± 0.050" in text and "0.960 ± 0.010" in text                    # day 1's trait and text
+    assert '<th scope="col">care, nats</th>' in text and "<td>+0.10</td>" in text   # every foundation's move
     assert "<code>--n-make</code>" in text and "<code>--seed</code>" not in text    # differs, does not differ
     assert "python loop.py --rounds 2" in text and "--resume" in text and "--to peft" in text
     before = text[:text.index("The other prompts (2)")]
@@ -171,17 +164,6 @@ def test_the_night_that_breaks_most_stands_beside_the_others_on_the_prompt_that_
     assert "Night 1, steered, least coherent" in asked and "on which night 1 breaks most" in text
     clean = page_of(a_run(tmp_path, a_round(0, night=(1.1, 1.0))))
     assert "No greedy answer of night 0 broke" in clean
-
-
-def test_moves_of_foundations_have_the_errors_that_the_probe_gives(tmp_path):
-    run = report.Run(a_run(tmp_path))
-    assert set(report.FOUNDATIONS) == set(evalmfv.FOUNDATIONS)
-    for row in run.rows[1:]:
-        now, base = ({**r["probe"], "items": 0, "think_tokens": 0, "as_original": 0, "coherence": 1.0,
-                      "counted": list(map(int, r["probe"]["counted"]))} for r in (row, run.base))
-        exact = evalmfv.shift(now, base, "authority", -1)
-        assert row["moved"]["authority"][1] == pytest.approx(exact["se"], rel=1e-9)
-        assert {f: m for f, (m, _) in row["moved"].items()} == pytest.approx(exact["moved"], abs=1e-12)
 
 
 # ---- the verdict -------------------------------------------------------------------------------------------
@@ -205,7 +187,6 @@ def test_a_probe_that_cannot_read_the_model_is_said_and_claims_no_trait(tmp_path
         return low(e) | dict(share=0.3 if e["round"] is not None else float(e.get("kind") == "prompted"))
     mood, head, lines = headline(a_run(tmp_path, change=low))
     assert (mood, head) == ("bad", "The probe cannot read this model") and "Off target" not in lines
-    assert "read nothing into this figure" in page_of(tmp_path)
     mood, head, lines = headline(a_run(tmp_path, change=share))
     assert mood == "good" and "the share does not need the probe" in lines
 
@@ -301,7 +282,7 @@ def test_a_report_survives_any_damage_to_values(tmp_path):
 def spoiled(value, turn, port=0):
     """Every text in a value replaced by the next attack; stages and kinds stay, so that it is shown."""
     if isinstance(value, dict):
-        whole = ("stage", "kind", "probe", "shift", "singular", "format")
+        whole = ("stage", "kind", "shift", "singular", "format")
         return {k: v if k in whole else spoiled(v, turn, port) for k, v in value.items()}
     if isinstance(value, list):
         return [spoiled(v, turn, port) for v in value]
@@ -311,7 +292,7 @@ def spoiled(value, turn, port=0):
 def hostile_run(path, port=0):
     """A run of which every text is an attack, names of options, versions and limits too."""
     turn, keys = itertools.count(), {attack: 1.0 for attack in ATTACKS}
-    named = ("limits", "cosine", "singular", "probe")
+    named = ("limits", "cosine", "singular")
     a_run(path, change=lambda e: spoiled(e, turn, port) | {k: e[k] | keys for k in named if k in e and e[k]})
     record = json.loads((path / "run.json").read_text())
     record = {k: v | keys if k in ("versions", "machine", "options") else v for k, v in record.items()}
@@ -327,7 +308,6 @@ def test_a_run_of_hostile_text_gives_the_same_tags_as_an_honest_one(tmp_path):
     diary = (tmp_path / "run" / "diary.md").read_text()
     assert not re.search(r"(?<!\\)[<>]", re.sub(r"(?m)^(> |`[^`]*`)", "", diary)) and not UNSEEN.search(diary)
     assert len(diary) < 100_000 and "more characters" in diary
-    check_page(report.compare([report.Run(tmp_path / "run"), report.Run(tmp_path / "honest")], tmp_path))
 
 
 def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path):
@@ -343,7 +323,7 @@ def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path):
         check_page(text)
         assert "not finished" in text, n
         shown.append(text.count('role="img"'))
-    assert shown == sorted(shown) and shown[0] == 0 and shown[-1] == 6
+    assert shown == sorted(shown) and shown[0] == 0 and shown[-1] == 3
     (tmp_path / "events.jsonl").unlink()
     assert "no events yet" in page_of(tmp_path) and "It ended with" not in text
     assert "not measured anything" in (tmp_path / "diary.md").read_text()
@@ -354,7 +334,7 @@ def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path):
 
 
 def test_a_torn_last_event_is_noted_and_what_is_no_run_is_refused_in_a_sentence(tmp_path, capsys):
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.json").write_text(json.dumps(dict(format=folder.FORMAT)))
     (tmp_path / "events.jsonl").write_text('{"stage": "a"}\n{"stage": "b"}\n{"sta')
     assert report.main([str(tmp_path)]) == 0
     before = (tmp_path / "report.html").read_text()
@@ -375,7 +355,7 @@ def test_a_long_run_stays_below_two_megabytes_and_says_that_it_shows_a_selection
             e["diary"] = [d | dict(text=d["text"] * 20) for d in e["diary"] * 3]
     page = page_of(a_run(tmp_path, rounds))
     check_page(page)
-    assert "20 of 237" in page and "1500 of 4320 steps" in page and "day 119" in page
+    assert "1500 of 4320 steps" in page and "day 119" in page
 
 
 # ---- figures -----------------------------------------------------------------------------------------------
@@ -401,24 +381,6 @@ def test_a_scale_has_ticks_inside_its_axis_for_any_values(values):
     assert all(60 <= scale(v) <= 400 for v in values)
     with pytest.raises(ValueError, match="no values"):
         svg.Scale([None], 0, 1)
-
-
-# ---- several runs ------------------------------------------------------------------------------------------
-
-
-def test_several_runs_are_drawn_over_each_other_by_what_differs(tmp_path, capsys):
-    options = json.loads((a_run(tmp_path / "x") / "run.json").read_text())["options"]
-    folders = [str(a_run(tmp_path / f"{arm}-{seed}", options=options | dict(kl_agg=arm, seed=seed)))
-               for arm in ("rmse", "mean") for seed in (0, 1)]
-    assert report.main(folders) == 0
-    text = (tmp_path / "compare.html").read_text()
-    tags = check_page(text)
-    assert all(f"kl_agg={arm} seed={seed}" in text for arm in ("rmse", "mean") for seed in (0, 1))
-    assert "n_make" not in text
-    assert tags.links == {f"./{Path(f).name}/report.html" for f in folders}
-    assert text.count('role="img"') == 1 and "4 runs" in text and "in their code" not in text
-    a_run(Path(folders[0]), options=options | dict(kl_agg="rmse"), code="other")
-    assert report.main(folders) == 0 and "in their code" in (tmp_path / "compare.html").read_text()
 
 
 # ---- in a browser ------------------------------------------------------------------------------------------
@@ -469,11 +431,10 @@ def test_in_a_real_browser_nothing_is_fetched_no_script_runs_and_nothing_overflo
         page = subprocess.run(argv, capture_output=True, text=True, timeout=120).stdout
         return json.loads(html.unescape(re.search(r'<pre id="out">(.*?)</pre>', page, re.DOTALL).group(1)))
     honest, hostile = page_of(a_run(tmp_path / "honest")), page_of(hostile_run(tmp_path / "run", port))
-    both = report.compare([report.Run(tmp_path / name) for name in ("honest", "run")], tmp_path)
     bare = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", hostile)    # escaping alone holds
     try:
         assert bare != hostile
-        found = frames(honest, hostile, bare, both)
+        found = frames(honest, hostile, bare)
         assert found["pwned"] is None and asked == []
         for frame in found["frames"]:
             assert frame["width"] <= 360 and not frame["wide"] and frame["height"] > 1000, frame

@@ -8,7 +8,8 @@ import shlex
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
-from tools import folder
+from tools.files import inert
+from tools.record import Record
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)             # all that vLLM's --max-lora-rank takes
 
@@ -29,7 +30,7 @@ def last_part(path: str) -> str:
     return PureWindowsPath(path.rstrip("/\\")).name             # splits at both kinds of slash
 
 
-def refusal(record: folder.Record, rnd: int) -> str:
+def refusal(record: Record, rnd: int) -> str:
     """Why the run's gate did not let this round through; "" if it did."""
     gate = record.of("gate", rnd)
     return "it was not judged" if gate is None else "" if gate["accepted"] else "; ".join(gate["reasons"])
@@ -52,7 +53,7 @@ def without_paths(argv: list[str], base: Base, model: str) -> str:
     return " ".join(["python loop.py", *map(shown, argv)])
 
 
-def barrier_line(record: folder.Record, rounds: list[int]) -> str:
+def barrier_line(record: Record, rounds: list[int]) -> str:
     """What the barrier did in these rounds, as the run has recorded it."""
     heals = [e for rnd in rounds if (e := record.of("heal", rnd))]
     to = "base" if record.run["options"]["kl_ref"] == "base" else "model before the round"
@@ -134,13 +135,13 @@ Greedy answers to held-out prompts, before and after.
 """
 
 
-def model_card(record: folder.Record, base: Base, rounds: list[int], words: list[str], to: str,
+def model_card(record: Record, base: Base, rounds: list[int], words: list[str], to: str,
                check: dict) -> str:
     """README.md: what it is, what was measured, how to use and repeat it. Model text is escaped, paths cut.
 
     words: those of the export after RUN."""
     def safe(text):
-        return folder.inert(text, to="markdown")
+        return inert(text, to="markdown")
 
     def number(x, form):
         return "-" if x is None else format(x, form)

@@ -16,8 +16,10 @@ import textwrap
 from pathlib import Path
 
 import steer
-from tools import export, folder
 from tools import model as models
+from tools.files import inert, one_line
+from tools.record import read
+from tools.rounds import restack
 
 HELP = """Each line is asked on its own: the model remembers nothing of the lines before.
 /help shows this; the end of input (Ctrl-D) or Ctrl-C leaves. Options of the command: --compare shows base,
@@ -73,18 +75,6 @@ def asked(prompts: list[str]):
             yield line
 
 
-def files_of(record: folder.Record, rnd: int | None) -> dict[int, Path]:
-    """The adapter files that make a day. A round that its gate refused is taken by its number, on the days
-    before it."""
-    rejected = record.path / "rounds" / f"{rnd or 0:02d}" / "rejected.safetensors"
-    if rnd is None or rnd in record.accepted or not rejected.is_file():
-        return record.adapters(rnd)
-    print(f"loop.py chat: warning: the gate refused round {rnd}, and no other round has it underneath",
-          file=sys.stderr)
-    before = [i for i in record.accepted if i < rnd]
-    return (record.adapters(before[-1]) if before else {}) | {rnd: rejected}
-
-
 def answers(model, tok, stack, prompt: str, columns: dict, args, **sampling) -> list[str]:
     """One answer per column; ValueError if there is no room for one."""
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -99,18 +89,21 @@ def answers(model, tok, stack, prompt: str, columns: dict, args, **sampling) -> 
             found += steer.generate(model, tok, [prompt], system=system, greedy=not args.temperature,
                                     temperature=args.temperature or 1.0,
                                     max_new_tokens=min(args.max_new_tokens, room - n_asked), **sampling)
-    return [folder.inert(c.text) + ("" if c.finished else " ...") for c in found]
+    return [inert(c.text) + ("" if c.finished else " ...") for c in found]
 
 
 def main(argv: list[str]) -> int:
     """Answers of a run's model, by the stop tokens that it was made with; control characters are dropped."""
     args = options(argv)
-    record = folder.read(args.run)
-    run, files = record.run, files_of(record, args.round)
+    record = read(args.run)
+    run, files = record.run, record.adapters(args.round)
+    if args.round is not None and args.round not in record.accepted:
+        print(f"loop.py chat: warning: the gate refused round {args.round}, and no other round has it "
+              "underneath", file=sys.stderr)
     opts, persona = run.get("options", {}), run.get("persona", {})
     known = {name: opts[name] for name in ("revision", "dtype", "device", "quantize") if name in opts}
     model, tok = models.load(opts.get("model", "pocket"), **known, date=run.get("date", ""))
-    stack = export.restack(model, list(files.values()))
+    stack = restack(model, list(files.values()))
     day = f"day {max(files)}" + (f", dial {args.dial:g}" if args.dial != 1 else "")
     columns = {day: (args.dial, "")}                            # name -> scale of all rounds, system prompt
     if args.compare:
@@ -118,11 +111,11 @@ def main(argv: list[str]) -> int:
     sampling = {name: opts[name] for name in ("top_p", "top_k") if name in opts}
     width = max(8, shutil.get_terminal_size((120, 24)).columns // len(columns) - 3)
     is_live, n_failed = not args.prompts and sys.stdin.isatty(), 0
-    examples = [folder.inert(text) for text in (run.get("items") or {}).get("held_out", [])[:3]]
+    examples = [inert(text) for text in (run.get("items") or {}).get("held_out", [])[:3]]
     if is_live:
         how = f"sampled at temperature {args.temperature:g}" if args.temperature else "greedy"
-        print(f"{folder.inert(opts.get('model', ''))}, persona "
-              f"{folder.inert(persona.get('name') or opts.get('persona', ''))}, {' | '.join(columns)} "
+        print(f"{inert(opts.get('model', ''))}, persona "
+              f"{inert(persona.get('name') or opts.get('persona', ''))}, {' | '.join(columns)} "
               f"(rounds {', '.join(map(str, files))}); {how}, at most {args.max_new_tokens} tokens. /help "
               "says more; try:\n"
               + "\n".join(f"  {text}" for text in examples))
@@ -132,11 +125,11 @@ def main(argv: list[str]) -> int:
             print(HELP, *examples, sep="\n  ", flush=True)
             continue
         if not is_live:
-            print(f"\n> {folder.inert(prompt)}")
+            print(f"\n> {inert(prompt)}")
         try:
             texts = answers(model, tok, stack, prompt, columns, args, seed=args.seed + n, **sampling)
         except (ValueError, RuntimeError) as error:             # this line's; the next may be fine
-            print(f"loop.py chat: {folder.one_line(error)}", file=sys.stderr, flush=True)
+            print(f"loop.py chat: {one_line(error)}", file=sys.stderr, flush=True)
             n_failed += 1
             continue
         if not args.compare:

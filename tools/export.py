@@ -16,9 +16,7 @@ import os
 import re
 import shlex
 import shutil
-import struct
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,9 +28,12 @@ from torch import Tensor, nn
 
 import lora
 import steer
-from tools import folder, model as models
+from tools import model as models
 from tools.card import Base, last_part, model_card, refusal, serve_line
-from tools.rounds import read_vectors
+from tools.files import inert, one_line, read_tensors, save_tensors, write_whole
+from tools.gguf import dosed, read_gguf, save_gguf
+from tools.record import Record, read
+from tools.rounds import read_vectors, restack, save_vectors, total_rank
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FROM_BASE = ("generation_config.json", "processor_config.json", "preprocessor_config.json",
@@ -206,33 +207,26 @@ def write_peft(out, pairs: Pairs, proof: Witness, model, *, base: str, revision:
                   modules_to_save=None, init_lora_weights=True, rank_pattern={}, alpha_pattern={},
                   layers_to_transform=None, layers_pattern=None, auto_mapping=None)
     with whole_folder(out) as temporary:
-        folder.save_tensors(temporary / "adapter_model.safetensors", tensors, {"format": "pt"})
-        folder.write_whole(temporary / "adapter_config.json", json.dumps(config, indent=1).encode())
+        save_tensors(temporary / "adapter_model.safetensors", tensors, format="pt")
+        write_whole(temporary / "adapter_config.json", json.dumps(config, indent=1).encode())
         with adapted(model, read_peft(temporary)):
             found = logits_of(model, proof.prompts)
         check = prove(proof, found, dtype, rounded="update", target=target) | dict(rank=R)
-        folder.write_whole(temporary / "README.md", card(check).encode())
+        write_whole(temporary / "README.md", card(check).encode())
     return check
 
 
 def read_peft(path) -> Pairs:
     """A peft LoRA folder as {module: (A [R, d_in], alpha / R * B [d_out, R])}, float32; pure torch, no peft.
 
-    Raises ValueError if a key is no LoRA weight, has no partner, or is not among the config's target modules.
-    """
+    ValueError if a key is no LoRA weight, or of no target module: peft would ignore it without a word."""
     config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
     found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in folder.read_tensors(Path(path) / "adapter_model.safetensors")[0].items():
+    for key, tensor in read_tensors(Path(path) / "adapter_model.safetensors")[0].items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        if not match:
-            raise ValueError(f"{path}: {key} is not a LoRA weight of peft")
+        if not match or match[1] not in config["target_modules"]:
+            raise ValueError(f"{path}: {key} is not a LoRA weight of a target module")
         found.setdefault(match[1], {})[match[2]] = tensor.float()
-    if set(found) != set(config["target_modules"]) or any(set(pair) != {"A", "B"} for pair in found.values()):
-        raise ValueError(f"{path}: the file holds {len(found)} modules, the config names "
-                         f"{len(config['target_modules'])} others, or A or B of one is missing")
-    bad = [name for name, pair in found.items() if not len(pair["A"]) == pair["B"].shape[1] == config["r"]]
-    if bad:
-        raise ValueError(f"{path}: {bad[0]} is not of the config's rank {config['r']}")
     return {name: (pair["A"], config["lora_alpha"] / config["r"] * pair["B"]) for name, pair in found.items()}
 
 
@@ -287,84 +281,8 @@ def write_merged(out, pairs: Pairs, proof: Witness, load: Callable, tok, *, dtyp
         if ours != theirs:
             raise RuntimeError(f"the tokenizer, loaded back, gives {theirs} for a chat turn that was {ours}")
         check = prove(proof, logits_of(load("float32", temporary), proof.prompts), written, rounded="weights")
-        folder.write_whole(temporary / "README.md", card(check).encode())
+        write_whole(temporary / "README.md", card(check).encode())
     return check
-
-
-# ---- vectors: raw, and for llama.cpp -----------------------------------------------------------------------
-
-def save_vectors(path, vectors: dict[int, Tensor], coeff: float, notes: dict[str, str]) -> None:
-    """`layer.N` [d] float32, raw v; coeff and notes as metadata: steered(model, *read_vectors(path)[:2])."""
-    tensors = {f"layer.{layer}": v.float().cpu().contiguous() for layer, v in vectors.items()}
-    folder.save_tensors(path, tensors, notes | {"coeff": repr(coeff)})
-
-
-def save_gguf(path, vectors: dict[int, Tensor], coeff: float, model_type: str, notes: dict[str, str]) -> None:
-    """A llama.cpp control vector: coeff is baked in, so scale 1.0 is the dose; `direction.N` is for block N.
-
-    That is GGUF version 3: strings and one uint32 as key-values, then float32 tensors aligned to 32 bytes.
-    llama.cpp adds direction.N to the output of block N at every position, like `steered`; the file has no
-    field that says so, so the notes do. ValueError for block 0, which llama.cpp does not steer.
-    """
-    if 0 in vectors:
-        raise ValueError("llama.cpp cannot steer block 0, which these vectors do: take a later --steer-band")
-    directions = dosed(vectors, coeff)
-    if not all(v.isfinite().all() and v.any() for v in directions.values()):
-        raise ValueError(f"a vector is zero or not finite at dose {coeff}: it would do nothing, or harm")
-
-    def string(text):
-        return struct.pack("<Q", len(text.encode())) + text.encode()
-    fields = {"general.architecture": "controlvector", "controlvector.model_hint": model_type,
-              "controlvector.layer_count": len(directions),
-              **{f"steering.{key}": value for key, value in notes.items() if value},
-              "steering.coeff": repr(coeff)}
-    head, body = b"GGUF" + struct.pack("<IQQ", 3, len(directions), len(fields)), b""
-    for key, value in fields.items():
-        is_number = isinstance(value, int)
-        head += string(key) + struct.pack("<I", 4 if is_number else 8)
-        head += struct.pack("<I", value) if is_number else string(value)
-    for layer, v in directions.items():                         # one dimension, float32
-        head += string(f"direction.{layer}") + struct.pack("<IQIQ", 1, len(v), 0, len(body))
-        body += v.numpy().astype("<f4").tobytes() + b"\0" * (-4 * len(v) % 32)
-    folder.write_whole(path, head + b"\0" * (-len(head) % 32) + body)
-
-
-def read_gguf(path) -> tuple[dict[int, Tensor], dict]:
-    """Directions {block: [d]} and key-values of a control vector: as `save_gguf` writes, not all of GGUF."""
-    content, at = Path(path).read_bytes(), 24
-    if content[:8] != b"GGUF\3\0\0\0":
-        raise ValueError(f"{path}: not a GGUF file of version 3")
-
-    def take(form):
-        nonlocal at
-        value, = struct.unpack_from("<" + form, content, at)
-        at += struct.calcsize("<" + form)
-        return value
-
-    def string():
-        return take(f"{take('Q')}s").decode()
-    n_tensors, n_fields = struct.unpack_from("<QQ", content, 8)
-    fields, places = {}, {}
-    for _ in range(n_fields):
-        key, kind = string(), take("I")
-        if kind not in (4, 8):
-            raise ValueError(f"{path}: {key} is of type {kind}; expected a string (8) or uint32 (4)")
-        fields[key] = take("I") if kind == 4 else string()
-    for _ in range(n_tensors):
-        name, n_dims, size, kind, offset = string(), take("I"), take("Q"), take("I"), take("Q")
-        if n_dims != 1 or kind != 0 or not re.fullmatch(r"direction\.\d+", name):
-            raise ValueError(f"{path}: {name} has {n_dims} dimensions and type {kind}; expected "
-                             "direction.N, 1 and float32 (0)")
-        places[int(name.removeprefix("direction."))] = offset, size
-    body = bytearray(content[at + -at % 32:])
-    found = {layer: torch.frombuffer(body, dtype=torch.float32, count=size, offset=offset).clone()      # [d]
-             for layer, (offset, size) in places.items()}
-    return found, fields
-
-
-def dosed(vectors: dict[int, Tensor], coeff: float) -> dict[int, Tensor]:
-    """coeff * v of every block [d] float32: what `steered` adds."""
-    return {layer: (coeff * v.float()).cpu() for layer, v in vectors.items()}
 
 
 def write_vectors(out, to: str, name: str, vectors: dict[int, Tensor], coeff: float, model_type: str,
@@ -375,7 +293,7 @@ def write_vectors(out, to: str, name: str, vectors: dict[int, Tensor], coeff: fl
             save_gguf(temporary / f"{name}.gguf", vectors, coeff, model_type, notes)
             found = read_gguf(temporary / f"{name}.gguf")[0]
         else:
-            save_vectors(temporary / f"{name}.safetensors", vectors, coeff, notes)
+            save_vectors(temporary / f"{name}.safetensors", vectors, **notes, coeff=repr(coeff))
             found = dosed(*read_vectors(temporary / f"{name}.safetensors")[:2])
         want = dosed(vectors, coeff)
         if found.keys() != want.keys() or not all(torch.equal(found[layer], v) for layer, v in want.items()):
@@ -394,47 +312,7 @@ def base_of(run: dict, moved: str = "") -> Base:
         raise ValueError(f"{error}. If the base has moved: --base DIR") from None
     if name == "pocket" or Path(name).exists():
         return Base(str(Path(where if name == "pocket" else name).resolve()), "", last_part(name), config)
-    return Base(where, commit_of(where, revision) or revision, where, config)
-
-
-def commit_of(where: str, revision: str) -> str:
-    """The commit of a hub model in the local cache, by its folder, since its config does not say; or ""."""
-    from transformers.utils import cached_file
-    file = cached_file(where, "config.json", revision=revision or "main")
-    at = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", str(file))
-    return at[1] if at else ""
-
-
-def rounds_of(record: folder.Record, last: int | None) -> dict[int, Path]:
-    """The adapter files to stack: of the accepted rounds up to `last`; of `last` even if refused."""
-    refused = None if last is None else record.path / "rounds" / f"{last:02d}" / "rejected.safetensors"
-    if refused is None or not refused.is_file():
-        return record.adapters(last)
-    accepted = record.adapters() if record.accepted else {}
-    return {rnd: path for rnd, path in accepted.items() if rnd < last} | {last: refused}
-
-
-def restack(model, files: Sequence[Path]) -> lora.Stack:
-    """A stack on the modules that the files name, with their rounds, whatever ranks and blocks these have."""
-    stack, layers = None, list(range(len(steer.blocks(model))))
-    for path in files:
-        tensors = folder.read_tensors(path)[0]
-        names = sorted({key.rsplit(".", 2)[0] for key in tensors})
-        try:
-            stack = stack or lora.attach(model, r=1, alpha=1, layers=layers, targets=names)
-            stack.load_tensors(tensors)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    return stack
-
-
-def total_rank(files: Sequence[Path]) -> int:
-    """The rank that the rounds of these files have together, for the Linear where it is largest."""
-    ranks = Counter()
-    for path in files:
-        for key, tensor in folder.read_tensors(path)[0].items():
-            ranks[key.rsplit(".", 2)[0]] += len(tensor) if key.endswith(".A") else 0
-    return max(ranks.values(), default=0)
+    return Base(where, config._commit_hash or revision, where, config)
 
 
 def folder_name(to: str, rank: int | None, last: int | None, dtype: str) -> str:
@@ -454,7 +332,7 @@ def export(path, to: str, *, rank: int | None = None, last: int | None = None, o
     and the first accepted one. base: where the base is, if not where the run had it. Raises ValueError for
     bad input, and RuntimeError if what was written, loaded back, is not the run's: then nothing is left.
     """
-    record, out = folder.read(path), Path(out or Path(path) / folder_name(to, rank, last, dtype))
+    record, out = read(path), Path(out or Path(path) / folder_name(to, rank, last, dtype))
     if rank is not None and to != "peft":
         raise ValueError(f"--rank is for --to peft: {to} has no rank to choose")
     if dtype != "auto" and to not in ("peft", "merged"):
@@ -464,12 +342,12 @@ def export(path, to: str, *, rank: int | None = None, last: int | None = None, o
     return work(record, to, rank=rank, last=last, out=out, dtype=dtype, moved=base)
 
 
-def warn_if_refused(record: folder.Record, rnd: int) -> None:
+def warn_if_refused(record: Record, rnd: int) -> None:
     if why := refusal(record, rnd):
-        print(f"warning  round {rnd} did not pass the run's acceptance check: {folder.inert(why)}")
+        print(f"warning  round {rnd} did not pass the run's acceptance check: {inert(why)}")
 
 
-def export_vectors(record: folder.Record, to: str, *, last: int | None, out: Path, moved: str, **_) -> dict:
+def export_vectors(record: Record, to: str, *, last: int | None, out: Path, moved: str, **_) -> dict:
     """The steering vector of a round, at the dose that the run settled on."""
     found = sorted(record.path.glob("rounds/[0-9]*/vectors.safetensors"))
     files = {int(path.parent.name): path for path in found}
@@ -478,8 +356,7 @@ def export_vectors(record: folder.Record, to: str, *, last: int | None, out: Pat
         what = "no accepted round" if rnd is None else f"no vectors of round {rnd}"
         there = ", ".join(map(str, files)) or "none"
         raise ValueError(f"{record.path} has {what}; rounds with vectors: {there}")
-    (vectors, coeff, _), dose = read_vectors(files[rnd]), record.of("dose", rnd)
-    coeff = dose["coeff"] if dose else coeff
+    vectors, coeff, _ = read_vectors(files[rnd])
     if coeff is None:
         raise ValueError(f"round {rnd} of {record.path} has no dose: it ended before its search did")
     base, persona = base_of(record.run, moved), record.run["persona"]
@@ -501,11 +378,11 @@ def export_vectors(record: folder.Record, to: str, *, last: int | None, out: Pat
     return check
 
 
-def export_model(record: folder.Record, to: str, *, rank: int | None, last: int | None, out: Path, dtype: str,
+def export_model(record: Record, to: str, *, rank: int | None, last: int | None, out: Path, dtype: str,
                  moved: str) -> dict:
     """The run's model, as an adapter or a whole checkpoint; compared in float32 on the CPU, on four held-out
     prompts with the last day's own answers."""
-    run, files = record.run, rounds_of(record, last)
+    run, files = record.run, record.adapters(last)
     total = total_rank(list(files.values()))
     if rank is not None and not 1 <= rank <= total:
         raise ValueError(f"--rank {rank}: the rounds have rank {total} in all, so expected 1 to {total}")
@@ -594,9 +471,9 @@ def main(argv: list[str]) -> int:
         export(args.run, args.to, rank=args.rank, last=args.round, out=args.out, dtype=args.dtype,
                base=args.base)
     except (ValueError, OSError) as error:
-        print(f"loop.py export: {folder.one_line(error)}", file=sys.stderr)
+        print(f"loop.py export: {one_line(error)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        print(f"loop.py export: {folder.one_line(error)}; nothing was written", file=sys.stderr)
+        print(f"loop.py export: {one_line(error)}; nothing was written", file=sys.stderr)
         return 1
     return 0

@@ -1,4 +1,4 @@
-"""Folder: a run on the disk and on the terminal: journal, lock, signals, and the one reader of it.
+"""Folder: a run folder while a run writes it: journal, lock, signals.
 
     run.json         options, command, versions, status; rewritten whole
     events.jsonl     the journal: one whole line per event; an artefact is on the disk before its event
@@ -7,16 +7,11 @@
 `Folder.once(stage, round, work)` gives a stage's event from the journal, or does the work and writes it down.
 What later stages need of a stage is in its event or its file and is taken from there at once, so a run that
 was killed at any point and goes on reads the numbers of an unbroken one, and repeats one stage at most.
-
-Everything that a model or a user wrote passes `inert` on its way to a reader. Needs torch and safetensors;
-knows nothing of options, models or stages.
+Knows nothing of options, models or stages.
 """
 import contextlib
-import dataclasses
 import errno
-import html
 import json
-import math
 import os
 import platform
 import re
@@ -27,13 +22,12 @@ import threading
 import time
 import traceback
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 
+from tools.files import inert, one_line, plain, write_whole
+from tools.record import FORMAT, Record, read
 from tools.screen import Screen
 
 try:
@@ -42,189 +36,6 @@ except ImportError:                                     # Windows: nothing keeps
     fcntl = None
 
 ROOT = Path(__file__).resolve().parents[1]
-FORMAT = 2                                              # of the journal: another one cannot be continued
-
-# control characters, marks that reorder or hide text, tags, lone surrogates; joiners stay: scripts need them
-UNSEEN = ("[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
-          "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]")
-
-
-# ---- text ------------------------------------------------------------------------------------------------
-
-
-def inert(text, to: str = "terminal", limit: int | None = None) -> str:
-    """Any text for a reader; to = terminal, html (content or attribute) or markdown.
-
-    Nothing in it is markup, moves the cursor or turns a line. What is over `limit` characters is cut off.
-    """
-    text = str(text)
-    if to == "html":
-        text = re.sub(r"\n{4,}", lambda match: f" ↵×{len(match.group())} ", text)
-    rest = f"… ({len(text) - limit:,} more characters)" if limit is not None and len(text) > limit else ""
-    text = text[:limit]
-    if to == "terminal":
-        return re.sub(UNSEEN + "+", " ", text) + rest
-    if to == "html":                                    # what is unseen is shown
-        def show(match):
-            code = ord(match.group())
-            known = {9: " ", 10: " ↵ "} | {n: chr(0x2400 + n) for n in (*range(9), *range(11, 32))}
-            return known.get(code, f"⟨U+{code:04X}⟩")
-        return html.escape(re.sub(UNSEEN, show, text), quote=True) + rest
-    if to != "markdown":
-        raise ValueError(f"to={to!r}: expected terminal, html or markdown")
-    text = " ".join(re.sub(UNSEEN, " ", text).split())  # one line
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"([\\`*_{}\[\]()#+!|~:@-])", r"\\\1", text)
-    return re.sub(r"(?i)\bwww\.", r"www\\.", text) + rest
-
-
-def one_line(error) -> str:
-    """An error as one sentence for the terminal, whatever it quotes."""
-    return inert(" ".join(str(error).split()))[:1000] or type(error).__name__
-
-
-def plain(x):
-    """Tensors as lists, non-finite numbers as null: what JSON can hold."""
-    if isinstance(x, torch.Tensor):
-        x = x.tolist()
-    if isinstance(x, dict):
-        return {str(k): plain(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [plain(v) for v in x]
-    if dataclasses.is_dataclass(x):
-        return plain(dataclasses.asdict(x))
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-# ---- files -----------------------------------------------------------------------------------------------
-
-
-def write_whole(path, content: bytes) -> None:
-    """Write a temporary file beside `path`, rename it: a reader sees the old file or the new, never half."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if hasattr(os, "O_DIRECTORY"):                  # the new name survives a power cut too
-            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)               # still there only if something went wrong
-
-
-def save_tensors(path, tensors: dict[str, torch.Tensor], notes: dict = {}) -> None:
-    """One safetensors file, whole or not at all; notes become its metadata, as strings."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, safetensors.torch.save(tensors, {name: str(note) for name, note in notes.items()}))
-
-
-def read_tensors(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and notes of a safetensors file; ValueError if it cannot be read or is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({one_line(error)})") from None
-
-
-# ---- the reader ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Record:
-    """A run as it stands on the disk. notes: sentences on what is not whole."""
-    path: Path
-    run: dict
-    events: list[dict]           # in order, each with a stage (str), a round (int or None) and t (seconds)
-    notes: list[str]
-
-    def of(self, stage: str, rnd: int | None = None) -> dict | None:
-        """The first event of a stage, of this round if one is given."""
-        return next((e for e in self.events if e["stage"] == stage and rnd in (None, e["round"])), None)
-
-    def rows(self, kind: str | None = None) -> list[dict]:
-        """The rows of the table: base, prompted, steered or healed, or all of them."""
-        return [e for e in self.events if e["stage"] == "row" and kind in (None, e.get("kind"))]
-
-    @property
-    def accepted(self) -> list[int]:
-        return [e["round"] for e in self.events if e["stage"] == "gate" and e.get("accepted")]
-
-    @property
-    def last_day(self) -> dict | None:
-        """The row of the last accepted day; before there is one, the base's; before that, None."""
-        days = [row for row in self.rows("healed") if row["round"] in self.accepted]
-        return next(iter(days[-1:] or self.rows("base")), None)
-
-    def completions(self, rnd: int) -> list[dict]:
-        return (self.of("made", rnd) or {}).get("completions", [])
-
-    def trials(self, rnd: int) -> list[dict]:
-        return (self.of("dose", rnd) or {}).get("trials", [])
-
-    def adapters(self, last: int | None = None) -> dict[int, Path]:
-        """The adapter file of each accepted round up to `last`, which must be one; ValueError if none is."""
-        files = {rnd: self.path / "rounds" / f"{rnd:02d}" / "adapter.safetensors" for rnd in self.accepted}
-        if not files:
-            raise ValueError(f"{self.path} has no accepted round")
-        if last is not None and last not in files:
-            rounds = ", ".join(map(str, files))
-            raise ValueError(f"--round {last}: the accepted rounds of {self.path} are {rounds}")
-        files = {rnd: path for rnd, path in files.items() if last is None or rnd <= last}
-        if missing := [path for path in files.values() if not path.is_file()]:
-            raise ValueError(f"{missing[0]} is missing: the run accepted this round")
-        return files
-
-
-def read(path) -> Record:
-    """A run folder, finished or not; ValueError if it is none, or if a line but the last is no event."""
-    path = Path(path)
-    try:
-        run = json.loads((path / "run.json").read_bytes().decode("utf-8-sig"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path}: not a run folder, it has no run.json") from None
-    except OSError as error:
-        raise ValueError(f"{path}/run.json: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}/run.json: not JSON ({error})") from None
-    if not isinstance(run, dict):
-        raise ValueError(f"{path}/run.json: expected a JSON object, got {type(run).__name__}")
-    events, notes, journal = [], [], path / "events.jsonl"
-    lines = journal.read_bytes().decode("utf-8", "replace").split("\n") if journal.is_file() else []
-    last = max((n for n, line in enumerate(lines, 1) if line.strip()), default=0)
-    for n, line in enumerate(lines[:last], 1):
-        try:
-            event = {"round": None, "t": 0.0} | json.loads(line)
-            if not (isinstance(event.get("stage"), str) and isinstance(event["t"], (int, float))
-                    and (event["round"] is None or type(event["round"]) is int)):
-                raise ValueError
-            events.append(event)
-        except (ValueError, TypeError, RecursionError):
-            if n != last:
-                raise ValueError(f"{journal}, line {n}: no event of a run; the file is damaged") from None
-            notes.append(f"The last line of events.jsonl (line {n}) was cut off and is left out.")
-    if not events:
-        notes.append("The run has no events yet.")
-    if run.get("format") != FORMAT:
-        notes.append("Another version of this code wrote it: what that named otherwise is not shown.")
-    return Record(path, run, events, notes)
-
-
-def read_for_more(path) -> Record:
-    """A run that this code can continue; ValueError if it is none."""
-    record = read(path)
-    if record.run.get("format") != FORMAT:
-        raise ValueError(f"--resume {path}: another version of this code wrote that run and is needed to "
-                         "go on with it; its run.json names the commit")
-    return record
-
-
-# ---- the run folder --------------------------------------------------------------------------------------
 
 
 def check_out(out: Path) -> None:
@@ -388,7 +199,7 @@ class Folder:
         facts: what must be as it was. around: what should be, {versions, machine, code, ...}. ValueError if
         this code cannot continue the run.
         """
-        record, path = read_for_more(self.path), self.path / "events.jsonl"
+        record, path = read(self.path), self.path / "events.jsonl"
         before, shape = record.run, dict(argv=list, command=str, versions=dict, machine=dict, started=float)
         if bad := [name for name, kind in shape.items() if not isinstance(before.get(name), kind)]:
             raise ValueError(f"{self.path}/run.json: {', '.join(bad)} missing or of another type")

@@ -1,10 +1,20 @@
-"""Rounds: the files of a round in a run folder, rounds/NN/{vectors,adapter,rejected}.safetensors."""
+"""Rounds: the files of a round, rounds/NN/{vectors,adapter,rejected}.safetensors, and a model of them."""
 import os
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from tools.folder import Folder, read_tensors, save_tensors
+import lora
+import steer
+from tools.files import read_tensors, save_tensors
+from tools.folder import Folder
+
+
+def save_vectors(path, vectors: dict[int, Tensor], **notes) -> None:
+    """`layer.N` [d] float32, raw v; notes as metadata, the dose among them as the coeff."""
+    save_tensors(path, {f"layer.{layer}": v for layer, v in vectors.items()}, **notes)
 
 
 def read_vectors(path) -> tuple[dict[int, Tensor], float | None, dict[str, str]]:
@@ -18,6 +28,29 @@ def read_vectors(path) -> tuple[dict[int, Tensor], float | None, dict[str, str]]
     return vectors, coeff, notes
 
 
+def restack(model, files: Sequence[Path]) -> lora.Stack:
+    """A stack on the modules that the files name, with their rounds, whatever ranks and blocks these have."""
+    stack, layers = None, list(range(len(steer.blocks(model))))
+    for path in files:
+        tensors = read_tensors(path)[0]
+        names = sorted({key.rsplit(".", 2)[0] for key in tensors})
+        try:
+            stack = stack or lora.attach(model, r=1, alpha=1, layers=layers, targets=names)
+            stack.load_tensors(tensors)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return stack
+
+
+def total_rank(files: Sequence[Path]) -> int:
+    """The rank that the rounds of these files have together, for the Linear where it is largest."""
+    ranks = Counter()
+    for path in files:
+        for key, tensor in read_tensors(path)[0].items():
+            ranks[key.rsplit(".", 2)[0]] += len(tensor) if key.endswith(".A") else 0
+    return max(ranks.values(), default=0)
+
+
 class Rounds:
     """Writes whole files before their events, and reads them back for a run that goes on."""
 
@@ -27,13 +60,13 @@ class Rounds:
     def path(self, rnd: int, name: str) -> Path:
         return self.folder.path / "rounds" / f"{rnd:02d}" / f"{name}.safetensors"
 
-    def save(self, rnd: int, name: str, tensors: dict, **notes) -> None:
-        with self.folder.writing(self.path(rnd, name)):
-            self.path(rnd, name).parent.mkdir(exist_ok=True)
-            save_tensors(self.path(rnd, name), tensors, notes)
+    def save(self, rnd: int, name: str, tensors: dict, *, write=save_tensors, **notes) -> None:
+        with self.folder.writing(path := self.path(rnd, name)):
+            path.parent.mkdir(exist_ok=True)
+            write(path, tensors, **notes)
 
     def save_vectors(self, rnd: int, vectors: dict[int, Tensor], **notes) -> None:
-        self.save(rnd, "vectors", {f"layer.{layer}": v for layer, v in vectors.items()}, **notes)
+        self.save(rnd, "vectors", vectors, write=save_vectors, **notes)
 
     def steering(self, rnd: int) -> dict:
         """{vectors, coeff} of a round whose dose is settled."""

@@ -1,6 +1,6 @@
 """Search: which blocks to steer and how much, by what that does. Pure functions: the caller tries.
 
-The band is chosen once a run, by what steering would make the base say next (`evalmfv.foresee`, exact
+The band is chosen once a run, by what steering would make the base say next (`foresee`, exact
 means); the dose in every round, by sampled answers and the share of them that survives the filter. There is
 no ceiling at 1.0: a vector may be a hundredth of the state that it is added to.
 """

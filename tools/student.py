@@ -15,7 +15,8 @@ import evalmfv
 import heal
 import steer
 from tools import search
-from tools.folder import inert, plain
+from tools.files import inert, plain
+from tools.foresee import foresee
 from tools.screen import Screen
 
 N_DIARY = 6                 # held-out prompts answered greedily for the diary: as many as a reader reads
@@ -137,13 +138,13 @@ class Student:
         users, persona = self.spread(N_FORESEE), self.persona
         answers = [dataclasses.replace(c, ids=c.ids[:N_TOKENS]) for c in self.answers(users, "band", None)]
 
-        def foresee(cells):
+        def try_cells(cells):
             with self.stack.gated(0, 0):
-                return evalmfv.foresee(self.model, self.tok, answers, users, persona["meter_pos"],
-                                       persona["meter_neg"], vectors, cells)
-        (_, own), (_, prompted) = foresee([])
+                return foresee(self.model, self.tok, answers, users, persona["meter_pos"],
+                               persona["meter_neg"], vectors, cells)
+        (_, own), (_, prompted) = try_cells([])
         limit = max(1.1 * own, prompted)
-        chosen, ranked = search.find_band(lambda cells: foresee(cells)[2:], bands, limit)
+        chosen, ranked = search.find_band(lambda cells: try_cells(cells)[2:], bands, limit)
         return dict(steer=chosen, limit=limit,
                     trials=[dict(band=band, ratio=effect, coeff=dose) for band, effect, dose in ranked])
 

@@ -8,11 +8,11 @@ A label stands where it hides nothing. Colours are classes, which the page's sty
 """
 import math
 
-from tools.folder import inert
+from tools.files import inert
 
 MARKS = {"base": "M0,-8 2.1,-2.6 7.6,-2.5 3.2,1 4.7,6.5 0,3.3 -4.7,6.5 -3.2,1 -7.6,-2.5 -2.1,-2.6Z",  # star
          "prompted": "M0,-6 5.5,4 -5.5,4Z", "steered": "M0,-6 6,0 0,6 -6,0Z",      # triangle, diamond
-         "healed": "M-5,0A5,5 0 1 1 5,0A5,5 0 1 1 -5,0Z", "dot": "M-3,0A3,3 0 1 1 3,0A3,3 0 1 1 -3,0Z"}
+         "healed": "M-5,0A5,5 0 1 1 5,0A5,5 0 1 1 -5,0Z"}
 # where a label may stand beside its mark
 AROUND = ((1, 0), (-1, 0), (0, -1), (0, 1), (.7, -.7), (.7, .7), (-.7, -.7), (-.7, .7))
 
@@ -24,31 +24,21 @@ def esc(text, limit: int = 600) -> str:
 class Scale:
     """Values to screen positions along one axis, and its ticks. Values that are None are drawn nowhere."""
 
-    def __init__(self, values, start: float, end: float, log: bool = False, room: float = 0.07):
-        known = [v for v in values if v is not None and (v > 0 or not log)]
+    def __init__(self, values, start: float, end: float, room: float = 0.07):
+        known = [v for v in values if v is not None]
         if not known:
             raise ValueError("no values")
-        self.f = math.log10 if log else float
-        low, high = self.f(min(known)), self.f(max(known))
+        low, high = min(known), max(known)
         if high - low < 1e-9 * max(1, abs(high)):
-            room_around = 0.3 if log else 0.5 * abs(low) or 0.5
-            low, high = low - room_around, high + room_around
+            around = 0.5 * abs(low) or 0.5
+            low, high = low - around, high + around
         self.low, self.high = low - room * (high - low), high + room * (high - low)
-        self.start, self.end, self.log = start, end, log
+        self.start, self.end = start, end
 
     def __call__(self, v: float) -> float:
-        at = self.start + (self.f(v) - self.low) / (self.high - self.low) * (self.end - self.start)
-        return round(at, 1)
+        return round(self.start + (v - self.low) / (self.high - self.low) * (self.end - self.start), 1)
 
     def ticks(self, n: int = 5) -> list[float]:
-        if self.log:
-            span = range(math.floor(self.low) - 1, math.ceil(self.high) + 1)
-            for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
-                found = [d * 10.0 ** k for k in span for d in digits
-                         if self.low <= math.log10(d) + k <= self.high]
-                if len(found) >= 3:
-                    break
-            return found[::math.ceil(len(found) / 7) or 1]
         raw = (self.high - self.low) / n
         power = 10.0 ** math.floor(math.log10(raw))
         step = next(d * power for d in (1, 2, 2.5, 5, 10) if d * power >= raw * 0.999)
@@ -58,18 +48,18 @@ class Scale:
 class Plot:
     """One panel. xs, ys: all that will be drawn on each axis. Then come mark, line, level and write."""
 
-    def __init__(self, alt: str, xs, ys, x_label: str, y_label: str, *, log_x=False, whole_x=False, w=440,
-                 h=310, left=62, right=14, top=12, room=0.07):
+    def __init__(self, alt: str, xs, ys, x_label: str, y_label: str, *, whole_x=False, w=440, h=310,
+                 right=14, top=12, room=0.07):
         self.alt, self.w, self.h = alt, w, h
-        self.left, self.right, self.top, self.bottom = left, w - right, top, h - 46
-        self.x = Scale(xs, self.left, self.right, log_x, room)
+        self.left, self.right, self.top, self.bottom = 62, w - right, top, h - 46
+        self.x = Scale(xs, self.left, self.right, room)
         self.y = Scale(ys, self.bottom, self.top)
         self.back, self.front, self.labels, self.levels, self.taken, self.whiskers = ([] for _ in range(6))
         for t in sorted({round(t) for t in self.x.ticks()}) if whole_x else self.x.ticks():
             if self.left <= self.x(t) <= self.right:
                 self.back.append(f'<path class="grid" d="M{self.x(t)},{self.top}V{self.bottom}"/>')
                 self.write(self.x(t), self.bottom + 16, tick(t), "tick", "middle")
-        for t in self.y.ticks() if y_label else ():
+        for t in self.y.ticks():
             self.back.append(f'<path class="grid" d="M{self.left},{self.y(t)}H{self.right}"/>')
             self.write(self.left - 6, self.y(t) + 4, tick(t), "tick", "end")
         self.write((self.left + self.right) / 2, h - 8, x_label, "axis", "middle")
@@ -81,12 +71,9 @@ class Plot:
         place = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}"'
         self.back.append(f'<text class="{kind}" {place}>{esc(text)}</text>')
 
-    def shows(self, x, y) -> bool:
-        return x is not None and y is not None and (x > 0 or not self.x.log)
-
     def mark(self, kind: str, x, y, says: str, label: str = "", *, ex=None, ey=None, more: str = "") -> None:
         """A mark with its whiskers of one standard error; `says` is shown by a pointer that rests on it."""
-        if not self.shows(x, y):
+        if x is None or y is None:
             return
         px, py = self.x(x), self.y(y)
         for axis, v, e in ((self.x, x, ex), (self.y, y, ey)):
@@ -96,14 +83,14 @@ class Plot:
                 self.back.append(f'<path class="whisker {kind} {more}" d="{d}"/>')
                 self.whiskers.append((a, py - 1, b, py + 1) if axis is self.x else (px - 1, a, px + 1, b))
         self.front.append(f'<path class="mark {kind} {more}" transform="translate({px},{py})" '
-                          f'd="{MARKS.get(kind, MARKS["dot"])}"><title>{esc(says)}</title></path>')
+                          f'd="{MARKS[kind]}"><title>{esc(says)}</title></path>')
         self.taken.append((px - 6, py - 6, px + 6, py + 6))
         if label:
             self.labels.append((px, py, label, f"{kind} {more}".strip()))
 
     def line(self, points, kind: str, label: str = "", more: str = "") -> None:
         """A line through the points that are known; its label stands at the last of them."""
-        at = [(self.x(x), self.y(y)) for x, y in points if self.shows(x, y)]
+        at = [(self.x(x), self.y(y)) for x, y in points if None not in (x, y)]
         if len(at) > 1:
             d = " ".join(f"{x:g},{y:g}" for x, y in at)
             self.back.append(f'<path class="line {kind} {more}" d="M{d}"/>')
@@ -148,19 +135,16 @@ class Plot:
             self.taken.append((x, floor - 10, x + 7.8 * len(label), floor + 2))
         for label in self.labels:
             self.place(*label)
-        return drawing(self.w, self.h, self.alt, "".join(self.back + self.front))
+        alt = esc(self.alt, 2000)
+        return (f'<svg viewBox="0 0 {self.w} {self.h}" role="img" aria-label="{alt}"><title>{alt}</title>'
+                f"{''.join(self.back + self.front)}</svg>")
 
 
 def tick(v: float) -> str:
     return f"{v:.4g}".replace("-", "−").replace("e+0", "e").replace("e−0", "e−")
 
 
-def drawing(w: float, h: float, alt: str, marks: str) -> str:
-    alt = esc(alt, 2000)
-    return f'<svg viewBox="0 0 {w:g} {h:g}" role="img" aria-label="{alt}"><title>{alt}</title>{marks}</svg>'
-
-
-def swatch(kind: str, more: str = "") -> str:
+def swatch(kind: str) -> str:
     """A mark for a figure's key."""
     return ('<svg viewBox="-9 -9 18 18" aria-hidden="true">'
-            f'<path class="mark {kind} {more}" d="{MARKS[kind]}"/></svg>')
+            f'<path class="mark {kind}" d="{MARKS[kind]}"/></svg>')

@@ -2,7 +2,8 @@
 from pathlib import Path
 
 from tools import report
-from tools.folder import Record, one_line, write_whole
+from tools.files import one_line, write_whole
+from tools.record import Record
 from tools.screen import Screen
 
 
