@@ -31,7 +31,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "pocket")]
 import numpy as np                                              # noqa: E402
 import world                                                    # noqa: E402
 from plot import svg_lines                                      # noqa: E402
-from tools import folder as files                               # noqa: E402
+from tools.record import read                                  # noqa: E402
 
 N_BOOT = 4000                           # enough for two digits of a 95% interval
 LEVELS = 0.5, 0.75, 1.0                 # shares to compare at
@@ -98,8 +98,8 @@ def check_apart(grid: dict, runs: dict) -> None:
         may = {"seed", "out"} | named(first) | named(arm)
         may |= {"items"} if "persona" in may else set()                 # a persona brings its own prompts
         if more := {k for k in x | y if x.get(k) != y.get(k)} - may:
-            raise ValueError(f"{other.path} differs from {one.path} in {', '.join(sorted(more))}, which the "
-                             f"arm {arm} does not name: remove it and run again")
+            raise ValueError(f"{other.path} differs from {one.path} in {', '.join(sorted(more))}, which no arm "
+                             "names: these two cannot be held against each other")
 
 
 # ---- what a day says -------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def main(argv=None) -> None:
             with ThreadPoolExecutor(args.jobs) as pool:
                 list(pool.map(lambda at: make(grid, *at), cells))
         paths = {at: folder_of(grid, *at) for at in cells}
-        runs = {at: files.read(path) for at, path in paths.items() if is_finished(path)}
+        runs = {at: read(path) for at, path in paths.items() if is_finished(path)}
         if not runs:
             raise ValueError(f"{grid['folder']}: no finished run of this grid")
         check_apart(grid, runs)

@@ -3,6 +3,7 @@ import importlib
 import importlib.util
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -160,6 +161,40 @@ def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys, bench,
     assert len(losses) >= 5 and max(losses.values()) - min(losses.values()) < 1e-5
     for peer in ("TRL", "torchtune", "Liger"):           # a peer that cannot run says so instead of vanishing
         assert any(peer in key for key in [*result["memory"]["peak"], *result["memory"]["missing"]])
+
+
+def test_rivals_stand_beside_the_rows_of_the_run_and_leave_the_base_as_it_was(finished, bench, tmp_path,
+                                                                              capsys, monkeypatch):
+    rivals, benches = bench("rivals"), []
+    kept = rivals.check.Bench
+    monkeypatch.setattr(rivals.check, "Bench", lambda *given: benches.append(kept(*given)) or benches[-1])
+    rows = rivals.main([str(finished[1].path), "--n", "8", "--json", str(tmp_path / "rows.json")])
+    found = {row["label"]: row for row in rows}
+    assert len(found) == 13 == capsys.readouterr().out.count("\n| ") - 1
+    assert (found["base"]["share"], found["persona prompt"]["share"]) == (0, 1)
+    assert len(found["steering, 3 random vectors"]["texts"]) == 24
+    assert [c.text for c in benches[0].answers()] == found["base"]["texts"]
+    assert [row["ratio"] for row in json.loads((tmp_path / "rows.json").read_text())] == [
+        row["ratio"] for row in rows]
+
+
+def test_rivals_are_as_long_as_v_hold_one_direction_and_average_over_seeds_only(finished, bench, tmp_path):
+    rivals, rng = bench("rivals"), torch.Generator().manual_seed(0)
+    vectors = {3: torch.randn(16, generator=rng), 4: 7 * torch.randn(16, generator=rng)}
+    randoms = [rivals.as_long_as(vectors, seed) for seed in (0, 0, 1)]
+    for layer, v in vectors.items():
+        assert torch.allclose(randoms[0][layer].norm(), v.norm())
+        assert torch.equal(randoms[0][layer], randoms[1][layer])
+        assert torch.cosine_similarity(randoms[0][layer], randoms[2][layer], dim=0) < 0.9
+    h, u = torch.randn(2, 5, 16, generator=rng), vectors[3] / vectors[3].norm()     # [B, T, d], [d]
+    held = rivals.holding(u, 0.3)(h)
+    assert torch.allclose(held @ u, torch.full((2, 5), 0.3), atol=1e-6)
+    assert torch.allclose(held - (held @ u)[..., None] * u, h - (h @ u)[..., None] * u, atol=1e-6)
+    other = shutil.copytree(finished[1].path, tmp_path / "other")
+    run = finished[1].run
+    (other / "run.json").write_text(json.dumps(run | dict(options=run["options"] | dict(seed=9, lam=1.0))))
+    with pytest.raises(ValueError, match="differ in lam: "):
+        rivals.main([str(finished[1].path), str(other)])
 
 
 def test_malformed_inputs_end_with_a_sentence_and_no_damage(tmp_path, bench):
