@@ -98,8 +98,8 @@ def check_apart(grid: dict, runs: dict) -> None:
         may = {"seed", "out"} | named(first) | named(arm)
         may |= {"items"} if "persona" in may else set()                 # a persona brings its own prompts
         if more := {k for k in x | y if x.get(k) != y.get(k)} - may:
-            raise ValueError(f"{other.path} differs from {one.path} in {', '.join(sorted(more))}, which no arm "
-                             "names: these two cannot be held against each other")
+            raise ValueError(f"{other.path} differs from {one.path} in {', '.join(sorted(more))}, which no "
+                             "arm names: these two cannot be held against each other")
 
 
 # ---- what a day says -------------------------------------------------------------------------------------
@@ -150,6 +150,20 @@ def difference(ours: list, theirs: list, seed: int = 0) -> tuple[float, float, f
     return float(np.mean([gap.mean() for gap in gaps])), float(low), float(high)
 
 
+def worst_tokens(record) -> list[list[str]]:
+    """Of each round, the kept answer furthest from the reference and its worst token: does the barrier leak?
+
+    The rmse of n tokens stays under tau with one token at tau * sqrt(n) nats and the rest at 0.
+    """
+    tau, lines = (record.of("tau") or {}).get("tau"), []
+    for event in (e for e in record.events if e["stage"] == "heal" and tau):
+        day, night = np.array(event["worst"]["day"]), np.array(event["worst"]["night"])
+        k = int(day.argmax())
+        lines.append([str(event["round"]), str(len(day)), f"{np.sqrt((day ** 2).mean()):.2f}", f"{tau:.2f}",
+                      f"{day[k]:.2f}", f"{night[k]:.2f}", f"{tau * len(day) ** 0.5:.2f}"])
+    return lines
+
+
 # ---- the tables ------------------------------------------------------------------------------------------
 
 
@@ -190,9 +204,13 @@ def tables(grid: dict, runs: dict) -> str:
             apart.append([f"{arm} - {first}", name, f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", verdict])
     made = [[f"{arm} {seed}", str(len(record.rows("healed"))), f"{record.run['seconds']:.0f}",
              record.run["stopped"] or "-", str(record.path)] for (arm, seed), record in runs.items()]
+    worst = [[f"{arm} {seed}", *line] for (arm, seed), record in runs.items()
+             for line in worst_tokens(record)]
     parts = [("At equal rounds", ["arm", "day", *names], equal),
              ("Where the share first reaches a level", ["arm", "share", *names[1:]], crossed),
              ("Last common day, paired, 95% interval", ["arms", "of", "difference", "so"], apart),
+             ("The worst kept answer of a round, KL in nats", ["run", "round", "tokens", "D (rmse)", "tau",
+              "worst token", "steering there", "tau sqrt(n)"], worst),
              ("The runs", ["run", "days", "seconds", "stopped", "folder"], made)]
     return "\n\n".join(f"## {title}\n\n{table(head, rows)}" for title, head, rows in parts if rows)
 

@@ -214,7 +214,8 @@ def main(argv=None) -> list[dict]:
         measure_rivals(bench)
         by_run.append(bench.rows)
     keys = [key for key in check.MEASURES if key in by_run[0][0] and key != "se"]
-    print(table([{"row": rows[0]["label"]} | {key: cell(rows, key) for key in keys} for rows in zip(*by_run)]))
+    print(table([{"row": rows[0]["label"]} | {key: cell(rows, key) for key in keys}
+                 for rows in zip(*by_run)]))
     rows = [row for rows in by_run for row in rows]
     for row in rows:
         if "cosine" in row:
