@@ -62,7 +62,7 @@ def complain(text: str) -> None:
     with contextlib.suppress(RuntimeError):             # the store may be gone, with torchrun
         if dist.is_initialized() and dist.distributed_c10d._get_default_store().add("complaints", 1) > 1:
             return
-    print(text, file=sys.__stderr__, flush=True)
+    print(text, file=sys.__stderr__ if RANK else sys.stderr, flush=True)
 
 
 def at(name: str, rnd: int | None) -> None:
@@ -111,10 +111,10 @@ def exchange(mine, error=None) -> list:
     return [x for x, *_ in found]
 
 
-def shared(work):
-    """work(), whose error the others, wherever they wait, raise too."""
+def shared(work, *args, **kw):
+    """What work gives, and an error of it that the others, wherever they wait, raise too."""
     try:
-        return work()
+        return work(*args, **kw)
     except KINDS as error:
         if WORLD > 1 and not getattr(error, "is_shared", False) and not isinstance(error, RankLost):
             exchange(None, error)
@@ -135,14 +135,14 @@ def alone():
 # ---- what the rooms use ------------------------------------------------------------------------------------
 
 
-def lead(work):
-    """What work() gives on rank 0, who alone does it."""
+def lead(work, *args, **kw):
+    """What work gives on rank 0, who alone does it."""
     if WORLD == 1:
-        return work()
+        return work(*args, **kw)
 
     def mine():
         with alone():
-            return work()
+            return work(*args, **kw)
     return exchange(None if RANK else shared(mine))[0]
 
 
@@ -150,7 +150,7 @@ def leads(function):
     """A function that writes or decides: rank 0 runs it, all get what it returns."""
     @functools.wraps(function)
     def led(*args, **kw):
-        return lead(lambda: function(*args, **kw))
+        return lead(function, *args, **kw)
     return led
 
 
@@ -162,7 +162,7 @@ def spread(work, rows: list, params=()) -> dict:
     if WORLD == 1:
         return work(rows)
     mine = [row for i, row in enumerate(rows) if i % (2 * WORLD) in (RANK, 2 * WORLD - 1 - RANK)]
-    found = shared(lambda: work(mine) if mine else {})
+    found = shared(work, mine) if mine else {}
     bits = sum(p.detach().view(torch.int32).sum().item() for p in params)           # the same to the last bit
     found, sums, has_grad = zip(*exchange((found, bits, any(p.grad is not None for p in params))))
     if len(set(sums)) > 1:
@@ -182,6 +182,5 @@ def sum_gradients(params) -> None:
 
 def agree(what: str, x) -> None:
     """ValueError if x is not the same on all ranks."""
-    if WORLD > 1 and any(other != x for other in (found := exchange(x))):
-        differ = [rank for rank, other in enumerate(found) if other != found[0]]
-        raise ValueError(f"{what} of rank {differ} differ from rank 0's: give all nodes the same files")
+    if WORLD > 1 and (differ := [rank for rank, other in enumerate(exchange(x)) if other != x]):
+        raise ValueError(f"{what} of ranks {differ} differ from rank {RANK}'s: give all nodes the same files")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tools import ranks
 from tools.folder import Folder, read_tensors, save_tensors
 
 
@@ -27,6 +28,7 @@ class Rounds:
     def path(self, rnd: int, name: str) -> Path:
         return self.folder.path / "rounds" / f"{rnd:02d}" / f"{name}.safetensors"
 
+    @ranks.leads
     def save(self, rnd: int, name: str, tensors: dict, **notes) -> None:
         with self.folder.writing(self.path(rnd, name)):
             self.path(rnd, name).parent.mkdir(exist_ok=True)
@@ -35,15 +37,18 @@ class Rounds:
     def save_vectors(self, rnd: int, vectors: dict[int, Tensor], **notes) -> None:
         self.save(rnd, "vectors", {f"layer.{layer}": v for layer, v in vectors.items()}, **notes)
 
+    @ranks.leads
     def steering(self, rnd: int) -> dict:
         """{vectors, coeff} of a round whose dose is settled."""
         vectors, coeff, _ = read_vectors(self.path(rnd, "vectors"))
         return dict(vectors=vectors, coeff=coeff)
 
+    @ranks.leads
     def adapter(self, rnd: int) -> dict[str, Tensor]:
         path = self.path(rnd, "adapter")                # renamed, if refused and then killed
         return read_tensors(path if path.exists() else self.path(rnd, "rejected"))[0]
 
+    @ranks.leads
     def settle(self, rnd: int, accepted: bool) -> None:
         """The adapter's file gets the name that the gate gives it."""
         old, new = [self.path(rnd, name) for name in ("adapter", "rejected")][::-1 if accepted else 1]
