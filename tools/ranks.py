@@ -35,7 +35,7 @@ def start() -> None:
     """Join the processes of torchrun; without it, nothing. Only rank 0 is heard from here on."""
     global RANK, WORLD
     RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if WORLD == 1:
+    if WORLD == 1 or dist.is_initialized():
         return
     local, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if 0 < n_gpus <= local:
