@@ -23,6 +23,8 @@ from tools import search
 from tools.student import N_DIARY, N_FORESEE, N_TOKENS, N_TRIAL
 
 N_WORST = 6                 # passes over each kept answer around healing: persona distance, worst of the kept
+LINK = 50e9                 # bytes/s between devices: one 400 Gb/s port each; NVLink has nine times that
+DEVICES = 1, 2, 4, 8, 16, 32, 64
 TRIAL_SECONDS = 20.0        # longest trial with random weights, by the estimate from rates
 
 
@@ -77,6 +79,11 @@ def decode_step(n: dict, context: int, batch: int, width: float = 2) -> dict:
 def floor(ops: float, n_bytes: float, machine: dict) -> float:
     """Seconds below which this much work cannot be done."""
     return max(ops / machine["flops"], n_bytes / machine["bytes"])
+
+
+def reduce_seconds(n_bytes: float, n_devices: int) -> float:
+    """A ring all-reduce: each device sends and receives all but its own share, twice."""
+    return 2 * (n_devices - 1) / n_devices * n_bytes / LINK
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> dict:
@@ -256,12 +263,21 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
                         cfg=cfg, n_samples=n_make,
                         answer=answer)
         how = "by a trial of random weights here"
-    parts = {"answers": answer * sum(math.ceil(size / rows) * pace["step"](min(size, rows))
-                                     for size in batches),
-             "probe": think_tokens * n_rows
-             * math.ceil(2 * len(asked) / probe_rows) * pace["step"](probe_rows),
-             "reading": read * pace["read"], "healing": rounds * pace["train"]}
+
+    def parts_on(n_devices):
+        """Seconds of each part on so many devices, each with a whole replica and its share of the rows."""
+        mine, probed = (max(1, math.ceil(x / n_devices)) for x in (heal_batch, 2 * len(asked)))
+        shares = [math.ceil(size / n_devices) for size in batches]
+        return {"answers": answer * sum(math.ceil(size / rows) * pace["step"](min(size, rows))
+                                        for size in shares),
+                "probe": think_tokens * n_rows
+                * math.ceil(probed / probe_rows) * pace["step"](min(probed, probe_rows)),
+                "reading": read / n_devices * pace["read"],
+                "healing": rounds * pace["train"] * mine / heal_batch
+                + n_steps * reduce_seconds(4 * n_trained, n_devices)}
+    parts = parts_on(1)
     seconds = sum(parts.values())
+    on_all = {n: sum(parts_on(n).values()) for n in DEVICES}
     name, modules = str(number).removeprefix("torch."), sorted({name.rsplit(".", 1)[-1]
                                                                 for name in stack.layers})
     duration = f"{seconds / 3600:.1f} hours" if seconds > 7200 else f"{math.ceil(seconds / 60)} minutes"
@@ -282,6 +298,11 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
         "time": f"about {duration} on this "
                 f"{place.type}, {how}: " + "  ".join(f"{part} {x / seconds:.0%}" for part,
                                                      x in parts.items()),
+        "devices": "under torchrun each holds a whole replica, the memory above; hours (and efficiency): "
+                   + "  ".join(f"{n}: {x / 3600:.2g} ({seconds / n / x:.0%})" for n, x in on_all.items()),
+        "": f"an all-reduce a step of {4 * n_trained / 1e6:.3g} MB at {LINK / 1e9:g} GB/s, "
+            f"{1e3 * reduce_seconds(4 * n_trained, 64):.2g} ms at 64; a step shards over its --heal-batch "
+            f"{heal_batch} answers; loading, AdamW and the report do not",
         "assumed": f"every round accepted, every answer {answer} tokens long, four characters to a token, "
                    f"attention to all of the text"}
     return [f"{word:9s} {line}" for word, line in lines.items() if line]
