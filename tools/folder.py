@@ -456,7 +456,7 @@ class Folder:
 
     def once(self, stage: str, rnd: int | None, work, **match) -> dict:
         """The event of a finished stage, or what work() gives, written down; work() has written its files."""
-        ranks.at(stage, rnd)
+        ranks.at(match.get("kind", stage), rnd)
         return self.recall(stage, rnd, **match) or self.event(stage, rnd, **match, **ranks.shared(work))
 
     def cut(self, n: int) -> None:
