@@ -124,7 +124,8 @@ def start_ranks(argv: list[str], log: Path, case=None, world: int = 2) -> list[i
         port = free.getsockname()[1]
     pids = []
     for rank in range(world):
-        os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(port), MASTER_ADDR="localhost")
+        os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(port),
+                           MASTER_ADDR="localhost")
         pids.append(start(argv, log, case if rank == world - 1 else None))
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
@@ -151,8 +152,8 @@ def rank_cases(work: Path, argv, every: int) -> int:
             ended, again) != (1, codes) else [])
         failed, n_equal = failed + bool(found), n_equal + (not found)
         print(f"rank {n}: {'; '.join(found[:4]) or 'equal'}, {time.time() - begin:.0f} s", flush=True)
-    print(f"a rank killed in {n_equal + failed} stages: {n_equal} equal to the unbroken run of two; the other "
-          f"rank ended {slowest:.1f} s after the kill at most")
+    print(f"a rank killed in {n_equal + failed} stages: {n_equal} equal to the unbroken run of two; the "
+          f"other ended {slowest:.1f} s after the kill at most")
     return failed
 
 
