@@ -12,6 +12,7 @@ Every wait ends: after WAIT seconds, or as soon as a rank is gone, with an error
 import contextlib
 import functools
 import os
+import re
 import sys
 from datetime import timedelta
 
@@ -87,7 +88,7 @@ def waited(collective, *args) -> None:
     try:
         collective(*args)
     except RuntimeError as error:
-        why = " ".join(str(error).split("\n")[0].split()[-12:])
+        why = re.search("Timed out[^.]*|Connection [^.]*|$", str(error))[0] or str(error).split("\n")[0][:100]
         raise RankLost(f"rank {RANK} of {WORLD} lost another rank in {stage}: it is gone, or was silent for "
                        f"{WAIT} s ({why})") from None
 
