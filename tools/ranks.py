@@ -61,7 +61,7 @@ def end(code: int) -> int:
 def complain(text: str) -> None:
     """The sentence on stderr that ends a run: of the rank that fails first, who knows best."""
     with contextlib.suppress(RuntimeError):             # the store may be gone, with torchrun
-        if dist.is_initialized() and dist.distributed_c10d._get_default_store().add("complaints", 1) > 1:
+        if WORLD > 1 and dist.is_initialized() and dist.distributed_c10d._get_default_store().add("complaints", 1) > 1:
             return
     print(text, file=sys.__stderr__ if RANK else sys.stderr, flush=True)
 
