@@ -5,6 +5,8 @@
 
 Measured in one group of processes, interleaved: first rank 0 works alone while the others wait, then all do,
 then all and alone, and so on. Both do the same work and give the same answers. Every process has one thread.
+On a machine with other work the clock is a lower bound. The CPU time of the busiest rank, which leaves
+waiting out, is an upper one.
 """
 import argparse
 import statistics
@@ -104,24 +106,28 @@ def measured(stages: Stages, repeats: int) -> list[dict]:
     rows, units = [], dict(generation="tokens/s", probe="frames/s", healing="steps/s")
     for name, unit in units.items():
         work, rates, found = getattr(stages, name), {1: [], ranks.WORLD: []}, {}
+        busy = {1: [], ranks.WORLD: []}                         # CPU seconds of the busiest rank
         for repeat in range(repeats + 1):                       # the first is to warm up
             for n in list(rates)[::1 if repeat % 2 else -1]:
                 ranks.exchange(None)                            # all begin together
-                start = time.perf_counter()
+                start, used = time.perf_counter(), time.process_time()
                 if n > 1:
                     done, found[n] = work()
                 elif not ranks.RANK:
                     with ranks.alone():
                         done, found[n] = work()
-                ranks.exchange(None)
+                used = max(ranks.exchange(time.process_time() - used))
                 if repeat and not ranks.RANK:
                     rates[n].append(done / (time.perf_counter() - start))
+                    busy[n].append(used)
         if not ranks.RANK:
             one, all_ = (statistics.median(x) for x in rates.values())
+            cpu = {n: statistics.median(x) for n, x in busy.items()}
             gains = sorted(b / a for a, b in zip(*rates.values()))
             rows.append({"stage": name, "unit": unit, "1 process": f"{one:.2f}",
                          f"{ranks.WORLD} processes": f"{all_:.2f}", "gain": f"x{all_ / one:.2f}",
                          "pairs": f"{gains[0]:.2f} to {gains[-1]:.2f}",
+                         "by CPU time": f"x{cpu[1] / cpu[ranks.WORLD]:.2f}",
                          "same": str(found[1] == found[ranks.WORLD] or name != "generation" and abs(
                              found[1] - found[ranks.WORLD]) < 1e-4)})
     return rows
