@@ -60,9 +60,10 @@ def end(code: int) -> int:
 
 def complain(text: str) -> None:
     """The sentence on stderr that ends a run: of the rank that fails first, who knows best."""
-    with contextlib.suppress(RuntimeError):             # the store may be gone, with torchrun
-        if WORLD > 1 and dist.is_initialized() and dist.distributed_c10d._get_default_store().add("complaints", 1) > 1:
-            return
+    if WORLD > 1 and dist.is_initialized():
+        with contextlib.suppress(RuntimeError):         # the store may be gone, with torchrun
+            if dist.distributed_c10d._get_default_store().add("complaints", 1) > 1:
+                return
     print(text, file=sys.__stderr__ if RANK else sys.stderr, flush=True)
 
 
@@ -164,8 +165,8 @@ def spread(work, rows: list, params=()) -> dict:
         return work(rows)
     mine = [row for i, row in enumerate(rows) if i % (2 * WORLD) in (RANK, 2 * WORLD - 1 - RANK)]
     found = shared(work, mine) if mine else {}
-    bits = sum(p.detach().view(torch.int32).sum().item() for p in params)           # the same to the last bit
-    found, sums, has_grad = zip(*exchange((found, bits, any(p.grad is not None for p in params))))
+    bits = sum(p.detach().view(torch.int32).sum() for p in params)          # [] the same to the last bit
+    found, sums, has_grad = zip(*exchange((found, int(bits), any(p.grad is not None for p in params))))
     if len(set(sums)) > 1:
         raise RankLost(f"the adapters of the ranks differ in {stage}, checksums {sums}: a device is wrong")
     if any(has_grad):
