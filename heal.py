@@ -21,9 +21,8 @@ Known gaps: a reference logit of -inf gives a KL of nan; a trained, adapted or h
 passes, with several float32 tensors of [N, V], N = the completion positions of one pass.
 
 References
-  reverse KL is mode-seeking: Gu et al. 2023, MiniLLM, arXiv:2306.08543
+  reverse KL: Gu et al. 2023, arXiv:2306.08543; recipe: github.com/wassname/steer-heal-love
   online softmax: Milakov, Gimelshein 2018, arXiv:1805.02867; no logits: Wijmans et al. 2024, arXiv:2411.09009
-  recipe: github.com/wassname/steer-heal-love
 """
 import math
 import warnings
@@ -37,6 +36,7 @@ from torch import Tensor, nn
 WARMUP = 0.1                # share of the steps with a rising learning rate: Adam's first estimates are rough
 CLIP = 1.0                  # largest gradient norm: one incoherent sample can push many times as hard as nll
 VAL_SHARE = 0.15            # of the prompts, held out to measure nll
+alone = lambda work, rows, params: work(rows)   # who does the rows of a step: one process, all of them
 TILE = 8192                 # vocabulary rows at a time: the losses hold 12 * N * TILE bytes
 
 
@@ -97,8 +97,7 @@ def wide(x: Tensor) -> Tensor:
 def reverse_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """KL(student || reference) at each position: large where the student does what the reference would not.
 
-    logits, ref_logits: [N, V], any dtype, finite; ValueError if the shapes differ. Returns [N], nats, float32
-    (float64 stays float64).
+    logits, ref_logits: [N, V], finite; ValueError if the shapes differ. Returns [N], nats, as wide as `wide`.
     """
     if logits.shape != ref_logits.shape:
         raise ValueError(f"{list(logits.shape)} and {list(ref_logits.shape)}: expected one shape")
@@ -266,8 +265,7 @@ class Passes:
             raise ValueError("no samples: nothing to measure or train on")
         for i, s in enumerate(samples):
             if not 1 <= s.n_prompt < len(s.ids):
-                raise ValueError(f"sample {i}: n_prompt={s.n_prompt} of {len(s.ids)} ids; expected a "
-                                 "prompt, which predicts the first completion token, and a completion")
+                raise ValueError(f"sample {i}: n_prompt={s.n_prompt} of {len(s.ids)} ids; both need some")
         if reg not in DIVERGENCES:
             raise ValueError(f"reg={reg!r}: expected {', '.join(DIVERGENCES)}")
         if ref_samples and [s.answer for s in samples] != [s.answer for s in ref_samples]:
@@ -317,7 +315,7 @@ class Passes:
             if not self.head:
                 return rows                                 # logits would be too many to keep
             self.ref_rows |= {i: x.clone() for i, x in zip(new, rows)}      # [n_i, d] without the prompt
-        return [self.ref_rows[i] for i in batch]
+        return [self.ref_rows[i].to(self.device) for i in batch]            # another process's are on the CPU
 
     def losses(self, batch: list[int]) -> tuple[list[Tensor], list[Tensor]]:
         """nll and KL at every completion position, in nats: one [n_i] per sample of the batch."""
@@ -340,10 +338,11 @@ class Passes:
         return out
 
     @torch.no_grad()
-    def mean_nll(self, batch: list[int], pass_tokens: int) -> float | None:
+    def mean_nll(self, batch: list[int], pass_tokens: int, across: Callable = alone, params=()):
         """Nats per completion token over all of the batch; None if it is empty."""
-        nll = [x for piece in self.pieces(batch, pass_tokens) for x in self.losses(piece)[0]]
-        return torch.cat(nll).mean().item() if nll else None
+        nll = across(lambda rows: {i: x for piece in self.pieces(rows, pass_tokens)
+                                   for i, x in zip(piece, self.losses(piece)[0])}, batch, params)   # [n_i]
+        return torch.cat([nll[i] for i in batch]).mean().item() if batch else None
 
 
 @torch.no_grad()
@@ -379,14 +378,15 @@ def lr_factor(step: int, n_steps: int) -> float:
 
 def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], reference: Callable, cfg: HealConfig,
          *, rnd: int = 0, seed: int = 0, spectral: Callable | None = None, pad_id: int = 0,
-         log: Callable | None = None) -> dict:
+         log: Callable = lambda row: None, across: Callable = alone) -> dict:
     """Train `params` in place on `samples` for one round, behind the barrier.
 
     One optimiser step minimises, over its samples i with n_i completion tokens,
         sum_i n_i * (nll_i + lam_eff * relu(D_i - tau)) / sum_i n_i  +  cfg.spectral * spectral()
     reference: callable giving a context manager under which `model` is the reference. cfg.tau and cfg.lr must
     be numbers: who calls calibrates. rnd: the round, for lam_eff. spectral: gives the penalty's scalar. log:
-    called with each step's record. `model` is put in eval mode: no dropout parts student and reference.
+    called with each step's record. across: gives {row: result} of all rows; over processes it deals them out
+    and sums the gradients. `model` is put in eval mode: no dropout parts student and reference.
 
     Returns {steps, skipped, nll_first, nll_last, val_nll_before, val_nll_after, fired_share, lam_eff, tau,
     n_train, n_val, n_tokens, warning, shortcuts}. `steps` are dicts {step, epoch, tokens, lr, nll, div,
@@ -401,52 +401,54 @@ def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], referenc
         raise ValueError(f"params: got {len(params)} of {sorted({str(p.dtype) for p in params})}; expected "
                          "float32 with requires_grad (half precision rounds small updates away)")
     if tau is None or cfg.lr is None:
-        raise ValueError(f"cfg.tau={tau}, cfg.lr={cfg.lr}: None is for the caller to calibrate; pass "
-                         "numbers, like dataclasses.replace(cfg, tau=0.5, lr=0.4 / width)")
+        raise ValueError(f"cfg.tau={tau}, cfg.lr={cfg.lr}: None is for the caller to calibrate, pass numbers")
     if cfg.spectral and spectral is None:
         raise ValueError(f"cfg.spectral={cfg.spectral} needs spectral=, a callable giving a scalar tensor")
 
     lam = 0.0 if cfg.reg == "nll" else cfg.lam * (1 + rnd) ** cfg.lam_round_pow
     model.eval()
     passes = Passes(model, samples, reference, reg=cfg.reg, pad_id=pad_id, fast=cfg.fast)
-    rng = torch.Generator().manual_seed(seed)
+    rng, pass_tokens = torch.Generator().manual_seed(seed), cfg.pass_tokens
     train, val = split(samples, VAL_SHARE, rng)
-    val_before = passes.mean_nll(val, cfg.pass_tokens)
+    before = passes.mean_nll(val, cfg.pass_tokens, across, params)
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     optimizer.zero_grad()
 
-    def accumulate(batch, pass_tokens):
-        """Add a step's gradient to .grad; returns nll, D and share of the tokens of each sample."""
-        n, parts = sum(len(samples[i].answer) for i in batch), []
-        for piece in passes.pieces(batch, pass_tokens):
-            nlls, kls = passes.losses(piece)
-            nll = torch.stack([x.mean() for x in nlls])                     # [b of this piece]
-            div = torch.stack([aggregate(x, cfg.kl_agg) for x in kls])      # [b of this piece]
-            share = torch.tensor([len(x) / n for x in nlls]).to(nll)        # [b of this piece]
-            loss = (share * nll).sum() + lam * (share * torch.relu(div - tau)).sum()
-            loss.backward()                                 # pieces add up to the token mean over the step
-            parts.append(torch.stack([nll, div, share]).detach())           # [3, b of this piece]
-        return torch.cat(parts, 1)                                          # [3, b]
+    def accumulate(rows):                                   # to .grad; {row: ([nll, D, share], reference)}
+        nonlocal pass_tokens
+        while True:
+            parts, pieces = {}, passes.pieces(rows, pass_tokens)
+            try:
+                for piece in pieces:
+                    nlls, kls = passes.losses(piece)
+                    nll = torch.stack([x.mean() for x in nlls])             # [b of this piece]
+                    div = torch.stack([aggregate(x, cfg.kl_agg) for x in kls])      # [b of this piece]
+                    share = torch.tensor([len(x) / tokens for x in nlls]).to(nll)        # [b of this piece]
+                    loss = (share * nll).sum() + lam * (share * torch.relu(div - tau)).sum()
+                    loss.backward()                         # pieces add up to the token mean over the step
+                    parts |= zip(piece, torch.stack([nll, div, share], 1).detach())         # [3] each
+                return {i: (x, None if epoch else passes.ref_rows.get(i)) for i, x in parts.items()}
+            except RuntimeError as error:                   # the CPU has no class for it
+                is_full = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+                if not is_full or len(pieces) == len(rows):
+                    raise                                   # one sample at a time is too much
+            nlls = kls = nll = div = loss = None            # the graph is what fills the memory
+            pass_tokens //= 2
+            optimizer.zero_grad()
 
-    steps, skipped, bad_in_a_row, pass_tokens = [], [], 0, cfg.pass_tokens
+    steps, skipped, bad_in_a_row = [], [], 0
     orders = [torch.randperm(len(train), generator=rng).tolist() for _ in range(cfg.epochs)]
     plan = [(epoch, [train[j] for j in order[at:at + cfg.heal_batch]])
             for epoch, order in enumerate(orders) for at in range(0, len(train), cfg.heal_batch)]
     for step, (epoch, batch) in enumerate(plan):
         batch.sort(key=lambda j: -len(samples[j].ids))      # pieces of similar length, the longest first
+        tokens = sum(len(samples[j].answer) for j in batch)
 
         # ---- one optimiser step ----------------------------------------------------------------------------
         lr = optimizer.param_groups[0]["lr"] = cfg.lr * lr_factor(step, len(plan))
-        while True:
-            try:
-                nll, div, share = accumulate(batch, pass_tokens)            # [b] each
-                break
-            except RuntimeError as error:                   # the CPU has no class for it
-                is_full = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-                if not is_full or len(passes.pieces(batch, pass_tokens)) == len(batch):
-                    raise                                   # one sample at a time is too much
-                pass_tokens //= 2
-                optimizer.zero_grad()
+        found = across(accumulate, batch, params)
+        passes.ref_rows = {i: ref for i, (_, ref) in found.items() if ref is not None} | passes.ref_rows
+        nll, div, share = torch.stack([found[i][0].to(passes.device) for i in batch], 1)    # [b] each
         if cfg.spectral:
             (cfg.spectral * spectral()).backward()
         gnorm = torch.nn.utils.clip_grad_norm_(params, CLIP)
@@ -465,10 +467,8 @@ def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], referenc
             continue                                        # nothing but the record below is left out
         values = [(share * nll).sum(), (share * div).sum(), div.max(), (div > tau).float().mean(), gnorm]
         row = dict(zip(("nll", "div", "div_max", "fired", "gnorm"), torch.stack(values).tolist()))
-        tokens = sum(len(samples[j].answer) for j in batch)
         steps.append({"step": step, "epoch": epoch, "tokens": tokens, "lr": lr, **row})
-        if log:
-            log(steps[-1])
+        log(steps[-1])
 
     first, last = ([s for s in steps if s["epoch"] == end["epoch"]] for end in (steps[0], steps[-1]))
     nll = [sum(s["tokens"] * s["nll"] for s in x) / sum(s["tokens"] for s in x) for x in (first, last)]
@@ -481,7 +481,7 @@ def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], referenc
     if warning:
         warnings.warn(warning, stacklevel=2)
     return {"steps": steps, "skipped": skipped, "nll_first": nll[0], "nll_last": nll[1],
-            "val_nll_before": val_before, "val_nll_after": passes.mean_nll(val, cfg.pass_tokens),
+            "val_nll_before": before, "val_nll_after": passes.mean_nll(val, cfg.pass_tokens, across, params),
             "fired_share": sum(s["fired"] > 0 for s in steps) / len(steps), "lam_eff": lam, "tau": tau,
             "n_train": len(train), "n_val": len(val), "n_tokens": sum(len(samples[i].answer) for i in train),
             "warning": warning, "shortcuts": passes.head is not None}

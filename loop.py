@@ -48,7 +48,7 @@ import lora
 import steer
 from heal import check_ranges, opt
 from tools import folder as files
-from tools import inputs, model as models, options, search, size, template
+from tools import inputs, model as models, options, ranks, search, size, template
 from tools.folder import Folder, Record, RunDied, one_line, plain
 from tools.rounds import Rounds
 from tools.screen import Screen
@@ -137,6 +137,7 @@ def is_readable(base: dict, prompted: dict, cfg: LoopConfig) -> bool:
     return base["coherence"] >= evalmfv.READABLE and prompted["coherence"] >= floor
 
 
+@ranks.leads
 def gate(now: dict, last: dict, base: dict, prompted: dict, cfg: LoopConfig) -> list[str]:
     """Why this day is not accepted, each reason with the option that moves it; floors come first."""
     scores = ("persona_ratio", "trait", "coherence", "text")
@@ -343,7 +344,8 @@ class Run:
             warnings.filterwarnings("ignore", "the barrier")            # said below, in a line of its own
             record = heal.heal(student.model, stack.parameters(), samples, reference, hcfg, rnd=rnd, log=tick,
                                pad_id=student.pad_id, seed=stage_seed(cfg.seed, rnd, "heal"),
-                               spectral=(lambda: size.spectral(stack)) if hcfg.spectral else None)
+                               spectral=(lambda: size.spectral(stack)) if hcfg.spectral else None,
+                               across=ranks.spread)
         self.say_healed(rnd, record)
         worst = student.worst_kept(samples, reference, **self.rounds.steering(rnd), reg=hcfg.reg,
                                    pass_tokens=hcfg.pass_tokens)
@@ -374,6 +376,7 @@ class Run:
 # ---- the loop ------------------------------------------------------------------------------------------
 
 
+@ranks.leads
 def begin(run: Run, argv: list[str], values: dict, facts: dict, around: dict) -> None:
     """Make the run's folder, or go on with it. facts: what must be the same, around: what should be."""
     cfg, folder = run.cfg, run.folder
@@ -398,18 +401,18 @@ def begin(run: Run, argv: list[str], values: dict, facts: dict, around: dict) ->
 
 def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
     """Runs the rounds, prints the table, returns the exit code: 0 if a round was accepted, 3 if none was."""
-    given = inputs.load(cfg.persona, prompts=cfg.prompts, vignettes=cfg.vignettes, pos=cfg.pos, neg=cfg.neg,
-                        model=cfg.model, n_vignettes=cfg.n_vignettes)
+    given = ranks.lead(inputs.load, cfg.persona, prompts=cfg.prompts, vignettes=cfg.vignettes, pos=cfg.pos,
+                       neg=cfg.neg, model=cfg.model, n_vignettes=cfg.n_vignettes)
     notes = given.pop("notes")
-    files.check_out(Path(cfg.resume or cfg.out))
-    date = files.read(cfg.resume).run.get("date", "") if cfg.resume else template.today()
+    ranks.lead(files.check_out, Path(cfg.resume or cfg.out))
+    date = ranks.lead(lambda: files.read(cfg.resume).run.get("date", "") if cfg.resume else template.today())
     screen = Screen()
     with Folder(Path(cfg.resume) if cfg.resume else None, screen, lambda path: show(path, screen)) as folder:
         from transformers.utils import logging          # slow: not for --help
         logging.disable_progress_bar()                  # a run's output is a line per stage
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        model, tok = models.load(cfg.model, revision=cfg.revision, dtype=cfg.dtype, device=cfg.device,
-                                 quantize=cfg.quantize, date=date)
+        model, tok = ranks.shared(models.load, cfg.model, revision=cfg.revision, dtype=cfg.dtype,
+                                  device=cfg.device, quantize=cfg.quantize, date=date)
         if lcfg.r > (width := model.config.get_text_config().hidden_size):
             raise ValueError(f"--r {lcfg.r}: more than the model's width {width}, which a rank cannot pass")
         run = Run(cfg, scfg, lcfg, hcfg, model, tok, folder, given)
@@ -419,7 +422,9 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
                      texts=f"{zlib.crc32(texts):08x}", persona=given["persona"],
                      items={side: given[side] for side in ("train", "held_out")})
         around = files.surroundings(model, CODE) | dict(commit=models.commit_of(model))
+        ranks.agree("weights, template or texts", plain(facts))
         begin(run, argv, values | {"resume": ""}, plain(facts), around)
+        folder.path, folder.run, folder.events = ranks.lead(lambda: (folder.path, folder.run, folder.events))
         print(folder.run["command"])
         n_trained, adapted = sum(p.numel() for p in run.stack.parameters()), run.adapted
         screen.say("model", None, f"{cfg.model}: {len(steer.blocks(model))} blocks of width "
@@ -450,12 +455,6 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         tally(record, seconds)
         with folder.writing(folder.path.parent / "results.tsv"):
             to_results(record, seconds)
-        if stopped:
-            print(f"stopped: {one_line(stopped)}")
-        where = shlex.quote(str(folder.path))
-        print(f"\nread     {where}/report.html")
-        if record.accepted:
-            print(f"chat     python loop.py chat {where}\nexport   python loop.py export {where} --to peft")
     return 0 if record.accepted else 3
 
 
@@ -482,17 +481,18 @@ def main(argv=None) -> int:
             return plan(argv[1:])
         if argv[:1] and argv[0] in WORDS:
             return importlib.import_module(f"tools.{argv[0]}").main(argv[1:])
-        return loop(*parse(argv), argv)
+        ranks.start()
+        return ranks.end(loop(*ranks.lead(parse, argv), argv))
     except KeyboardInterrupt:
-        print("loop.py: interrupted", file=sys.stderr)
+        ranks.complain("loop.py: interrupted")
         return 130
     except (RunDied, ValueError, RuntimeError, OSError) as error:
-        print(f"loop.py: {one_line(error)}", file=sys.stderr)
-        return 1 if isinstance(error, RunDied) else 2
+        ranks.complain(f"loop.py: {one_line(error)}")
+        return 1 if isinstance(error, (RunDied, ranks.RankLost)) else 2
     except Exception as error:                          # not foreseen, and no run folder yet to keep it
         at = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{at.filename}, line {at.lineno}"
-        print(f"loop.py: unexpected {type(error).__name__} in {where}: {one_line(error)}", file=sys.stderr)
+        ranks.complain(f"loop.py: unexpected {type(error).__name__} in {where}: {one_line(error)}")
         return 1
 
 

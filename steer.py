@@ -27,6 +27,7 @@ WINDOW = 8                  # tokens of the running window over nll: a clause
 KEEP = 0.95                 # share of the base's own answers that is within the limits, all rules together
 SLACK = 0.2                 # room above that, for prompts and draws not seen: of the nats, or of the way to 1
 MOST_LOOP = 0.5             # highest limit on loops: a base that loops by itself is no yardstick for them
+across = lambda work, rows: work(rows)                  # who does the rows of a pass: see tools/ranks.py
 SENTINEL = "ZZuniq_Sentinel_ZZ"                     # shows where a template puts the words it is given
 
 
@@ -112,11 +113,8 @@ def choose(logits: Tensor, u: Tensor, *, temperature=1.0, top_p=1.0, top_k: int 
 # ---- the filter -------------------------------------------------------------------------------------------
 
 def mixture_nll(bare: list[Tensor], prompted: list[Tensor]) -> list[Tensor]:
-    """Nats per token [n_i] under the mean of two probabilities: the base's, bare and with the persona prompt.
-
-    Both as `token_nll` gives them. A trait costs nats under the bare base alone; this is at most log 2 worse
-    than the better of the two.
-    """
+    """Nats per token [n_i] under the mean of two probabilities, the base's bare and prompted, of `token_nll`:
+    a trait costs nats under the bare base alone; this is at most log 2 above the better of the two."""
     return [math.log(2) - torch.logaddexp(-a.double(), -b.double()) for a, b in zip(bare, prompted)]
 
 
@@ -271,18 +269,21 @@ def in_batches(work: Callable, lengths: list[int], batch_size: int) -> list:
     The longest rows come first: if memory runs out, it does so at once. Then the batch size is halved, for
     the rest too; what was yielded stays. OutOfMemoryError if one row is too much.
     """
-    left, found = sorted(range(len(lengths)), key=lambda i: -lengths[i]), {}
-    while left:
-        try:
-            found.update(work(left[:batch_size]))
-        except RuntimeError as error:                       # the CPU raises no torch.OutOfMemoryError
-            if not re.search("out of memory|allocate memory|not enough memory", str(error)):
-                raise
-            batch_size = min(batch_size, len(left)) // 2
-            if not batch_size:
-                raise torch.OutOfMemoryError(f"out of memory with one row of {lengths[left[0]]} tokens "
-                                             "alone: take a smaller model") from None
-        left = [i for i in left if i not in found]
+    def read(left):
+        found, size = {}, batch_size
+        while left:
+            try:
+                found.update(work(left[:size]))
+            except RuntimeError as error:                   # the CPU raises no torch.OutOfMemoryError
+                if not re.search("out of memory|allocate memory|not enough memory", str(error)):
+                    raise
+                size = min(size, len(left)) // 2
+                if not size:
+                    text = f"out of memory with one row of {lengths[left[0]]} tokens alone"
+                    raise torch.OutOfMemoryError(f"{text}: take a smaller model") from None
+            left = [i for i in left if i not in found]
+        return found
+    found = across(read, sorted(range(len(lengths)), key=lambda i: -lengths[i]))
     return [found[i] for i in range(len(lengths))]
 
 
@@ -370,8 +371,7 @@ def fit_vectors(model, tok, pos, neg, contexts: list[str], layers: list[int], *,
 
     The state after each block is read at the last prompt token, the assistant tag. pos, neg: opposite persona
     texts for the system role, each a str or a list that the contexts cycle through, in step. Returns
-    {layer: [d]} float32 on the CPU, in activation units, not normalised: its length is the dose coeff = 1.
-    ValueError for a vector of zeros. Source: Rimsky et al., arXiv:2312.06681.
+    {layer: [d]} float32 on the CPU, activation units: its length is the dose 1. ValueError for one of zeros.
     """
     pos, neg = ([side] if isinstance(side, str) else list(side) for side in (pos, neg))
     layers, n = sorted(layers), len(contexts)
@@ -397,8 +397,7 @@ def fit_vectors(model, tok, pos, neg, contexts: list[str], layers: list[int], *,
 def token_nll(model, completions: list[Completion], *, batch_size: int = 32, pad_id: int = 0) -> list[Tensor]:
     """Nats per completion token [n_i] float32, under the model as it is now and the ids as they were sampled.
 
-    Only the columns of completions get logits, and a batch gets fewer rows where those would pass 2^28
-    numbers: half a GB in bfloat16, or one row's if that is more.
+    Only the columns of completions get logits, and a batch fewer rows where those would pass 2^28 numbers.
     """
     rows = [c.prompt_ids + c.ids for c in completions]
     kept = max((len(c.ids) for c in completions), default=0) + 1            # and the column before

@@ -1,6 +1,7 @@
 """Kill -9 a small run at every boundary of its stages and at random moments, continue it, compare.
 
     python bench/kill.py --kinds after torn rename moment longer --moments 20 --seed 0
+    python bench/kill.py --kinds rank           one round of two ranks, of which one dies in each stage
 
 Boundaries: after each event of the journal, in the middle of its line, and before each rename of a file. A
 case of the random moments is killed once or twice. `longer` continues a finished run of one round to two.
@@ -15,6 +16,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -26,6 +28,7 @@ import loop                                                     # noqa: E402
 import transformers.models.llama.modeling_llama                 # noqa: E402, F401   slow: before the forks
 from common import small_data                                   # noqa: E402
 from tools import folder as files                               # noqa: E402
+from tools import ranks                                         # noqa: E402
 
 SMALL = ("--rounds 2 --seed 2 --lr 0.01 --n-make 8 --n-text 4 --coeff 0.3 --max-new-tokens 16 "
          "--think-tokens 1 --epochs 2").split()
@@ -63,7 +66,8 @@ def die_at(case: tuple[str, int]) -> None:
     """In a child: be killed at the n-th passage of a boundary."""
     kind, n = case
     count = 0
-    event, replace = files.Folder.event, os.replace
+    event, replace, exchange = files.Folder.event, os.replace, ranks.exchange
+    stages = []
 
     def now() -> bool:
         nonlocal count
@@ -89,7 +93,14 @@ def die_at(case: tuple[str, int]) -> None:
         if kind == "rename" and now():
             kill()
         replace(*paths)
-    files.Folder.event, os.replace = dying_event, dying_replace
+
+    def dying_exchange(*what):
+        stages.extend([ranks.stage] if ranks.stage not in stages else [])
+        if kind == "rank" and len(stages) > n:                  # the first is before any stage
+            print("killed in", ranks.stage, time.time(), file=sys.__stderr__, flush=True)
+            kill()
+        return exchange(*what)
+    files.Folder.event, os.replace, ranks.exchange = dying_event, dying_replace, dying_exchange
 
 
 def start(argv: list[str], log: Path, case=None) -> int:
@@ -104,6 +115,46 @@ def start(argv: list[str], log: Path, case=None) -> int:
         sys.stdout.flush()
         os._exit(code)
     os._exit(99)
+
+
+def start_ranks(argv: list[str], log: Path, case=None, world: int = 2) -> list[int]:
+    """The same as processes of one run, without torchrun, which would end the others; the last one dies."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(world):
+        os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(port),
+                           MASTER_ADDR="localhost")
+        pids.append(start(argv, log, case if rank == world - 1 else None))
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    return pids
+
+
+def rank_cases(work: Path, argv, every: int) -> int:
+    """Kill the last of two ranks in each stage of a round, continue with two, compare; how many differ."""
+    codes = list(map(wait, start_ranks(argv(work / "ranks"), work / "ranks.log")))
+    whole, failed, n_equal, slowest = folder_of(work / "ranks"), 0, 0, 0.0
+    print(f"two ranks, unbroken: exit codes {codes}", flush=True)
+    for n in range(1, 100, every):
+        out, log = work / f"rank-{n}", work / f"rank-{n}.log"
+        first, last = start_ranks(argv(out), log, ("rank", n))
+        if wait(last) != -signal.SIGKILL:
+            wait(first)
+            break                                               # past the last stage
+        begin = time.time()
+        ended = wait(first)
+        slowest = max(slowest, time.time() - begin)
+        folder = folder_of(out)
+        again = [wait(pid) for pid in start_ranks(["--resume", str(folder)] if folder else argv(out), log)]
+        found = differences(whole, folder_of(out)) + ([f"exit codes {ended}, {again}"] if (
+            ended, again) != (1, codes) else [])
+        failed, n_equal = failed + bool(found), n_equal + (not found)
+        print(f"rank {n}: {'; '.join(found[:4]) or 'equal'}, {time.time() - begin:.0f} s", flush=True)
+    print(f"a rank killed in {n_equal + failed} stages: {n_equal} equal to the unbroken run of two; the "
+          f"other ended {slowest:.1f} s after the kill at most")
+    return failed
 
 
 def wait(pid: int) -> int:
@@ -128,13 +179,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=1, help="take every n-th boundary only")
     kinds = ["after", "torn", "rename", "moment", "longer"]
-    parser.add_argument("--kinds", nargs="+", default=kinds, choices=kinds)
+    parser.add_argument("--kinds", nargs="+", default=kinds, choices=[*kinds, "rank"])
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="kill-"))
     vignettes = small_data(work)
 
     def argv(out):
         return [*SMALL, "--vignettes", str(vignettes), "--out", str(out)]
+    if args.kinds == ["rank"]:
+        sys.exit(rank_cases(work, lambda out: [*argv(out), "--rounds", "1"], args.every))
     begin = time.time()
     code = wait(start(argv(work / "unbroken"), work / "unbroken.log"))
     seconds, whole = time.time() - begin, folder_of(work / "unbroken")

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from tools import ranks
 from tools.files import inert, one_line, plain, write_whole
 from tools.record import FORMAT, Record, read
 from tools.screen import Screen
@@ -59,7 +60,8 @@ def surroundings(model, code: tuple[str, ...]) -> dict:
     return dict(versions=dict(python=platform.python_version(), torch=torch.__version__,
                               transformers=version("transformers")),
                 machine=dict(system=platform.platform(), device=str(model.device), dtype=str(model.dtype),
-                             threads=torch.get_num_threads(), gpu=torch.cuda.get_device_name(model.device)
+                             threads=torch.get_num_threads(), ranks=ranks.WORLD,
+                             gpu=torch.cuda.get_device_name(model.device)
                              if model.device.type == "cuda" else ""),
                 git=commit, code=f"{zlib.crc32(read):08x}")
 
@@ -123,6 +125,7 @@ class Folder:
             self.is_pending = False
             raise KeyboardInterrupt
 
+    @ranks.leads
     def _lock(self) -> None:
         """Keep other processes out while this one lives; the system lets go of the lock when it dies."""
         with self.writing(self.path / ".lock"):
@@ -157,7 +160,7 @@ class Folder:
     def __exit__(self, kind, error, trace) -> None:
         """After an error or a signal: run.json says how it ended, error.txt what was not foreseen."""
         try:
-            if error is None or not self.run:
+            if error is None or not self.run or ranks.RANK:
                 return
             is_signal, why = kind is KeyboardInterrupt, one_line(error)
             with contextlib.suppress(OSError):          # the reason itself may be a full disk
@@ -166,8 +169,10 @@ class Folder:
                     why = f"{what}: {kind.__name__} {why}; the traceback is in {self.path}/error.txt"
                     lines = "".join(traceback.format_exception(kind, error, trace))
                     write_whole(self.path / "error.txt", lines.encode(errors="backslashreplace"))
-                self.save(status="interrupted" if is_signal else "failed", reason="" if is_signal else why)
-                self.on_end(self.path)
+                with ranks.alone():                     # others may be gone, or elsewhere
+                    status = "interrupted" if is_signal else "failed"
+                    self.save(status=status, reason="" if is_signal else why)
+                    self.on_end(self.path)
             if self.path.exists():
                 again = f"python loop.py --resume {shlex.quote(str(self.path))}"
                 print(f"\nwhat is finished is kept; continue with\n{again}", flush=True)
@@ -226,6 +231,7 @@ class Folder:
 
     # ---- the journal
 
+    @ranks.leads
     def save(self, **more) -> None:
         """Write run.json with these fields changed."""
         self.run |= plain(more)
@@ -234,6 +240,11 @@ class Folder:
 
     def event(self, stage: str, rnd: int | None = None, **more) -> dict:
         """Append an event, all or none of it, and return it as a reader will see it."""
+        self.events.append(self._written(stage, rnd, more))
+        return self.events[-1]
+
+    @ranks.leads
+    def _written(self, stage: str, rnd: int | None, more: dict) -> dict:
         seconds = round(time.time() - self.screen.start, 2)
         line = json.dumps(plain(dict(t=seconds, round=rnd, stage=stage) | more)) + "\n"
         path = self.path / "events.jsonl"
@@ -247,8 +258,7 @@ class Folder:
             except OSError:
                 file.truncate(end)
                 raise
-        self.events.append(json.loads(line))
-        return self.events[-1]
+        return json.loads(line)
 
     def recall(self, stage: str, rnd: int | None = None, **match) -> dict | None:
         """The event of a finished stage, None before it is."""
@@ -257,7 +267,8 @@ class Folder:
 
     def once(self, stage: str, rnd: int | None, work, **match) -> dict:
         """The event of a finished stage, or what work() gives, written down; work() has written its files."""
-        return self.recall(stage, rnd, **match) or self.event(stage, rnd, **match, **work())
+        ranks.at(match.get("kind", stage), rnd)
+        return self.recall(stage, rnd, **match) or self.event(stage, rnd, **match, **ranks.shared(work))
 
     def cut(self, n: int) -> None:
         """Forget all events from the n-th on, and the files of rounds that have none left."""

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import steer
+from tools import ranks
 from tools.refusals import named_errors, refusal
 from tools.template import load_tokenizer
 
@@ -112,6 +113,8 @@ def load(name: str, *, revision: str = "", dtype: str = "auto", device: str = "a
     name: a folder, a hub id, a .gguf file, or pocket. device: a torch device, auto, or balanced over all
     GPUs. quantize: "" or 4bit. date: the day that the template writes, YYYY-MM-DD; "" = today.
     """
+    if device == "balanced" and ranks.WORLD > 1:
+        raise ValueError("--device balanced spreads one replica over all GPUs: leave torchrun out")
     place, number = placed(device, dtype)
     where, config, kind = config_of(name, revision)
     _, same = source(name, getattr(config, "_commit_hash", None) or revision)       # all files of one commit

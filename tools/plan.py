@@ -21,6 +21,8 @@ from tools.refusals import named_errors
 from tools.student import N_DIARY, N_FORESEE, N_TOKENS, N_TRIAL
 
 N_WORST = 6                 # passes over each kept answer around healing: persona distance, worst of the kept
+LINK = 50e9                 # bytes/s between devices: one 400 Gb/s port each; NVLink has nine times that
+DEVICES = 1, 2, 4, 8, 16, 32, 64
 
 
 # ---- the cost model: weights, keys and operations, from shapes ---------------------------------------------
@@ -69,6 +71,11 @@ def decode_step(n: dict, context: int, batch: int, width: float = 2) -> dict:
 def floor(ops: float, n_bytes: float, machine: dict) -> float:
     """Seconds below which this much work cannot be done."""
     return max(ops / machine["flops"], n_bytes / machine["bytes"])
+
+
+def reduce_seconds(n_bytes: float, n_devices: int) -> float:
+    """A ring all-reduce: each device sends and receives all but its own share, twice."""
+    return 2 * (n_devices - 1) / n_devices * n_bytes / LINK
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> dict:
@@ -161,15 +168,25 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
 
     # ---- seconds
     machine = rates(place, number)
+    pace, head = forward_ops(n, short) / short / machine["flops"], 2 * n["V"] * n["d"] / machine["flops"]
+    all_steps, heal_seconds = rounds * epochs * n_steps, 3 * trained * (pace + head)
 
     def step(batch):                                            # one token for each row of a batch
         work = decode_step(n, short, batch, weights / n["parameters"])
         return floor(work["ops"], work["bytes"], machine)
-    pace, head = forward_ops(n, short) / short / machine["flops"], 2 * n["V"] * n["d"] / machine["flops"]
-    parts = {"answers": answer * sum(math.ceil(size / rows) * step(min(size, rows)) for size in batches),
-             "probe": think_tokens * n_rows * math.ceil(2 * len(asked) / probe_rows) * step(probe_rows),
-             "reading": read * pace, "healing": 3 * trained * (pace + head)}
+
+    def parts_on(n_devices):
+        """Seconds of each part on so many devices, each with a whole replica and its share of the rows."""
+        mine, probed = (math.ceil(x / n_devices) for x in (heal_batch, 2 * len(asked)))
+        shares = [math.ceil(size / n_devices) for size in batches]
+        return {"answers": answer * sum(math.ceil(size / rows) * step(min(size, rows)) for size in shares),
+                "probe": think_tokens * n_rows * math.ceil(probed / probe_rows) * step(min(probed, probe_rows)),
+                "reading": read / n_devices * pace,
+                "healing": heal_seconds * mine / heal_batch + all_steps * reduce_seconds(4 * n_trained,
+                                                                                         n_devices)}
+    parts = parts_on(1)
     seconds, name = sum(parts.values()), str(number).removeprefix("torch.")
+    on_all = {k: sum(parts_on(k).values()) for k in DEVICES}
     modules = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in stack.layers}))
     duration = f"{seconds / 3600:.1f} hours" if seconds > 7200 else f"{math.ceil(seconds / 60)} minutes"
     lines = {
@@ -182,12 +199,17 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
                   + "  ".join(f"{stage} {peak / 1e9:.2f}" for stage, peak in peaks.items()),
         "disk": f"{4 * n_trained / 1e6:.1f} MB per accepted round, {4 * n_trained * rounds / 1e6:.1f} MB for "
                 f"{rounds}",
-        "work": f"{n_answers:,} answers, {n_frames:,} probe frames, {rounds * epochs * n_steps:,} training "
+        "work": f"{n_answers:,} answers, {n_frames:,} probe frames, {all_steps:,} training "
                 f"steps; thousands of tokens: decoded {decoded / 1e3:,.0f}  read {read / 1e3:,.0f}  trained "
                 f"{trained / 1e3:,.0f}",
         "time": f"about {duration} on this {place.type}, by the {machine['flops'] / 1e9:,.0f} GFLOP/s of a "
                 f"product and the {machine['bytes'] / 1e9:,.1f} GB/s of a copy here: "
                 + "  ".join(f"{part} {x / seconds:.0%}" for part, x in parts.items()),
+        "devices": "under torchrun each holds a whole replica, the memory above; hours (and efficiency): "
+                   + "  ".join(f"{k}: {x / 3600:.2g} ({seconds / k / x:.0%})" for k, x in on_all.items()),
+        "": f"an all-reduce a step of {4 * n_trained / 1e6:.3g} MB at {LINK / 1e9:g} GB/s, "
+            f"{1e3 * reduce_seconds(4 * n_trained, 64):.2g} ms at 64; a step shards over its --heal-batch "
+            f"{heal_batch} answers; loading, AdamW and the report do not",
         "assumed": f"every round accepted, every answer {answer} tokens long, four characters to a token"}
     return [f"{word:9s} {line}" for word, line in lines.items() if line]
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import lora
 import steer
+from tools import ranks
 from tools.files import read_tensors, save_tensors
 from tools.folder import Folder
 
@@ -60,6 +61,7 @@ class Rounds:
     def path(self, rnd: int, name: str) -> Path:
         return self.folder.path / "rounds" / f"{rnd:02d}" / f"{name}.safetensors"
 
+    @ranks.leads
     def save(self, rnd: int, name: str, tensors: dict, *, write=save_tensors, **notes) -> None:
         with self.folder.writing(path := self.path(rnd, name)):
             path.parent.mkdir(exist_ok=True)
@@ -68,15 +70,18 @@ class Rounds:
     def save_vectors(self, rnd: int, vectors: dict[int, Tensor], **notes) -> None:
         self.save(rnd, "vectors", vectors, write=save_vectors, **notes)
 
+    @ranks.leads
     def steering(self, rnd: int) -> dict:
         """{vectors, coeff} of a round whose dose is settled."""
         vectors, coeff, _ = read_vectors(self.path(rnd, "vectors"))
         return dict(vectors=vectors, coeff=coeff)
 
+    @ranks.leads
     def adapter(self, rnd: int) -> dict[str, Tensor]:
         path = self.path(rnd, "adapter")                # renamed, if refused and then killed
         return read_tensors(path if path.exists() else self.path(rnd, "rejected"))[0]
 
+    @ranks.leads
     def settle(self, rnd: int, accepted: bool) -> None:
         """The adapter's file gets the name that the gate gives it."""
         old, new = [self.path(rnd, name) for name in ("adapter", "rejected")][::-1 if accepted else 1]

@@ -14,7 +14,7 @@ import torch
 import evalmfv
 import heal
 import steer
-from tools import search
+from tools import ranks, search
 from tools.files import inert, plain
 from tools.foresee import foresee
 from tools.screen import Screen
@@ -119,6 +119,7 @@ class Student:
             trial = self.answers(self.spread(min(n, N_TRIAL)), "temperature", None)
             with self.stack.gated(0, 0):
                 calm = torch.cat(steer.token_nll(self.model, trial, pad_id=self.pad_id)).mean().item()
+            calm = ranks.lead(lambda: calm)             # what is decided by is rank 0's to the last digit
             if calm <= search.MAX_NLL:
                 break
         own = self.answers(self.spread(n), "own", None)
@@ -139,9 +140,13 @@ class Student:
         answers = [dataclasses.replace(c, ids=c.ids[:N_TOKENS]) for c in self.answers(users, "band", None)]
 
         def try_cells(cells):
-            with self.stack.gated(0, 0):
-                return foresee(self.model, self.tok, answers, users, persona["meter_pos"],
-                               persona["meter_neg"], vectors, cells)
+            def read(rows):                             # the first two are the base and the persona's prompt
+                with self.stack.gated(0, 0):
+                    found = foresee(self.model, self.tok, answers, users, persona["meter_pos"],
+                                    persona["meter_neg"], vectors, [cells[i] for i in rows if i >= 0])
+                return dict(zip((-2, -1, *(i for i in rows if i >= 0)), found))
+            found = ranks.spread(read, list(range(-2, len(cells))))
+            return [found[i] for i in range(-2, len(cells))]
         (_, own), (_, prompted) = try_cells([])
         limit = max(1.1 * own, prompted)
         chosen, ranked = search.find_band(lambda cells: try_cells(cells)[2:], bands, limit)
@@ -171,7 +176,7 @@ class Student:
                 passed = torch.tensor([e["verdict"]["kept"] for e in last])                         # [n] bool
                 ratio = ratios[i * n:(i + 1) * n][passed].mean().item() if passed.any() else -math.inf
                 trials.append(dict(coeff=coeff, ratio=ratio, survive=passed.double().mean().item()))
-            return [(trial["ratio"], trial["survive"]) for trial in trials[-len(coeffs):]]
+            return ranks.lead(lambda: [(x["ratio"], x["survive"]) for x in trials[-len(coeffs):]])
         return try_doses
 
     # ---- a row of the table
@@ -234,9 +239,18 @@ class Student:
             read = self.under(front, kept, self.train)
             return [heal.Sample(c.prompt_ids + c.ids, len(c.prompt_ids), c.prompt) for c in read]
         with self.stack.gated(0, 0):
-            kls = heal.divergences(self.model, behind(self.persona["pos"][0]), contextlib.nullcontext,
-                                   ref_samples=behind(""), reg=reg, pad_id=self.pad_id)
+            prompted = behind(self.persona["pos"][0])
+            kls = self.divergences(prompted, contextlib.nullcontext, behind(""), reg=reg)
         return sum(heal.aggregate(kl, how).item() for kl in kls) / len(kls)
+
+    def divergences(self, samples, reference, ref_samples=None, **how) -> list[torch.Tensor]:
+        """`heal.divergences` of this model, over all ranks."""
+        def read(rows):
+            mine, refs = ([x[i] for i in rows] for x in (samples, ref_samples or samples))
+            return dict(zip(rows, heal.divergences(self.model, mine, reference, ref_samples=refs,
+                                                   pad_id=self.pad_id, **how)))
+        found = ranks.spread(read, list(range(len(samples))))
+        return [found[i] for i in range(len(samples))]
 
     def worst_kept(self, samples, reference, vectors: dict, coeff: float, *, reg: str, **how) -> dict:
         """The kept completion that the student leaves furthest from the reference (rmse), token by token.
@@ -253,7 +267,7 @@ class Student:
                 yield
 
         def kl(of, against, reg):
-            return heal.divergences(self.model, of, against, reg=reg, pad_id=self.pad_id, **how)
+            return self.divergences(of, against, reg=reg, **how)
         kls = kl(samples, reference, reg)
         worst = max(range(len(kls)), key=lambda i: heal.aggregate(kls[i], "rmse").item())
         sample = samples[worst]

@@ -1,7 +1,8 @@
 """Table: what a run shows of itself: the closing table, its line of results.tsv, its report."""
+import shlex
 from pathlib import Path
 
-from tools import report
+from tools import ranks, report
 from tools.files import one_line, write_whole
 from tools.record import Record
 from tools.screen import Screen
@@ -49,8 +50,15 @@ def tally(record: Record, seconds: float) -> None:
               f"token (se {best['moved_se']:.3f}). The model does not read the persona: try clearer texts.")
     elif record.accepted and final["moved"] < -2 * final["moved_se"]:
         print("The trait moved the wrong way: answers sound less like the persona than the base's do.")
+    if record.run.get("stopped"):
+        print(f"stopped: {one_line(record.run['stopped'])}")
+    where = shlex.quote(str(record.path))
+    print(f"\nread     {where}/report.html")
+    if record.accepted:
+        print(f"chat     python loop.py chat {where}\nexport   python loop.py export {where} --to peft")
 
 
+@ranks.leads
 def to_results(record: Record, seconds: float) -> None:
     """This run's line of results.tsv, where runs lie side by side; one that continues rewrites its own."""
     values, final = record.run["options"], record.last_day if record.accepted else {}
@@ -68,6 +76,7 @@ def to_results(record: Record, seconds: float) -> None:
     write_whole(path, ("\n".join([*lines, "\t".join(cells)]) + "\n").encode(errors="backslashreplace"))
 
 
+@ranks.leads
 def show(path: Path, screen: Screen) -> None:
     """What a reader sees of the run so far. It can be made again from the journal, so it never ends a run."""
     try:
