@@ -133,6 +133,10 @@ def measure_rivals(bench) -> None:
                          "given its dose; take a run with --teacher steer or both")
     own, model = lesson(bench), bench.model
 
+    with bench.stack.gated([1.0] + [0.0] * (bench.stack.n_rounds - 1), 0):
+        made = bench.answers()
+    bench.row("first accepted day", made)                   # the day that had an adapter's budget below
+
     randoms = [as_long_as(vectors, stage_seed(bench.run["options"]["seed"], i, "random vector"))
                for i in range(N_RANDOM)]
     bench.row(f"steering, {N_RANDOM} random vectors",
@@ -217,7 +221,8 @@ def main(argv=None) -> list[dict]:
         measure_rivals(bench)
         by_run.append(bench.rows)
     keys = [key for key in check.MEASURES if key in by_run[0][0] and key != "se"]
-    print(table([{"row": rows[0]["label"]} | {key: cell(rows, key) for key in keys} for rows in zip(*by_run)]))
+    print(table([{"row": rows[0]["label"]} | {key: cell(rows, key) for key in keys}
+                 for rows in zip(*by_run)]))
     rows = [row for rows in by_run for row in rows]
     for row in rows:
         if "cosine" in row:

@@ -170,9 +170,10 @@ def test_rivals_stand_beside_the_rows_of_the_run_and_leave_the_base_as_it_was(fi
     monkeypatch.setattr(rivals.check, "Bench", lambda *given: benches.append(kept(*given)) or benches[-1])
     rows = rivals.main([str(finished[1].path), "--n", "8", "--json", str(tmp_path / "rows.json")])
     found = {row["label"]: row for row in rows}
-    assert len(found) == 13 == capsys.readouterr().out.count("\n| ") - 1
+    assert len(found) == 14 == capsys.readouterr().out.count("\n| ") - 1
     assert (found["base"]["share"], found["persona prompt"]["share"]) == (0, 1)
     assert len(found["steering, 3 random vectors"]["texts"]) == 24
+    assert found["first accepted day"]["texts"] == found["last accepted day"]["texts"]      # there is but one
     assert [c.text for c in benches[0].answers()] == found["base"]["texts"]
     assert [row["ratio"] for row in json.loads((tmp_path / "rows.json").read_text())] == [
         row["ratio"] for row in rows]
