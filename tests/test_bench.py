@@ -191,6 +191,9 @@ def test_rivals_are_as_long_as_v_hold_one_direction_and_average_over_seeds_only(
     held = rivals.holding(u, 0.3)(h)
     assert torch.allclose(held @ u, torch.full((2, 5), 0.3), atol=1e-6)
     assert torch.allclose(held - (held @ u)[..., None] * u, h - (h @ u)[..., None] * u, atol=1e-6)
+    seeds = [dict(share=0.2, se=0.1, text=0.9), dict(share=0.4, se=0.3, text=1.0)]
+    assert rivals.cell(seeds, "share") == "0.30 ± 0.20 [0.20, 0.40]"
+    assert rivals.cell(seeds[:1], "text") == "0.900"
     other = shutil.copytree(finished[1].path, tmp_path / "other")
     run = finished[1].run
     (other / "run.json").write_text(json.dumps(run | dict(options=run["options"] | dict(seed=9, lam=1.0))))
