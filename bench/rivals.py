@@ -134,6 +134,10 @@ def measure_rivals(bench) -> None:
                          "given its dose; take a run with --teacher steer or both")
     own, model = lesson(bench), bench.model
 
+    with bench.stack.gated([1.0] + [0.0] * (bench.stack.n_rounds - 1), 0):
+        made = bench.answers()
+    bench.row("first accepted day", made)                   # the day that had an adapter's budget below
+
     randoms = [as_long_as(vectors, stage_seed(bench.run["options"]["seed"], i, "random vector"))
                for i in range(N_RANDOM)]
     bench.row(f"steering, {N_RANDOM} random vectors",

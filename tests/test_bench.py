@@ -170,9 +170,10 @@ def test_rivals_stand_beside_the_rows_of_the_run_and_leave_the_base_as_it_was(fi
     monkeypatch.setattr(rivals.check, "Bench", lambda *given: benches.append(kept(*given)) or benches[-1])
     rows = rivals.main([str(finished[1].path), "--n", "8", "--json", str(tmp_path / "rows.json")])
     found = {row["label"]: row for row in rows}
-    assert len(found) == 13 == capsys.readouterr().out.count("\n| ") - 1
+    assert len(found) == 14 == capsys.readouterr().out.count("\n| ") - 1
     assert (found["base"]["share"], found["persona prompt"]["share"]) == (0, 1)
     assert len(found["steering, 3 random vectors"]["texts"]) == 24
+    assert found["first accepted day"]["texts"] == found["last accepted day"]["texts"]      # there is but one
     assert [c.text for c in benches[0].answers()] == found["base"]["texts"]
     assert [row["ratio"] for row in json.loads((tmp_path / "rows.json").read_text())] == [
         row["ratio"] for row in rows]
@@ -190,6 +191,9 @@ def test_rivals_are_as_long_as_v_hold_one_direction_and_average_over_seeds_only(
     held = rivals.holding(u, 0.3)(h)
     assert torch.allclose(held @ u, torch.full((2, 5), 0.3), atol=1e-6)
     assert torch.allclose(held - (held @ u)[..., None] * u, h - (h @ u)[..., None] * u, atol=1e-6)
+    seeds = [dict(share=0.2, se=0.1, text=0.9), dict(share=0.4, se=0.3, text=1.0)]
+    assert rivals.cell(seeds, "share") == "0.30 ± 0.20 [0.20, 0.40]"
+    assert rivals.cell(seeds[:1], "text") == "0.900"
     other = shutil.copytree(finished[1].path, tmp_path / "other")
     run = finished[1].run
     (other / "run.json").write_text(json.dumps(run | dict(options=run["options"] | dict(seed=9, lam=1.0))))
