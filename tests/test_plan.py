@@ -32,7 +32,7 @@ def test_a_plan_reads_a_configuration_and_nothing_else(tmp_path):
                               architectures=["Gemma3ForConditionalGeneration"]
                               ).save_pretrained(tmp_path)
     out = planned(tmp_path, dtype="bfloat16")
-    assert set(out) == {"model", "adapted", "memory", "disk", "work", "time", "assumed"}
+    assert set(out) == {"model", "adapted", "memory", "disk", "work", "time", "devices", "reduced", "assumed"}
     # q; k and v; o; gate, up and down
     sizes = [2560 + 2048, 2 * (2560 + 1024), 2048 + 2560, 3 * (2560 + 10240)]
     trained = 8 * sum(sizes) * 22                               # rank 8, blocks 6 to 27

@@ -31,11 +31,11 @@ def steer_doses(effect, survive):
 @pytest.mark.parametrize("peak", [0.7, 3.0, 20.0])
 def test_find_dose_finds_a_peak_below_or_above_one_wherever_the_filter_lets_it(peak):
     dose, trials, bound, batches = steer_doses(lambda x: -math.log(x / peak) ** 2, lambda x: float(x < 40))
-    assert abs(math.log2(dose / peak)) < 0.26 and bound == "" and batches[0] == 4   # within a quarter octave
+    assert abs(math.log2(dose / peak)) < 0.26 and bound == "" and batches[0] == 4      # a quarter octave
 
 
 def test_find_dose_is_not_led_astray_by_one_lucky_reading():
-    def tries(doses):                                   # rises slowly; the lowest dose reads too high by noise
+    def tries(doses):                                   # rises slowly; the lowest reads too high by noise
         return [(math.log(x) + (2.0 if x == 0.25 else 0.0), float(x < 5)) for x in doses]
     assert find_dose(tries)[0] > 1
 

@@ -178,12 +178,11 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
     def parts_on(n_devices):
         """Seconds of each part on so many devices, each with a whole replica and its share of the rows."""
         mine, probed = (math.ceil(x / n_devices) for x in (heal_batch, 2 * len(asked)))
-        shares = [math.ceil(size / n_devices) for size in batches]
+        shares, n_thought = [math.ceil(size / n_devices) for size in batches], think_tokens * n_rows
+        sums = all_steps * reduce_seconds(4 * n_trained, n_devices)
         return {"answers": answer * sum(math.ceil(size / rows) * step(min(size, rows)) for size in shares),
-                "probe": think_tokens * n_rows * math.ceil(probed / probe_rows) * step(min(probed, probe_rows)),
-                "reading": read / n_devices * pace,
-                "healing": heal_seconds * mine / heal_batch + all_steps * reduce_seconds(4 * n_trained,
-                                                                                         n_devices)}
+                "probe": n_thought * math.ceil(probed / probe_rows) * step(min(probed, probe_rows)),
+                "reading": read / n_devices * pace, "healing": heal_seconds * mine / heal_batch + sums}
     parts = parts_on(1)
     seconds, name = sum(parts.values()), str(number).removeprefix("torch.")
     on_all = {k: sum(parts_on(k).values()) for k in DEVICES}
@@ -207,9 +206,9 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
                 + "  ".join(f"{part} {x / seconds:.0%}" for part, x in parts.items()),
         "devices": "under torchrun each holds a whole replica, the memory above; hours (and efficiency): "
                    + "  ".join(f"{k}: {x / 3600:.2g} ({seconds / k / x:.0%})" for k, x in on_all.items()),
-        "": f"an all-reduce a step of {4 * n_trained / 1e6:.3g} MB at {LINK / 1e9:g} GB/s, "
-            f"{1e3 * reduce_seconds(4 * n_trained, 64):.2g} ms at 64; a step shards over its --heal-batch "
-            f"{heal_batch} answers; loading, AdamW and the report do not",
+        "reduced": f"{4 * n_trained / 1e6:.3g} MB a step at {LINK / 1e9:g} GB/s, "
+                   f"{1e3 * reduce_seconds(4 * n_trained, 64):.2g} ms at 64 devices; a step shards over its "
+                   f"--heal-batch {heal_batch} answers; loading, AdamW and the report do not",
         "assumed": f"every round accepted, every answer {answer} tokens long, four characters to a token"}
     return [f"{word:9s} {line}" for word, line in lines.items() if line]
 
