@@ -32,7 +32,10 @@ def test_a_plan_reads_a_configuration_and_nothing_else(tmp_path):
                               architectures=["Gemma3ForConditionalGeneration"]
                               ).save_pretrained(tmp_path)
     out = planned(tmp_path, dtype="bfloat16")
-    assert set(out) == {"model", "adapted", "memory", "disk", "work", "time", "devices", "reduced", "assumed"}
+    assert set(out) == {"model", "adapted", "memory", "disk", "work", "time", "devices", "link", "assumed"}
+    hours = [float(x) for x in re.findall(r"\d: (\S+) \(", out["devices"])]      # 1, 2, 4, ... 64 devices
+    assert len(hours) == 7 and sorted(hours, reverse=True) == hours and hours[6] > hours[0] / 64
+    assert "1: " in out["devices"] and "(100%)" in out["devices"] and "heal-batch 4" in out["link"]
     # q; k and v; o; gate, up and down
     sizes = [2560 + 2048, 2 * (2560 + 1024), 2048 + 2560, 3 * (2560 + 10240)]
     trained = 8 * sum(sizes) * 22                               # rank 8, blocks 6 to 27
@@ -45,6 +48,7 @@ def test_a_plan_reads_a_configuration_and_nothing_else(tmp_path):
     assert set(stages) == {"weights", "generation", "filter", "probe", "heal"}
     assert all(float(x) >= found for x in stages.values())
     assert f"{4 * trained / 1e6:.1f} MB per" in out["disk"]
+    assert f"a step of {4 * trained / 1e6:.3g} MB" in out["link"]
     assert "5,472 probe frames" in out["work"] and "GFLOP/s" in out["time"]
     # 3 trials of 16, 8 for the band, 2 x 64 of the base, a round's 10 doses of 24 and 64, 18 rows of 48 and 6
     assert f"{48 + 8 + 128 + 8 * (240 + 64) + 18 * 54:,} answers" in out["work"]
