@@ -3,18 +3,20 @@ import importlib
 import importlib.util
 import json
 import random
+import subprocess
+import sys
 import time
-from pathlib import Path
 
+import heal
 import pytest
+import steer
 import torch
+from common import ROOT
+from lora import attach
+from tools import search
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import steer
-from tools import search
-from lora import attach
-
-ROOT = Path(__file__).resolve().parents[1]
+pytest_plugins = ["shared"]
 
 
 @pytest.fixture
@@ -141,7 +143,6 @@ def test_the_generation_benchmark_runs_tiny_with_rows_as_hf_and_the_roofline_rea
 
 @pytest.mark.parametrize("name", ["losses", "round"])
 def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys, bench, monkeypatch):
-    import heal
     monkeypatch.setattr(heal, "VAL_SHARE", heal.VAL_SHARE)      # the round's benchmark trains on every sample
     bench(name).main(["--tiny", "--json", str(tmp_path / "out.json"),
                       *(["--docs", str(tmp_path)] if name == "losses" else [])])
@@ -162,10 +163,39 @@ def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys, bench,
         assert any(peer in key for key in [*result["memory"]["peak"], *result["memory"]["missing"]])
 
 
+def test_arms_are_compared_at_the_same_round_and_where_they_first_reach_a_trait(bench, finished):
+    arms = bench("arms")
+    days = {-1: dict(trait=0.0, text=1.0), 0: dict(trait=0.4, text=0.9), 2: dict(trait=0.8, text=0.5),
+            3: dict(trait=0.6, text=0.1)}
+    assert arms.at_trait(days, 0.2, "text") == pytest.approx(0.95)
+    assert arms.at_trait(days, 0.6, "text") == pytest.approx(0.7) and arms.at_trait(days, 0.9, "text") is None
+    assert arms.cell([None, None], 2) == "not reached" and arms.cell([0.5, None], 2) == "0.500 (1 of 2)"
+    record, days = arms.trajectory(finished.path)
+    assert set(days) == {-1, 0} and 0 <= days[0]["grammar"] <= 1 and record["status"] == "accepted"
+
+
+def test_two_arms_may_differ_in_one_field_only(bench):
+    def record(**options):
+        options = dict(reg="kl_rev", kl_agg="rmse", seed=0, out="a", lam=5.0) | options
+        return dict(options=options, weights="w", items=[], versions={}, code="c")
+    differing = bench("arms").differing
+    assert differing(record(), record(seed=1, out="b")) == set()
+    assert differing(record(), record(kl_agg="mean")) == {"kl_agg"}
+    assert differing(record(kl_agg="mean"), record(reg="nll")) == {"reg"}
+    assert differing(record(), record(kl_agg="mean", lam=1.0)) == {"kl_agg", "lam"}
+    assert differing(record(), record() | {"code": "d"}) == {"code"}
+
+
+def test_the_bench_kills_a_real_process_and_finds_no_difference():
+    command = [sys.executable, "bench/kill.py", "--kinds", "torn", "--every", "500"]        # one case of many
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0 and "different: 0" in out.stdout, out.stdout + out.stderr
+
+
 def test_malformed_inputs_end_with_a_sentence_and_no_damage(tmp_path, bench):
     malformed = bench("malformed")
     (tmp_path / "vignettes.jsonl").write_text("")
-    for i in range(80):
+    for i in range(5 * len(malformed.KINDS)):
         kind = malformed.KINDS[i % len(malformed.KINDS)]
         if kind not in (malformed.model, *malformed.OF_RUNS):   # those load a model: in the campaign
             outcome, wrong, text, argv = malformed.trial(random.Random(f"test/{i}"), kind, tmp_path / "case",
