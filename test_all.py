@@ -1259,7 +1259,7 @@ def test_the_probe_does_not_see_its_batch_size(name, natural, closed):
     model = rig(family_model(name, tok).double(), tok, natural=natural, closed=closed, pad=9)
     one, *others = [evalmfv.evaluate(model, tok, mfv_rows(), think_tokens=34, batch_size=b)
                     for b in (1, 5, 12)]
-    assert len(set(map(tuple, one["case"]))) > 1
+    assert len(set(sum(one["case"], []))) > 1                   # some rows leave the batch early
     for out in others:
         assert out["case"] == one["case"] and (out["score"] - one["score"]).abs().max() < 1e-10
         assert out["profile"] == pytest.approx(one["profile"], abs=1e-10)

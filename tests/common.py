@@ -199,7 +199,7 @@ def differences(a: Path, b: Path) -> list[str]:
 
 
 def make_base(name: str, folder: Path) -> None:
-    """A checkpoint of a real class in bfloat16, as hub checkpoints are, with the embedded model's tokenizer."""
+    """A checkpoint of a real class in bfloat16, as on the hub, with the embedded model's tokenizer."""
     tok = transformers.AutoTokenizer.from_pretrained(ROOT / "pocket")
     family_model(name, tok, initializer_range=0.1).to(torch.bfloat16).save_pretrained(folder)
     tok.save_pretrained(folder)
