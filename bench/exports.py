@@ -21,13 +21,12 @@ import transformers
 from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import lora                                                     # noqa: E402
+from common import make_run                                     # noqa: E402   rounds of noise
 from tools import export, model as models                       # noqa: E402
-from tools.files import save_tensors                            # noqa: E402
-from tools.record import FORMAT, read                           # noqa: E402
-from tools.rounds import restack, save_vectors                  # noqa: E402
+from tools.record import read                                   # noqa: E402
+from tools.rounds import restack                                # noqa: E402
 
 TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.1)
@@ -59,43 +58,6 @@ def make_base(name: str, folder: Path) -> None:
     torch.manual_seed(0)
     cls(cls.config_class(**args)).to(torch.bfloat16).save_pretrained(folder)
     tok.save_pretrained(folder)
-
-
-def make_run(path: Path, base, ranks=(4, 2, 8), *, refused=(), **options) -> None:
-    """A run folder as loop.py leaves it, with a round of noise for each rank and made-up measurements.
-
-    base: a folder, or "pocket". refused: rounds that the gate did not let through."""
-    model, _ = models.load(str(base), dtype="float32", device="cpu")
-    row = dict(stage="row", coeff=0.0, trait=0.0, trait_se=0.0, shift=dict(off_target=0.0), coherence=0.99,
-               text=0.98, diary=[dict(prompt=prompt, text="I would ask the mayor.")
-                      for prompt in ("Who are you?", "Would you obey the mayor?")])
-    events = [row | dict(kind="base", label="base", round=None)]
-    for rnd, r in enumerate(ranks):
-        at, rng = path / "rounds" / f"{rnd:02d}", torch.Generator().manual_seed(rnd)
-        at.mkdir(parents=True)
-        stack = lora.attach(model, r=r, alpha=2 * r, layers=[1, 2])
-        for p in stack.parameters():
-            p.data.copy_(0.05 * torch.randn(p.shape, generator=rng))
-        stack.fold()
-        name = "rejected" if rnd in refused else "adapter"
-        save_tensors(at / f"{name}.safetensors", stack.tensors())
-        stack.remove()
-        width = model.config.get_text_config().hidden_size
-        vectors = {layer: torch.randn(width, generator=rng) for layer in (1, 2)}                    # [d] each
-        save_vectors(at / "vectors.safetensors", vectors, coeff=0.3 + rnd)
-        reasons = ["text 0.910 under 0.931"] if rnd in refused else []
-        events += [dict(stage="dose", round=rnd, coeff=0.3 + rnd, trials=[]),
-                   dict(stage="heal", round=rnd, lam_eff=0.3, fired_share=0.25, steps=[{}] * 8),
-                   row | dict(kind="healed", label=f"day {rnd}", round=rnd, trait=0.1 * (rnd + 1)),
-                   dict(stage="gate", round=rnd, accepted=not reasons, reasons=reasons)]
-    options = dict(model=str(base), revision="", persona="authority", pos="", kl_ref="base") | options
-    persona = dict(pos=["You care about people above all."], neg=["You obey."], target="authority",
-                   direction=-1)
-    run = dict(format=FORMAT, options=options, persona=persona, git="c0ff" * 10,
-               argv=[str(base), "--rounds", str(len(ranks))], weights=models.fingerprint(model),
-               machine=dict(device="cpu", dtype="torch.float32"))
-    (path / "run.json").write_text(json.dumps(run))
-    (path / "events.jsonl").write_text("".join(json.dumps(dict(t=0.0) | e) + "\n" for e in events))
 
 
 def peft_difference(run: Path, adapter: Path, base: Path) -> float:

@@ -26,40 +26,9 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 import loop                                                     # noqa: E402
 import transformers.models.llama.modeling_llama                 # noqa: E402, F401   slow: before the forks
-from common import small_data                                   # noqa: E402
+from common import SMALL, differences, folder_of, small_data    # noqa: E402
 from tools import folder as files                               # noqa: E402
 from tools import ranks                                         # noqa: E402
-
-SMALL = ("--rounds 2 --seed 2 --lr 0.01 --n-make 8 --n-text 4 --coeff 0.3 --max-new-tokens 16 "
-         "--think-tokens 1 --epochs 2").split()
-TIMES = {"t", "started", "seconds", "resumed", "reason", "argv", "command", "out"}    # may differ
-
-
-def without_times(x):
-    if isinstance(x, dict):
-        return {k: without_times(v) for k, v in x.items() if k not in TIMES}
-    return [without_times(v) for v in x] if isinstance(x, list) else x
-
-
-def differences(a: Path, b: Path) -> list[str]:
-    """Where two run folders differ in anything but times and names."""
-    found = []
-    events = [[without_times(json.loads(line)) for line in (path / "events.jsonl").read_text().splitlines()]
-              for path in (a, b)]
-    if len(events[0]) != len(events[1]):
-        found.append(f"{len(events[0])} and {len(events[1])} events")
-    found += [f"event {i}, {x['stage']} of round {x['round']}"
-              for i, (x, y) in enumerate(zip(*events)) if x != y]
-    runs = [without_times(json.loads((path / "run.json").read_text())) for path in (a, b)]
-    keys = sorted(set(runs[0]) | set(runs[1]))
-    found += [f"run.json, {key}" for key in keys if runs[0].get(key) != runs[1].get(key)]
-    files = [{p.relative_to(path): p.read_bytes() for p in path.rglob("*.safetensors")} for path in (a, b)]
-    found += [str(p) for p in sorted(set(files[0]) | set(files[1])) if files[0].get(p) != files[1].get(p)]
-    lines = [[line.split("\t")[1:-1] for line in (path.parent / "results.tsv").read_text().splitlines()[1:]]
-             for path in (a, b)]
-    if lines[0] != lines[1]:
-        found.append(f"results.tsv, {len(lines[0])} and {len(lines[1])} lines")
-    return found + [f"left behind: {p.name}" for p in b.rglob(".*") if p.name != ".lock"]
 
 
 def die_at(case: tuple[str, int]) -> None:
@@ -159,10 +128,6 @@ def rank_cases(work: Path, argv, every: int) -> int:
 
 def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def folder_of(out: Path) -> Path | None:
-    return next((p.parent for p in out.glob("*/run.json")), None)
 
 
 def resume(out: Path, argv: list[str], log: Path) -> int:

@@ -40,7 +40,7 @@ import lora                                             # noqa: E402
 import steer                                            # noqa: E402
 from experiment import check_apart                      # noqa: E402
 from measure import table                               # noqa: E402
-from tools import files                                 # noqa: E402
+from tools import files, size                           # noqa: E402
 from tools.record import read                           # noqa: E402
 from tools.student import stage_seed                    # noqa: E402
 
@@ -91,7 +91,7 @@ def trained(bench, made: list[steer.Completion], teacher=contextlib.nullcontext,
         warnings.filterwarnings("ignore", "the barrier")    # a KL that is all of the loss fires always
         heal.heal(bench.model, stack.parameters(), samples, reference, heal.HealConfig(**same | more),
                   pad_id=bench.pad_id, seed=stage_seed(options["seed"], bench.first, "heal"),
-                  spectral=stack.spectral if same["spectral"] else None)
+                  spectral=(lambda: size.spectral(stack)) if same["spectral"] else None)
     stack.fold()
     stack.gates(0, 0)
     return stack

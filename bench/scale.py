@@ -49,15 +49,14 @@ def paper(n_answers=512, prompt=64, answer=256, batch=64, r=32) -> list[dict]:
                   (d, inner), (d, inner), (inner, d)]
         n_trained = round(0.6 * n_blocks) * sum(r * (a + b) for a, b in shapes)
         peaks = plan.peaks_of(n, n_trained, round(0.8 * n_blocks), width=2, quantized="70B" in name,
-                              answer=answer, prompt=prompt, frame=500, gen_rows=n_answers // 8, nll_rows=32,
+                              answer=answer, longest=prompt + answer, frame=500, rows=n_answers // 8,
                               probe_rows=64, heal_rows=4, n_samples=n_answers)
-        pace = plan.by_rates(n, H100, peaks["weights"], rows=batch, length=prompt + answer,
-                             trained=batch * (prompt + answer))
+        _, step, train = plan.paces(n, H100, prompt + answer, peaks["weights"] / n["parameters"])
         one = None
         for n_devices in (1, 8, 64):
             share = -(-n_answers // n_devices)
-            seconds = dict(decode=answer * pace["step"](share),
-                           step=pace["train"] * max(1, batch // n_devices) / batch
+            seconds = dict(decode=answer * step(share),
+                           step=train * (prompt + answer) * max(1, batch // n_devices)
                            + plan.reduce_seconds(4 * n_trained, n_devices))
             one = one or seconds
             rows.append({"model": name, "devices": n_devices,

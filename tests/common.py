@@ -1,25 +1,74 @@
-"""What the tests of several rooms need: a tiny model, and runs of seconds."""
+"""What tests of several rooms need: small models of many classes, and runs of seconds."""
 import json
 import shutil
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in (".", "pocket", "bench")]
 
 torch.set_num_threads(1)                                # small models: a second thread costs more
 
+# ---- models and tokenizers -----------------------------------------------------------------------------
+
+FOUNDATIONS = "care", "fairness", "loyalty", "authority", "sanctity", "liberty", "social"
+PREFILL = ["This", " is wrong because", ' {"', "violation", '": "']     # five tokens that spell the probe's
 SPECIALS = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = ("<|bos|>{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
             "{% if not (loop.last and continue_final_message) %}<|end|>{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-# a run of one round and a few seconds, whose dose is not searched
-TINY = ("--rounds 1 --n-make 24 --n-text 8 --think-tokens 4 --epochs 1 --coeff 0.4 "
-        "--max-new-tokens 32").split()
+
+TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, initializer_range=0.3, max_position_embeddings=2048)
+HEADS = TEXT | dict(head_dim=16)        # these take the width of a head from elsewhere
+SLIDING = dict(sliding_window=100, layer_types=["sliding_attention", "full_attention"] * 2)
+VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+              patch_size=14)
+DEPTH = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, patch_size=14)
+MIXERS = dict(linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8,
+              linear_value_head_dim=8)
+LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+              num_key_value_heads=4)
+EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=16)
+MROPE = dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2])
+# model class: its config's options, and those of its vision tower
+FAMILIES = {
+    "Gemma3ForCausalLM": (HEADS | SLIDING,),
+    "Gemma3ForConditionalGeneration": (HEADS | SLIDING, VISION),
+    "Gemma2ForCausalLM": (HEADS | SLIDING | dict(final_logit_softcapping=30.0, attn_logit_softcapping=50.0),),
+    "Gemma4ForConditionalGeneration": (
+        HEADS | dict(global_head_dim=16, hidden_size_per_layer_input=0, num_kv_shared_layers=0), None),
+    "Qwen3ForCausalLM": (HEADS,),
+    "Qwen2ForCausalLM": (TEXT,),
+    "Qwen3_5ForConditionalGeneration": (HEADS | MIXERS, DEPTH),
+    "Qwen3VLForConditionalGeneration": (HEADS | dict(rope_parameters=MROPE),
+                                        DEPTH | dict(deepstack_visual_indexes=[0])),
+    "Qwen3MoeForCausalLM": (HEADS | EXPERTS | dict(num_experts=4),),
+    "LlamaForCausalLM": (TEXT,),
+    "MistralForCausalLM": (TEXT | dict(sliding_window=100),),
+    "Mistral3ForConditionalGeneration": (TEXT | dict(model_type="mistral"),
+                                         VISION | dict(model_type="pixtral", head_dim=8)),
+    "PhiForCausalLM": (TEXT | dict(num_key_value_heads=4),),
+    "Phi3ForCausalLM": (TEXT,),
+    "Olmo2ForCausalLM": (TEXT,),
+    "GPTNeoXForCausalLM": ({k: v for k, v in TEXT.items() if k != "num_key_value_heads"},),
+    "GraniteForCausalLM": (TEXT | dict(logits_scaling=4.0, residual_multiplier=0.5,
+                                       embedding_multiplier=6.0),),
+    "CohereForCausalLM": (TEXT | dict(logit_scale=0.25),),
+    "GptOssForCausalLM": (HEADS | SLIDING | dict(num_local_experts=4, num_experts_per_tok=2),),
+    "DeepseekV3ForCausalLM": (TEXT | LATENT | EXPERTS | dict(first_k_dense_replace=1, n_routed_experts=4,
+                                                             n_group=2, topk_group=1),),
+    "Lfm2ForCausalLM": (TEXT | dict(layer_types=["conv", "full_attention"] * 2),),
+    "GPT2LMHeadModel": (dict(n_embd=32, n_layer=4, n_head=4, n_positions=2048, initializer_range=0.3),),
+}
+HAVE_EXPERTS = {"Qwen3MoeForCausalLM", "GptOssForCausalLM", "DeepseekV3ForCausalLM"}
+ONLY_DECODED = {"Mamba2ForCausalLM": (dict(hidden_size=32, num_hidden_layers=4, state_size=8, num_heads=8,
+                                           head_dim=8, n_groups=1, initializer_range=0.3),)}
 
 
 def tiny_tokenizer(words=()):
@@ -29,21 +78,68 @@ def tiny_tokenizer(words=()):
     inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
-    tok = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<|pad|>", bos_token="<|bos|>",
-                                  eos_token="<|end|>", additional_special_tokens=SPECIALS[3:],
-                                  chat_template=TEMPLATE)
+    tok = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<|pad|>", bos_token="<|bos|>", eos_token="<|end|>",
+        additional_special_tokens=SPECIALS[3:], chat_template=TEMPLATE)
     tok.add_tokens(list(words))
     return tok
+
+
+def probe_tokenizer():
+    """One that has a token of its own for every answer of the probe."""
+    return tiny_tokenizer([*FOUNDATIONS, "</think>", *PREFILL])
 
 
 def tiny_model(tok, seed=0, dtype=torch.float32, layers=4, d=32):
     """A random Llama whose vocabulary is the tokenizer's. Weights are large, so that its answers vary."""
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=len(tok), hidden_size=d, intermediate_size=2 * d, num_attention_heads=4,
-                         num_hidden_layers=layers, num_key_value_heads=2, max_position_embeddings=2048,
-                         initializer_range=0.3, pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id,
-                         eos_token_id=tok.eos_token_id)
-    return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tok), hidden_size=d, intermediate_size=2 * d, num_attention_heads=4,
+        num_hidden_layers=layers, num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.3,
+        pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
+    return transformers.LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+
+
+def family_model(name, tok, **more):
+    """A random model of a real class, as `tiny_model`; skips where this transformers does not have it."""
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    if name == "Lfm2ForCausalLM" and not hasattr(transformers.cache_utils, "LinearAttentionLayer"):
+        pytest.skip(f"in transformers {transformers.__version__} {name} wants a cache of its own class")
+    kind, (options, *vision) = getattr(transformers, name), (FAMILIES | ONLY_DECODED)[name]
+    ids = dict(pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
+    options = options | ids | dict(vocab_size=len(tok)) | more
+    if vision:
+        options = dict(text_config=options, vision_config=vision[0], eos_token_id=tok.eos_token_id)
+    torch.manual_seed(0)
+    return kind(kind.config_class(**options)).eval().requires_grad_(False)
+
+
+def some_ids(n=3, T=12):
+    return torch.randint(6, 262, (n, T), generator=torch.Generator().manual_seed(0))       # [n, T]
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits                                                 # [n, T, V]
+
+
+def noise(stack, seed=0, size=0.3):
+    """Fill the round in training, so that it does something."""
+    rng = torch.Generator().manual_seed(seed)
+    for p in stack.parameters():
+        p.data.copy_(size * torch.randn(p.shape, generator=rng))
+
+
+# ---- run folders ---------------------------------------------------------------------------------------
+
+# a run of one round and a few seconds, whose dose is not searched
+TINY = ("--rounds 1 --n-make 24 --n-text 8 --think-tokens 4 --epochs 1 --coeff 0.4 "
+        "--max-new-tokens 32").split()
+# less still, for runs that are cut off and continued; the learning rate makes both rounds pass
+SMALL = ("--rounds 2 --seed 2 --lr 0.01 --n-make 8 --n-text 4 --coeff 0.3 --steer-band 0.5 0.6 "
+         "--max-new-tokens 16 --think-tokens 1 --epochs 2").split()
+TIMES = {"t", "started", "seconds", "resumed", "reason", "argv", "command", "out", "git"}    # may differ
 
 
 def few_vignettes(folder: Path, every: int = 12) -> Path:
@@ -63,9 +159,88 @@ def small_data(work: Path) -> Path:
     return few_vignettes(work, 24)
 
 
+def folder_of(out: Path) -> Path | None:
+    return next((p.parent for p in Path(out).glob("*/run.json")), None)
+
+
 def run_loop(out, vignettes, *more):
     """(exit code, record) of a tiny run."""
     import loop
     from tools.record import read
     code = loop.main([*TINY, "--vignettes", str(vignettes), "--out", str(out), *more])
-    return code, read(next(p.parent for p in sorted(Path(out).glob("*/run.json"))))
+    return code, read(folder_of(out))
+
+
+def without_times(x):
+    if isinstance(x, dict):
+        return {k: without_times(v) for k, v in x.items() if k not in TIMES}
+    return [without_times(v) for v in x] if isinstance(x, list) else x
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """Where two run folders differ in anything but times and names."""
+    found = []
+    events = [[without_times(json.loads(line)) for line in (path / "events.jsonl").read_text().splitlines()]
+              for path in (a, b)]
+    if len(events[0]) != len(events[1]):
+        found.append(f"{len(events[0])} and {len(events[1])} events")
+    found += [f"event {i}, {x['stage']} of round {x['round']}"
+              for i, (x, y) in enumerate(zip(*events)) if x != y]
+    runs = [without_times(json.loads((path / "run.json").read_text())) for path in (a, b)]
+    keys = sorted(set(runs[0]) | set(runs[1]))
+    found += [f"run.json, {key}" for key in keys if runs[0].get(key) != runs[1].get(key)]
+    files = [{p.relative_to(path): p.read_bytes() for p in path.rglob("*.safetensors")} for path in (a, b)]
+    found += [str(p) for p in sorted(set(files[0]) | set(files[1])) if files[0].get(p) != files[1].get(p)]
+    lines = [[line.split("\t")[1:-1] for line in (path.parent / "results.tsv").read_text().splitlines()[1:]]
+             for path in (a, b)]
+    if lines[0] != lines[1]:
+        found.append(f"results.tsv, {len(lines[0])} and {len(lines[1])} lines")
+    return found + [f"left behind: {p.name}" for p in b.rglob(".*") if p.name != ".lock"]
+
+
+def make_base(name: str, folder: Path) -> None:
+    """A checkpoint of a real class in bfloat16, as on the hub, with the embedded model's tokenizer."""
+    tok = transformers.AutoTokenizer.from_pretrained(ROOT / "pocket")
+    family_model(name, tok, initializer_range=0.1).to(torch.bfloat16).save_pretrained(folder)
+    tok.save_pretrained(folder)
+
+
+def make_run(path: Path, base, ranks=(4, 2, 8), *, refused=(), **options) -> None:
+    """A run folder as loop.py leaves it, with a round of noise for each rank and made-up measurements.
+
+    base: a folder, or "pocket". refused: rounds that the gate did not let through."""
+    import lora
+    from tools import model as loading
+    from tools.files import save_tensors
+    from tools.record import FORMAT
+    from tools.rounds import save_vectors
+    model, _ = loading.load(str(base), dtype="float32", device="cpu")
+    row = dict(stage="row", coeff=0.0, trait=0.0, trait_se=0.0, shift=dict(off_target=0.0), coherence=0.99,
+               text=0.98, diary=[dict(prompt=prompt, text="I would ask the mayor.")
+                                 for prompt in ("Who are you?", "Would you obey the mayor?")])
+    events = [row | dict(kind="base", label="base", round=None)]
+    for rnd, r in enumerate(ranks):
+        at, rng = path / "rounds" / f"{rnd:02d}", torch.Generator().manual_seed(rnd)
+        at.mkdir(parents=True)
+        stack = lora.attach(model, r=r, alpha=2 * r, layers=[1, 2])
+        noise(stack, rnd, 0.05)
+        stack.fold()
+        name = "rejected" if rnd in refused else "adapter"
+        save_tensors(at / f"{name}.safetensors", stack.tensors())
+        stack.remove()
+        width = model.config.get_text_config().hidden_size
+        vectors = {layer: torch.randn(width, generator=rng) for layer in (1, 2)}                    # [d] each
+        save_vectors(at / "vectors.safetensors", vectors, coeff=0.3 + rnd)
+        reasons = ["text 0.910 under 0.931"] if rnd in refused else []
+        events += [dict(stage="dose", round=rnd, coeff=0.3 + rnd, trials=[]),
+                   dict(stage="heal", round=rnd, lam_eff=0.3, fired_share=0.25, steps=[{}] * 8),
+                   row | dict(kind="healed", label=f"day {rnd}", round=rnd, trait=0.1 * (rnd + 1)),
+                   dict(stage="gate", round=rnd, accepted=not reasons, reasons=reasons)]
+    options = dict(model=str(base), revision="", persona="authority", pos="", kl_ref="base") | options
+    persona = dict(pos=["You care about people above all."], neg=["You obey."], target="authority",
+                   direction=-1)
+    run = dict(format=FORMAT, options=options, persona=persona, git="c0ff" * 10,
+               argv=[str(base), "--rounds", str(len(ranks))], weights=loading.fingerprint(model),
+               machine=dict(device="cpu", dtype="torch.float32"))
+    (path / "run.json").write_text(json.dumps(run))
+    (path / "events.jsonl").write_text("".join(json.dumps(dict(t=0.0) | e) + "\n" for e in events))

@@ -4,18 +4,20 @@ import importlib.util
 import json
 import random
 import shutil
+import subprocess
+import sys
 import time
-from pathlib import Path
 
+import heal
 import pytest
+import steer
 import torch
+from common import ROOT
+from lora import attach
+from tools import search
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import steer
-from tools import search
-from lora import attach
-
-ROOT = Path(__file__).resolve().parents[1]
+pytest_plugins = ["shared"]
 
 
 @pytest.fixture
@@ -142,7 +144,6 @@ def test_the_generation_benchmark_runs_tiny_with_rows_as_hf_and_the_roofline_rea
 
 @pytest.mark.parametrize("name", ["losses", "round"])
 def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys, bench, monkeypatch):
-    import heal
     monkeypatch.setattr(heal, "VAL_SHARE", heal.VAL_SHARE)      # the round's benchmark trains on every sample
     bench(name).main(["--tiny", "--json", str(tmp_path / "out.json"),
                       *(["--docs", str(tmp_path)] if name == "losses" else [])])
@@ -168,7 +169,7 @@ def test_rivals_stand_beside_the_rows_of_the_run_and_leave_the_base_as_it_was(fi
     rivals, benches = bench("rivals"), []
     kept = rivals.check.Bench
     monkeypatch.setattr(rivals.check, "Bench", lambda *given: benches.append(kept(*given)) or benches[-1])
-    rows = rivals.main([str(finished[1].path), "--n", "8", "--json", str(tmp_path / "rows.json")])
+    rows = rivals.main([str(finished.path), "--n", "8", "--json", str(tmp_path / "rows.json")])
     found = {row["label"]: row for row in rows}
     assert len(found) == 14 == capsys.readouterr().out.count("\n| ") - 1
     assert (found["base"]["share"], found["persona prompt"]["share"]) == (0, 1)
@@ -194,17 +195,23 @@ def test_rivals_are_as_long_as_v_hold_one_direction_and_average_over_seeds_only(
     seeds = [dict(share=0.2, se=0.1, text=0.9), dict(share=0.4, se=0.3, text=1.0)]
     assert rivals.cell(seeds, "share") == "0.30 ± 0.20 [0.20, 0.40]"
     assert rivals.cell(seeds[:1], "text") == "0.900"
-    other = shutil.copytree(finished[1].path, tmp_path / "other")
-    run = finished[1].run
+    other = shutil.copytree(finished.path, tmp_path / "other")
+    run = finished.run
     (other / "run.json").write_text(json.dumps(run | dict(options=run["options"] | dict(seed=9, lam=1.0))))
     with pytest.raises(ValueError, match="in lam, which no arm names"):
-        rivals.main([str(finished[1].path), str(other)])
+        rivals.main([str(finished.path), str(other)])
+
+
+def test_the_bench_kills_a_real_process_and_finds_no_difference():
+    command = [sys.executable, "bench/kill.py", "--kinds", "torn", "--every", "500"]        # one case of many
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0 and "different: 0" in out.stdout, out.stdout + out.stderr
 
 
 def test_malformed_inputs_end_with_a_sentence_and_no_damage(tmp_path, bench):
     malformed = bench("malformed")
     (tmp_path / "vignettes.jsonl").write_text("")
-    for i in range(80):
+    for i in range(5 * len(malformed.KINDS)):
         kind = malformed.KINDS[i % len(malformed.KINDS)]
         if kind not in (malformed.model, *malformed.OF_RUNS):   # those load a model: in the campaign
             outcome, wrong, text, argv = malformed.trial(random.Random(f"test/{i}"), kind, tmp_path / "case",

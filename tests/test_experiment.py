@@ -51,7 +51,7 @@ def test_a_cell_with_other_options_is_not_taken_for_this_one(tmp_path):
 
 def test_arms_differ_in_what_they_name_and_a_run_becomes_tables_and_a_figure(finished, tmp_path):
     import copy
-    record = finished[1]
+    record = finished
     other = copy.deepcopy(record)
     other.run["options"] |= dict(kl_agg="mean", seed=1, out="elsewhere")
     grid, runs = grid_of(tmp_path), {("rmse", 0): record, ("mean", 0): other}

@@ -9,21 +9,19 @@ import shutil
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 import transformers
 
-from bench import exports                                       # bases and runs made in code
+from common import ROOT, family_model, make_base, make_run, tiny_tokenizer
 from lora import attach
 from steer import steered
 from tools import card as cards, export
 from tools.files import read_tensors
 from tools.record import read
 
-ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = [torch.randint(6, 262, (9,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(4)]
 CLASSES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration",
            "GPT2LMHeadModel")
@@ -35,12 +33,7 @@ def weights_of(path):
 
 def case(name, ranks=(4, 2)):
     """A base of this class in float32, and a copy with a stack on it: a round of noise for each rank."""
-    cls = getattr(transformers, name)
-    ids = dict(vocab_size=262, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    args = exports.ARCHITECTURES[name]
-    args = args | ({"text_config": args["text_config"] | ids} if "text_config" in args else ids)
-    torch.manual_seed(0)
-    model = cls(cls.config_class(**args)).eval()
+    model = family_model(name, tiny_tokenizer(), initializer_range=0.1)
     base, stack = copy.deepcopy(model), attach(model, r=ranks[0], alpha=6, layers=[1, 2])
     for rnd, r in enumerate(ranks):
         rng = torch.Generator().manual_seed(rnd)
@@ -65,7 +58,7 @@ def write(out, model, stack, rank=None, base="somebody/base", **options):
 def exported(tmp_path_factory):
     """A run on the embedded model, exported in both forms: (run folder, what was printed)."""
     path, said = tmp_path_factory.mktemp("run") / "run", io.StringIO()
-    exports.make_run(path, "pocket", (4, 2, 2), refused=[2])
+    make_run(path, "pocket", (4, 2, 2), refused=[2])
     with contextlib.redirect_stdout(said):
         codes = [export.main([str(path), "--to", to]) for to in ("peft", "merged")]
     assert codes == [0, 0]
@@ -76,8 +69,8 @@ def exported(tmp_path_factory):
 def small_run(tmp_path_factory):
     """A run on a tiny base, rounds 0 and 1 accepted and round 2 refused: (base folder, run folder)."""
     path = tmp_path_factory.mktemp("small")
-    exports.make_base("LlamaForCausalLM", path / "base")
-    exports.make_run(path / "run", path / "base", (4, 2, 2), refused=[2])
+    make_base("LlamaForCausalLM", path / "base")
+    make_run(path / "run", path / "base", (4, 2, 2), refused=[2])
     return path / "base", path / "run"
 
 
@@ -108,8 +101,8 @@ def test_peft_reads_our_adapter_as_the_same_model(name, tmp_path):
 def test_names_follow_the_class_that_the_config_names_and_no_tower_is_lost(name, tmp_path):
     if not hasattr(transformers, name):
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    exports.make_base(name, tmp_path / "base")
-    exports.make_run(tmp_path / "run", tmp_path / "base", (4, 2))
+    make_base(name, tmp_path / "base")
+    make_run(tmp_path / "run", tmp_path / "base", (4, 2))
     images = '{"image_processor_type": "made up"}'
     (tmp_path / "base" / "preprocessor_config.json").write_text(images)
     assert export.export(tmp_path / "run", "peft", out=tmp_path / "peft")["effect_logit"] > 0.1

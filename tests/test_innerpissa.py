@@ -200,8 +200,9 @@ def test_the_log_probs_of_a_padded_batch_are_those_of_each_row_alone(tok):
         assert abs(seen.mean_logp()[i] - want) < 1e-4
 
 
-@pytest.mark.parametrize("how", [dict(), dict(separation="sigmoid", barrier="rmse"),
-                                 dict(axis="pca", space="activation"), dict(against="base", barrier="none")])
+@pytest.mark.parametrize("how", [
+    dict(), dict(separation="sigmoid", barrier="rmse", axis="pca", space="activation"),
+    dict(against="base", barrier="none")])
 def test_training_separates_on_held_out_pairs_and_leaves_the_base(tok, how):
     model = common.tiny_model(tok)
     weights = [p.clone() for p in model.parameters()]
@@ -407,12 +408,6 @@ def test_transfer_sees_a_vector_that_says_yes_and_the_table_lines_up(tok):
         dilemmas.measure(model, tok, items, lambda c: steer.steered(model, v, c), 1.0, "courage")
 
 
-def test_no_concept_file_imports_the_second_system():
-    for path in common.ROOT.glob("*.py"):
-        if path.name in ("loop.py", "steer.py", "lora.py", "heal.py", "evalmfv.py"):
-            assert "innerpissa" not in path.read_text()
-
-
 # ---- the command -----------------------------------------------------------------------------------------
 
 def test_one_command_prints_both_tables_and_its_run_folder_exports_to_the_same_logits(tmp_path, capsys):
@@ -420,14 +415,15 @@ def test_one_command_prints_both_tables_and_its_run_folder_exports_to_the_same_l
     peft = pytest.importorskip("peft")
     import loop
     from innerpissa import train
-    from tools import model as models
-    from tools.files import read_tensors
+    from tools import files, model as models
+    items, few = common.ROOT / "innerpissa" / "data" / "pocket.jsonl", tmp_path / "few.jsonl"
+    few.write_text("".join(items.read_text().splitlines(True)[::3]))
     assert train.main(["--methods", "InnerPiSSA", "--n-seeds", "1", "--n-pairs", "16", "--epochs", "1",
-                       "--c", "0.7", "--out", str(tmp_path)]) == 0
+                       "--c", "0.7", "--dilemmas", str(few), "--out", str(tmp_path / "runs")]) == 0
     said = capsys.readouterr().out
     assert "dose response of love" in said and "transfer to" in said and said.count("| InnerPiSSA") == 2
-    run = next(tmp_path.iterdir())
-    tensors = read_tensors(run / "rounds" / "00" / "adapter.safetensors")[0]
+    run = next((tmp_path / "runs").iterdir())
+    tensors = files.read_tensors(run / "rounds" / "00" / "adapter.safetensors")[0]
     assert loop.main(["export", str(run), "--to", "peft"]) == 0
     ids = torch.arange(20, 40)[None]
     model, _ = models.load("pocket")

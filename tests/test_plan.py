@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from common import tiny_model, tiny_tokenizer
+from common import VISION, family_model, probe_tokenizer, some_ids, tiny_model, tiny_tokenizer
 
 import steer
 from tools import inputs, plan
@@ -14,9 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = dict(revision="", dtype="auto", device="cpu", quantize="", rounds=8, n_text=48, think_tokens=128,
                batch_size=152, n_make=64,
                coeff=None, max_new_tokens=64, r=8, alpha=16, lora_band=(0.2, 0.8), epochs=5, heal_batch=4,
-               pass_tokens=2048)
-VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
-              patch_size=14)
+               pass_tokens=2048, reg="kl_rev")
 
 
 def planned(model, **how) -> dict:
@@ -71,13 +69,12 @@ def test_a_plan_of_a_mixture_says_what_it_does_not_adapt(tmp_path):
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "Gemma4ForConditionalGeneration",
                                   "Qwen3MoeForCausalLM"])
 def test_the_plan_counts_parameters_and_keys_and_values_as_the_model_has_them(name):
-    from test_all import family_model, lora_ids, mfv_tokenizer
-    tok = mfv_tokenizer()
+    tok = probe_tokenizer()
     model = family_model(name, tok)
     n, blocks = plan.sizes(model), steer.blocks(model)
     forward, cache = steer.cached_forward(model)
     with torch.no_grad():
-        forward(lora_ids(1, 10), torch.ones(1, 10, dtype=torch.long), torch.arange(10)[None])
+        forward(some_ids(1, 10), torch.ones(1, 10, dtype=torch.long), torch.arange(10)[None])
     stored = sum(x.numel() for layer in cache.layers for x in (layer.keys, layer.values))
     assert (n["kv"] * len(blocks) * 10, n["parameters"], n["V"]) == (stored,
                                                                      sum(p.numel()

@@ -100,6 +100,38 @@ def rates(device: torch.device, dtype: torch.dtype) -> dict:
     return dict(flops=2 * n * d ** 3 / best(product), bytes=2 * 4 * x.numel() / best(x.clone))
 
 
+def paces(n: dict, machine: dict, length: int, width: float) -> tuple:
+    """Seconds to read a token, to decode one for each row of a batch (a function), to train on one."""
+    def step(batch):
+        work = decode_step(n, length, batch, width)
+        return floor(work["ops"], work["bytes"], machine)
+    read = forward_ops(n, length) / length / machine["flops"]
+    return read, step, 3 * (read + 2 * n["V"] * n["d"] / machine["flops"])
+
+
+def peaks_of(n: dict, n_trained: int, n_backward: int, *, width: int, quantized: bool, answer: int,
+             longest: int, frame: int, rows: int, probe_rows: int, heal_rows: int, n_samples: int) -> dict:
+    """Peak bytes of each stage: weights and adapters, and on top what one batch keeps.
+
+    n: from `sizes`. width: bytes of a number. answer, longest, frame: most tokens of an answer, with its
+    prompt, of a probe's question with its thought. n_backward: blocks from the first adapted one on.
+    """
+    weights = n["parameters"] * width - (n["linear"] * (width - 0.5625) if quantized else 0)   # nf4, scales
+    held, token = weights + 4 * n_trained, n["kv"] * len(n["blocks"]) * width
+    wide = (4 * n["d"] + 3 * n["inner"]) * width                # one block at work, per token
+    one_row = (answer + 1) * n["V"] * width                     # of logits
+    return {"weights": weights,
+            "generation": held + rows * (longest * token + (longest - answer) * wide + 12 * n["V"]),
+            "filter": held + 32 * longest * wide + 256 * n["V"]
+            + max(min(32 * one_row, 2 ** 28 * width), one_row),
+            "probe": held + probe_rows * (frame * (token + wide) + 12 * n["V"]),
+            # gradient and two moments of Adam; activations of the blocks that have a backward pass; hidden
+            # states kept for the round; a tile of logits
+            "heal": held + 12 * n_trained + 17 * heal_rows * longest * n["d"] * n_backward * width
+            + n_samples * (longest + answer) * n["d"] * width
+            + heal_rows * answer * (12 * min(n["V"], heal.TILE) + 28 * n["d"])}
+
+
 # ---- the plan ----------------------------------------------------------------------------------------------
 
 def tokens_of(text: str) -> int:
@@ -147,33 +179,15 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
             + (rounds + 1) * 2 * len(inputs["contexts"]) * (system + prompt))
     trained = rounds * epochs * n_make * short
 
-    # ---- peak bytes of each stage: weights and adapters, and on top what one batch keeps
     width, rows, probe_rows = number.itemsize, min(batch_size, max(batches)), min(batch_size, 2 * len(asked))
-    weights = n["parameters"] * width - (n["linear"] * (width - 0.5625) if quantize else 0)     # nf4, scales
-    held, token = weights + 4 * n_trained, n["kv"] * n_blocks * width
-    wide = (4 * n["d"] + 3 * n["inner"]) * width                # one block at work, per token
-    one_row = (answer + 1) * n["V"] * width                     # of logits
-    heal_rows = max(1, min(heal_batch, pass_tokens // longest))
-    peaks = {"weights": weights,
-             "generation": held + rows * (longest * token + (longest - answer) * wide + 12 * n["V"]),
-             "filter": held + 32 * longest * wide + 256 * n["V"]
-             + max(min(32 * one_row, 2 ** 28 * width), one_row),
-             "probe": held + probe_rows * (frame * (token + wide) + 12 * n["V"]),
-             # gradient and two moments of Adam; activations of the blocks that have a backward pass; hidden
-             # states kept for the round; a tile of logits
-             "heal": held + 12 * n_trained
-             + 17 * heal_rows * longest * n["d"] * (n_blocks - layers[0]) * width
-             + n_make * (longest + answer) * n["d"] * width
-             + heal_rows * answer * (12 * min(n["V"], heal.TILE) + 28 * n["d"])}
+    peaks = peaks_of(n, n_trained, n_blocks - layers[0], width=width, quantized=bool(quantize), answer=answer,
+                     longest=longest, frame=frame, rows=rows, probe_rows=probe_rows, n_samples=n_make,
+                     heal_rows=max(1, min(heal_batch, pass_tokens // longest)))
 
     # ---- seconds
     machine = rates(place, number)
-    pace, head = forward_ops(n, short) / short / machine["flops"], 2 * n["V"] * n["d"] / machine["flops"]
-    all_steps, heal_seconds = rounds * epochs * n_steps, 3 * trained * (pace + head)
-
-    def step(batch):                                            # one token for each row of a batch
-        work = decode_step(n, short, batch, weights / n["parameters"])
-        return floor(work["ops"], work["bytes"], machine)
+    read_one, step, train_one = paces(n, machine, short, peaks["weights"] / n["parameters"])
+    all_steps, heal_seconds = rounds * epochs * n_steps, trained * train_one
 
     def parts_on(n_devices):
         """Seconds of each part on so many devices, each with a whole replica and its share of the rows."""
@@ -182,7 +196,7 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
         sums = all_steps * reduce_seconds(4 * n_trained, n_devices)
         return {"answers": answer * sum(math.ceil(size / rows) * step(min(size, rows)) for size in shares),
                 "probe": n_thought * math.ceil(probed / probe_rows) * step(min(probed, probe_rows)),
-                "reading": read / n_devices * pace, "healing": heal_seconds * mine / heal_batch + sums}
+                "reading": read / n_devices * read_one, "healing": heal_seconds * mine / heal_batch + sums}
     parts = parts_on(1)
     seconds, name = sum(parts.values()), str(number).removeprefix("torch.")
     on_all = {k: sum(parts_on(k).values()) for k in DEVICES}
