@@ -221,8 +221,8 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
         "devices": "under torchrun each holds a whole replica, the memory above; hours (and efficiency): "
                    + "  ".join(f"{k}: {x / 3600:.2g} ({seconds / k / x:.0%})" for k, x in on_all.items()),
         "link": f"an all-reduce a step of {4 * n_trained / 1e6:.3g} MB at {LINK / 1e9:g} GB/s, "
-                f"{1e3 * reduce_seconds(4 * n_trained, 64):.2g} ms at 64; a step shards over its --heal-batch "
-                f"{heal_batch} answers; loading, AdamW and the report do not",
+                f"{1e3 * reduce_seconds(4 * n_trained, 64):.2g} ms at 64; a step shards over its "
+                f"--heal-batch {heal_batch} answers; loading, AdamW and the report do not",
         "assumed": f"every round accepted, every answer {answer} tokens long, four characters to a token"}
     return [f"{word:9s} {line}" for word, line in lines.items() if line]
 
