@@ -1076,6 +1076,7 @@ def test_repeats_equals_a_naive_double_loop():
             w = min(window, len(again))
             want = max(sum(again[i:i + w]) / w for i in range(len(again) - w + 1))
             assert repeats(items, n, window) == pytest.approx(want, abs=1e-6)
+    assert repeats("abcdefgh" * 3, 1, 8) == 1 and repeats("abcdefghi" * 3, 1, 8) == 0       # 8 back, not 9
 
 
 def test_a_broken_stretch_a_pattern_and_no_words_are_rules_of_their_own():
