@@ -47,7 +47,7 @@ def die_at(case: tuple[str, int]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def dying_event(folder, stage, rnd=None, **more):
-        is_last = kind != "rename" and now()
+        is_last = kind not in ("rename", "rank") and now()
         if is_last and kind == "torn":
             text = json.dumps(files.plain(dict(t=0, round=rnd, stage=stage) | more)) + "\n"
             with open(folder.path / "events.jsonl", "a") as file:
@@ -101,19 +101,19 @@ def start_ranks(argv: list[str], log: Path, case=None, world: int = 2) -> list[i
     return pids
 
 
-def rank_cases(work: Path, argv, every: int) -> int:
+def rank_cases(work: Path, argv, first: int, every: int) -> int:
     """Kill the last of two ranks in each stage of a round, continue with two, compare; how many differ."""
     codes = list(map(wait, start_ranks(argv(work / "ranks"), work / "ranks.log")))
     whole, failed, n_equal, slowest = folder_of(work / "ranks"), 0, 0, 0.0
     print(f"two ranks, unbroken: exit codes {codes}", flush=True)
-    for n in range(1, 100, every):
+    for n in range(first, 100, every):
         out, log = work / f"rank-{n}", work / f"rank-{n}.log"
-        first, last = start_ranks(argv(out), log, ("rank", n))
-        if wait(last) != -signal.SIGKILL:
-            wait(first)
+        other, victim = start_ranks(argv(out), log, ("rank", n))
+        if wait(victim) != -signal.SIGKILL:
+            wait(other)
             break                                               # past the last stage
         begin = time.time()
-        ended = wait(first)
+        ended = wait(other)
         slowest = max(slowest, time.time() - begin)
         folder = folder_of(out)
         again = [wait(pid) for pid in start_ranks(["--resume", str(folder)] if folder else argv(out), log)]
@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--moments", type=int, default=20, help="cases that are killed at random moments")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=1, help="take every n-th boundary only")
+    parser.add_argument("--first", type=int, default=1, help="with --kinds rank: begin with this stage")
     kinds = ["after", "torn", "rename", "moment", "longer"]
     parser.add_argument("--kinds", nargs="+", default=kinds, choices=[*kinds, "rank"])
     args = parser.parse_args()
@@ -152,7 +153,7 @@ def main() -> None:
     def argv(out):
         return [*SMALL, "--vignettes", str(vignettes), "--out", str(out)]
     if args.kinds == ["rank"]:
-        sys.exit(rank_cases(work, lambda out: [*argv(out), "--rounds", "1"], args.every))
+        sys.exit(rank_cases(work, lambda out: [*argv(out), "--rounds", "1"], args.first, args.every))
     begin = time.time()
     code = wait(start(argv(work / "unbroken"), work / "unbroken.log"))
     seconds, whole = time.time() - begin, folder_of(work / "unbroken")

@@ -70,6 +70,9 @@ def paper(n_answers=512, prompt=64, answer=256, batch=64, r=32) -> list[dict]:
     return rows
 
 
+UNITS = dict(generation="tokens/s", probe="frames/s", healing="steps/s")
+
+
 class Stages:
     """The three stages; each returns how much it did, in its unit."""
 
@@ -101,9 +104,9 @@ class Stages:
         return len(record["steps"]), record["nll_last"]
 
 
-def measured(stages: Stages, repeats: int) -> list[dict]:
-    rows, units = [], dict(generation="tokens/s", probe="frames/s", healing="steps/s")
-    for name, unit in units.items():
+def measured(stages: Stages, names: list[str], repeats: int) -> list[dict]:
+    rows = []
+    for name in names:
         work, rates, found = getattr(stages, name), {1: [], ranks.WORLD: []}, {}
         busy = {1: [], ranks.WORLD: []}                         # CPU seconds of the busiest rank
         for repeat in range(repeats + 1):                       # the first is to warm up
@@ -123,7 +126,7 @@ def measured(stages: Stages, repeats: int) -> list[dict]:
             one, all_ = (statistics.median(x) for x in rates.values())
             cpu = {n: statistics.median(x) for n, x in busy.items()}
             gains = sorted(b / a for a, b in zip(*rates.values()))
-            rows.append({"stage": name, "unit": unit, "1 process": f"{one:.2f}",
+            rows.append({"stage": name, "unit": UNITS[name], "1 process": f"{one:.2f}",
                          f"{ranks.WORLD} processes": f"{all_:.2f}", "gain": f"x{all_ / one:.2f}",
                          "pairs": f"{gains[0]:.2f} to {gains[-1]:.2f}",
                          "by CPU time": f"x{cpu[1] / cpu[ranks.WORLD]:.2f}",
@@ -140,6 +143,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--think-tokens", type=int, default=32)
     parser.add_argument("--n-vignettes", type=int, default=16)
+    parser.add_argument("--stages", nargs="+", default=list(UNITS), choices=list(UNITS))
     parser.add_argument("--json", default="")
     parser.add_argument("--paper", action="store_true", help="arithmetic alone")
     args = parser.parse_args()
@@ -149,7 +153,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", "the barrier")
     ranks.start()
     stages = Stages(args.model, args.answers, args.new_tokens, args.think_tokens, args.n_vignettes)
-    rows = measured(stages, args.repeats)
+    rows = measured(stages, args.stages, args.repeats)
     if not ranks.RANK:
         n_bytes = sum(4 * p.numel() for p in stages.stack.parameters())
         print(f"{args.model}: {args.answers} answers of up to {args.new_tokens} tokens, {n_bytes / 1e6:.2f} "
