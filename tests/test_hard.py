@@ -346,7 +346,7 @@ def test_loading_into_the_wrong_model_names_the_modules_and_loads_nothing():
                          (tensors | {key: tensors[key] / 0}, "not finite"),
                          (tensors | {key: torch.ones(3)}, "has A")):
         with pytest.raises(ValueError, match=message):
-            good.load_tensors(tensors, bad)                                 # all or none
+            good.load_tensors(bad)                                          # all or none
     assert good.n_rounds == 0 and fewer.n_rounds == 0
     noise(good, 0)
     with pytest.raises(RuntimeError, match="drop"):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = dict(revision="", dtype="auto", device="cpu", quantize="", rounds=8, n_text=48, think_tokens=128,
                batch_size=152, n_make=64,
                coeff=None, max_new_tokens=64, r=8, alpha=16, lora_band=(0.2, 0.8), epochs=5, heal_batch=4,
-               pass_tokens=2048, reg="kl_rev")
+               pass_tokens=2048)
 
 
 def planned(model, **how) -> dict:
