@@ -5,8 +5,8 @@
 
 Measured in one group of processes, interleaved: first rank 0 works alone while the others wait, then all do,
 then all and alone, and so on. Both do the same work and give the same answers. Every process has one thread.
-On a machine with other work the clock is a lower bound. The CPU time of the busiest rank, which leaves
-waiting out, is an upper one.
+On a machine with other work the clock counts waiting for a core too; the CPU time of the busiest rank leaves
+that out, and waiting for the others with it.
 """
 import argparse
 import statistics
