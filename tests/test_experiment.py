@@ -6,6 +6,8 @@ import experiment
 import numpy as np
 import pytest
 
+pytest_plugins = ["shared"]
+
 
 def grid_of(folder, **more):
     arms = {"rmse": [], "mean": ["--kl-agg", "mean"]}

@@ -83,6 +83,8 @@ def test_no_file_loads_pickles_or_remote_code():
         if path.name != "test_all.py":                          # which runs heal.py's docstring
             assert unsafe(path.read_text()) == [], path
         assert not imported(path) & {"pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}, path
+        objects = re.search(r"(gather|broadcast|scatter|send|recv)_object", path.read_text())   # pickles too
+        assert not objects or path.name in ("ranks.py", "test_ranks.py"), path       # of one run's processes
         assert path.parent.name in ("bench", "tests") or path.name == "test_all.py" or \
             "peft" not in imported(path), path                  # a peer there
     for source in ("eval(x)", "exec('a')", "torch.load(p)", "f(trust_remote_code=True)", "run(c, shell=True)",
@@ -143,6 +145,17 @@ def test_help_is_quick_shows_ten_options_first_and_does_not_import_transformers(
         with pytest.raises(SystemExit) as stop:
             loop.main([word, "--help"])
         assert stop.value.code == 0 and f"loop.py {word}" in capsys.readouterr().out, word
+
+
+def test_a_test_file_can_be_run_alone():
+    """Fixtures of tests/shared.py are there in a whole run as soon as one file asks for them."""
+    def parameters(source):
+        return {arg.arg for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)
+                for arg in node.args.args}
+    shared = set(re.findall(r"^def (\w+)", (ROOT / "tests" / "shared.py").read_text(), re.MULTILINE))
+    for path in [ROOT / "test_all.py", *(ROOT / "tests").glob("test_*.py")]:
+        text = path.read_text()
+        assert not shared & parameters(text) or 'pytest_plugins = ["shared"]' in text, path.name
 
 
 def test_ci_runs_the_test_command_of_the_readme():
