@@ -31,7 +31,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "pocket")]
 import numpy as np                                              # noqa: E402
 import world                                                    # noqa: E402
 from plot import svg_lines                                      # noqa: E402
-from tools.record import read                                  # noqa: E402
+from tools.files import inert, one_line                        # noqa: E402
+from tools.record import read                                   # noqa: E402
 
 N_BOOT = 4000                           # enough for two digits of a 95% interval
 LEVELS = 0.5, 0.75, 1.0                 # shares to compare at
@@ -203,7 +204,8 @@ def tables(grid: dict, runs: dict) -> str:
             verdict = "none" if low <= 0 <= high else "higher" if mean > 0 else "lower"
             apart.append([f"{arm} - {first}", name, f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", verdict])
     made = [[f"{arm} {seed}", str(len(record.rows("healed"))), f"{record.run['seconds']:.0f}",
-             record.run["stopped"] or "-", str(record.path)] for (arm, seed), record in runs.items()]
+             inert(record.run["stopped"], "markdown") or "-", str(record.path)]
+            for (arm, seed), record in runs.items()]
     worst = [[f"{arm} {seed}", *line] for (arm, seed), record in runs.items()
              for line in worst_tokens(record)]
     parts = [("At equal rounds", ["arm", "day", *names], equal),
@@ -248,7 +250,7 @@ def main(argv=None) -> None:
         print(tables(grid, runs))
         figure(Path(grid["folder"]) / "arms.svg", grid, runs)
     except (ValueError, RuntimeError) as error:
-        sys.exit(f"experiment.py: {error}")
+        sys.exit(f"experiment.py: {one_line(error)}")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ def test_dropped_completions_are_told_by_rule_with_a_sample():
 
 
 def test_a_trait_that_does_not_move_is_said(finished, capsys):
-    events = [e | dict(trait=0.01, trait_se=0.02, moved=0.01, moved_se=0.02) for e in finished.rows()]
+    events = [e | dict(trait=0.01, trait_se=0.02, moved=0.01, moved_se=0.02,
+                  label=e["label"] + "\x1b[2J") for e in finished.rows()]
     table.tally(folder.Record(finished.path, finished.run, events, []), 1.0)
     out = capsys.readouterr().out
-    assert "did not move at any dose" in out and "no round was accepted" in out
+    assert "did not move at any dose" in out and "\x1b" not in out and "no round was accepted" in out
     still = dict(trait=0.1, trait_se=0.06, moved=0.01, moved_se=0.02)
     assert not table.has_moved(still) and table.has_moved(still | dict(moved=-0.05))
     assert table.has_moved(still | dict(trait=-0.5))

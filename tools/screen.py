@@ -5,6 +5,8 @@ import shutil
 import sys
 import time
 
+from tools.files import inert
+
 
 class Screen:
     """A line per event: time, round, stage, text. On a terminal also a live line: how far the stage is."""
@@ -19,6 +21,7 @@ class Screen:
         return f"{time.time() - self.start:6.0f} s  {where:5s}  {stage:9s}  {text}"
 
     def say(self, stage: str, rnd: int | None, text: str, colour: str = "") -> None:
+        text = inert(text)              # a journal or run.json that is gone on with may be a stranger's
         code = {"green": 32, "red": 31, "yellow": 33}.get(colour) if self.has_colour else None
         print(self.line(stage, rnd, f"\x1b[{code}m{text}\x1b[0m" if code else text), flush=True)
 

@@ -3,7 +3,7 @@ import shlex
 from pathlib import Path
 
 from tools import ranks, report
-from tools.files import one_line, write_whole
+from tools.files import inert, one_line, write_whole
 from tools.record import Record
 from tools.screen import Screen
 
@@ -26,7 +26,7 @@ def tally(record: Record, seconds: float) -> None:
     print("|" + "---|" * (9 if has_probe else 7))
     for row in rows:
         verdict = "accepted" if row["round"] in record.accepted else "rolled back"
-        cells = [row["label"], f"{row['coeff']:.2f}", shown(row["share"], row["share_se"]),
+        cells = [inert(row["label"]), f"{row['coeff']:.2f}", shown(row["share"], row["share_se"]),
                  shown(row["persona_ratio"], row["persona_ratio_se"], "+.3f")]
         if has_probe:
             cells += [shown(row["trait"], row["trait_se"], "+.3f"), f"{row['shift']['off_target']:.3f}"]
@@ -40,7 +40,7 @@ def tally(record: Record, seconds: float) -> None:
             part = final["moved"] / nights[0]["moved"]
             of_steering = f", {part:.0%} of steering's in round {nights[0]['round']}"
         probe = f"; probe: trait {final['trait']:+.3f} nats" if has_probe else ""
-        print(f"\nfinal: {final['label']}: {share}{of_steering}, text coherence "
+        print(f"\nfinal: {inert(final['label'])}: {share}{of_steering}, text coherence "
               f"{final['text'] / rows[0]['text']:.1%} of the base's{probe}, {seconds:.0f} s")
     else:
         print(f"\nfinal: no round was accepted, the model is the base still, {seconds:.0f} s")
