@@ -78,8 +78,8 @@ def asked(prompts: list[str]):
 def answers(model, tok, stack, prompt: str, columns: dict, args, **sampling) -> list[str]:
     """One answer per column; ValueError if there is no room for one."""
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    n_asked = max(map(len,
-                      steer.encode(tok, [prompt] * len(columns), [system for _, system in columns.values()])))
+    systems = [system for _, system in columns.values()]
+    n_asked = max(map(len, steer.encode(tok, [prompt] * len(systems), systems)))
     if n_asked >= room:
         raise ValueError(f"the question has {n_asked} tokens, more than the model's {room} leave room to "
                          "answer")

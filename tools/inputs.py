@@ -1,8 +1,7 @@
 """Inputs: the persona, the prompts, the probe's items and the contexts of a run, read from files and checked.
 
-    inputs = load("love")                                          a persona of data/personas.json and its
-    prompts inputs = load("mine.json", prompts="questions.jsonl")          one's own: {"pos": [...], "neg":
-    [...]} suffices
+    inputs = load("love")                                   a persona of data/personas.json and its prompts
+    inputs = load("mine.json", prompts="questions.jsonl")   one's own: {"pos": [...], "neg": [...]} suffices
 
 Everything is checked before a model is loaded; a ValueError names the file and the line or entry.
 """
@@ -143,8 +142,8 @@ def read_prompts(path: Path) -> list[str]:
         return [prompt_of(f"--prompts {path}, entry {n}", x) for n, x in enumerate(load_json(path, list), 1)]
     if path.suffix == ".csv":
         try:
-            return [prompt_of(f"--prompts {path}, row {n}",
-                              x) for n, x in enumerate(csv.DictReader(text.splitlines(True)), 1)]
+            rows = csv.DictReader(text.splitlines(True))
+            return [prompt_of(f"--prompts {path}, row {n}", row) for n, row in enumerate(rows, 1)]
         except csv.Error as error:
             raise ValueError(f"--prompts {path}: not a CSV file ({error})") from None
     numbered = [(n, line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
@@ -157,8 +156,8 @@ def read_prompts(path: Path) -> list[str]:
     found = []
     for n, line in numbered:
         try:
-            found.append(prompt_of(f"--prompts {path}, line {n}",
-                                   json.loads(line)) if path.suffix == ".jsonl" else line)
+            is_json = path.suffix == ".jsonl"
+            found.append(prompt_of(f"--prompts {path}, line {n}", json.loads(line)) if is_json else line)
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"--prompts {path}, line {n}: not JSON ({error})") from None
     return found
@@ -235,8 +234,7 @@ def load(persona: str, *, prompts: str = "", vignettes: str = "", pos: str = "",
     contexts = check_texts(str(data / "contexts.json"), load_json(data / "contexts.json", list))
     if found["meter_pos"] == found["pos"]:
         notes.append("one text on each side: the same words fit the vector and measure the trait; two or "
-                     "more "
-                     "of each would be split between them")
+                     "more of each would be split between them")
     persona = {key: value for key, value in found.items() if key != "prompts"}
     return dict(persona=persona, train=train, held_out=held_out, vignettes=rows, contexts=contexts,
                 notes=notes)

@@ -45,11 +45,11 @@ def restack(model, files: Sequence[Path]) -> lora.Stack:
 
 def total_rank(files: Sequence[Path]) -> int:
     """The rank that the rounds of these files have together, for the Linear where it is largest."""
-    ranks = Counter()
+    total = Counter()
     for path in files:
         for key, tensor in read_tensors(path)[0].items():
-            ranks[key.rsplit(".", 2)[0]] += len(tensor) if key.endswith(".A") else 0
-    return max(ranks.values(), default=0)
+            total[key.rsplit(".", 2)[0]] += len(tensor) if key.endswith(".A") else 0
+    return max(total.values(), default=0)
 
 
 class Rounds:

@@ -24,7 +24,6 @@ N_TRIAL = 16                # answers that tell whether the base bears a tempera
 N_FORESEE, N_TOKENS = 8, 24             # answers that the search of the band reads: exact means need few
 
 
-
 def stage_seed(seed: int, rnd: int, stage: str) -> int:
     return zlib.crc32(f"{seed}/{rnd}/{stage}".encode())
 
