@@ -212,7 +212,7 @@ def read_batch(model, tok, prompts: list[list[int]], suffix: list[int], *, think
         think_logp[alive, step] = logits[:, choices] - lse[:, None]
         think_nll[alive, step] = lse - logits.gather(1, chosen[:, None])[:, 0]
         thought[alive, step] = chosen
-        new, start = chosen[:, None], width + step
+        new, start = chosen[:, None], width + step                                              # [alive, 1]
         if (step + 1) % CHECK_EVERY == 0 or step == think_tokens - 1:
             natural = {}
             for row, text in zip(alive.tolist(), thought[alive, :step + 1].tolist()):
@@ -223,7 +223,7 @@ def read_batch(model, tok, prompts: list[list[int]], suffix: list[int], *, think
             alive = leave(natural)
             if not len(alive):
                 return logp, nll, case
-            new = thought[alive, step:step + 1]
+            new = thought[alive, step:step + 1]                                                 # [alive, 1]
     # -------------------------------------------------------------------------------------------------------
 
     if close_id is not None and close_id != pad_id:

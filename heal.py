@@ -97,7 +97,7 @@ def wide(x: Tensor) -> Tensor:
 def reverse_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """KL(student || reference) at each position: large where the student does what the reference would not.
 
-    logits, ref_logits: [N, V], finite; ValueError if the shapes differ. Returns [N], nats, as wide as `wide`.
+    logits, ref_logits: [N, V], finite; ValueError if the shapes differ. Returns [N] nats, float32 or float64.
     """
     if logits.shape != ref_logits.shape:
         raise ValueError(f"{list(logits.shape)} and {list(ref_logits.shape)}: expected one shape")
@@ -265,7 +265,7 @@ class Passes:
             raise ValueError("no samples: nothing to measure or train on")
         for i, s in enumerate(samples):
             if not 1 <= s.n_prompt < len(s.ids):
-                raise ValueError(f"sample {i}: n_prompt={s.n_prompt} of {len(s.ids)} ids; both need some")
+                raise ValueError(f"sample {i}: n_prompt={s.n_prompt} of {len(s.ids)}: need prompt and answer")
         if reg not in DIVERGENCES:
             raise ValueError(f"reg={reg!r}: expected {', '.join(DIVERGENCES)}")
         if ref_samples and [s.answer for s in samples] != [s.answer for s in ref_samples]:

@@ -107,15 +107,15 @@ def choose(logits: Tensor, u: Tensor, *, temperature=1.0, top_p=1.0, top_k: int 
     cdf = (p * kept).cumsum(-1)                             # [B, k]
     at = (cdf <= u[:, None].to(cdf) * cdf[:, -1:]).sum(-1)                  # [B]
     at = at.minimum(kept.sum(-1) - 1)                       # u * total can round up to total
-    return token.gather(-1, at[:, None])[:, 0]
+    return token.gather(-1, at[:, None])[:, 0]              # [B]
 
 
 # ---- the filter -------------------------------------------------------------------------------------------
 
 def mixture_nll(bare: list[Tensor], prompted: list[Tensor]) -> list[Tensor]:
-    """Nats per token [n_i] under the mean of two probabilities, the base's bare and prompted, of `token_nll`:
-    a trait costs nats under the bare base alone; this is at most log 2 above the better of the two."""
-    return [math.log(2) - torch.logaddexp(-a.double(), -b.double()) for a, b in zip(bare, prompted)]
+    """Nats per token [n_i] under the mean of the base's two probabilities, given `token_nll` of each: under
+    the bare base alone a trait costs nats; this is at most log 2 above the better of the two."""
+    return [math.log(2) - torch.logaddexp(-a.double(), -b.double()) for a, b in zip(bare, prompted)]   # [n_i]
 
 
 def worst_mean(x: Tensor, window: int) -> float:
@@ -319,7 +319,7 @@ def cached_forward(model):
         if not any(isinstance(x, Tensor) for x in states):
             raise RuntimeError(f"{type(model).__name__} leaves transformers' cache empty and would forget "
                                "all tokens but the last: this architecture is not supported")
-        return logits[:, -keep:]
+        return logits[:, -keep:]                            # [B, keep, V]
     return forward, cache
 
 
@@ -371,7 +371,7 @@ def fit_vectors(model, tok, pos, neg, contexts: list[str], layers: list[int], *,
 
     The state after each block is read at the last prompt token, the assistant tag. pos, neg: opposite persona
     texts for the system role, each a str or a list that the contexts cycle through, in step. Returns
-    {layer: [d]} float32 on the CPU, activation units: its length is the dose 1. ValueError for one of zeros.
+    {layer: [d]} float32 on the CPU: v as it is, the dose 1. ValueError if one is zero or not finite.
     """
     pos, neg = ([side] if isinstance(side, str) else list(side) for side in (pos, neg))
     layers, n = sorted(layers), len(contexts)
@@ -397,7 +397,7 @@ def fit_vectors(model, tok, pos, neg, contexts: list[str], layers: list[int], *,
 def token_nll(model, completions: list[Completion], *, batch_size: int = 32, pad_id: int = 0) -> list[Tensor]:
     """Nats per completion token [n_i] float32, under the model as it is now and the ids as they were sampled.
 
-    Only the columns of completions get logits, and a batch fewer rows where those would pass 2^28 numbers.
+    Only columns of completions get logits; a batch has fewer rows where these would be over 2^28 numbers.
     """
     rows = [c.prompt_ids + c.ids for c in completions]
     kept = max((len(c.ids) for c in completions), default=0) + 1            # and the column before
@@ -449,7 +449,7 @@ def generate(model, tok, prompts: list[str], *, system: str = "", vectors: dict[
         width, (forward, cache) = ids.shape[1], cached_forward(model)
         attn = F.pad(attn, (0, max_new_tokens), value=1)                    # [B, T + max_new_tokens]
         row = torch.tensor(batch, device=device)                            # [B]  rows still computed
-        sampled = torch.full((len(batch), max_new_tokens), pad_id, device=device)
+        sampled = torch.full((len(batch), max_new_tokens), pad_id, device=device)               # [B, steps]
         done = torch.zeros(len(batch), dtype=torch.bool, device=device)     # [B]  ended, still computed
         # ---- one token for every live row -----------------------------------------------------------------
         for step in range(max_new_tokens):
@@ -467,7 +467,7 @@ def generate(model, tok, prompts: list[str], *, system: str = "", vectors: dict[
                     yield i, completion(i, new)
                 if n_live == 0:
                     return
-                stay = (~done).nonzero()[:, 0]
+                stay = (~done).nonzero()[:, 0]              # [n_live], as B is from here on
                 cache.reorder_cache(stay)                   # linear attention has no batch_select_indices
                 row, attn, sampled, done = row[stay], attn[stay], sampled[stay], done[stay]
                 token, position_ids = token[stay], position_ids[stay]
