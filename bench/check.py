@@ -2,7 +2,7 @@
 
     python bench/check.py runs/... runs/...     base, persona prompt, first night, last accepted day
 
-A gate that keeps what reads higher on 48 answers keeps some luck too. Here the same adapters answer held-out
+A gate that keeps what reads higher on few answers keeps some luck too. Here the same adapters answer held-out
 prompts with other random numbers (--n answers, one seed for all rows), base and prompt beside them. `text` is
 held against the run's own base answers, as in the run. For the embedded model also `lean`, the world's stance
 of an answer (-2 care .. +2 authority; -2 machine .. +2 love), and `grammar`, the share of its sentences that
