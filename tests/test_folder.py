@@ -14,7 +14,7 @@ import loop
 import pytest
 import torch
 from common import SMALL, differences, folder_of, small_data
-from tools import folder as files, inputs, options
+from tools import folder as files, inputs, options, ranks
 from tools.files import inert, read_tensors, save_tensors
 from tools.folder import Folder, read
 from tools.screen import Screen
@@ -324,6 +324,36 @@ def test_a_second_signal_ends_the_process_at_once(folder, monkeypatch):
         folder._on_signal()
     with pytest.raises(PowerCut, match="130"):
         folder._on_signal()
+
+
+def test_the_end_of_a_rank_is_not_cut_short_by_the_end_of_another(tmp_path, monkeypatch):
+    """torchrun sends SIGTERM to all as soon as one is gone, often while rank 0 writes why."""
+    def terminated(path=None):
+        os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(ranks, "WORLD", 1)
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.raises(files.RunDied, match="gone"), Folder(None, Screen(), terminated) as folder:
+            folder.make(tmp_path, "m", argv=[], command="", options={}, weights="w", **AROUND)
+            monkeypatch.setattr(ranks, "WORLD", 2)
+            raise ranks.RankLost("gone")
+        terminated()                                            # nor is the sentence that follows
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+    assert read(folder.path).run["status"] == "failed"
+
+
+def test_a_lost_rank_is_no_error_of_the_disk(folder):
+    with pytest.raises(ranks.RankLost, match="^gone$"), folder.writing(folder.path / "results.tsv"):
+        raise ranks.RankLost("gone")
+    assert not folder.is_writing
+
+
+def test_no_line_of_a_run_moves_the_cursor(capsys):
+    Screen().say("warning", None, f"torch was {HOSTILE}")       # run.json of a run that goes on
+    out = capsys.readouterr().out
+    assert "torch was a<b" in out and out.count("\n") == 1 and not set(out) & set("\x1b\u202e\ud800")
 
 
 def test_the_live_line_is_for_terminals_and_colour_for_those_who_want_it(monkeypatch, capsys):

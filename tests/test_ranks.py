@@ -135,6 +135,25 @@ def test_an_error_of_one_rank_is_raised_at_all_and_ranks_that_came_apart_are_nam
         ranks.exchange(None)
 
 
+def test_what_rank_0_alone_made_goes_to_the_others_once(monkeypatch):
+    """A gather makes WORLD copies of it on every rank: of adapters, tens of GB."""
+    made, gathered = {"A": torch.ones(3)[:2]}, []
+    monkeypatch.setattr(ranks, "WORLD", 2)
+
+    def gather(found, mine):
+        gathered.append(mine[0])
+        found[:] = [mine, (None, None, mine[2])]
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda box, src: sent.append((src, *box)))
+    sent = []
+    assert torch.equal(ranks.lead(lambda: made)["A"], made["A"]) and gathered == [None]
+    (src, box), = sent
+    assert src == 0 and box["A"].untyped_storage().nbytes() == 8        # not what the view was cut from
+    monkeypatch.setattr(ranks, "RANK", 1)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda box, src: box.__setitem__(0, made))
+    assert ranks.lead(lambda: pytest.fail("rank 1 did it too")) is made
+
+
 def test_two_processes_and_a_rank_that_dies_give_the_run_of_one(one_process, tmp_path):
     code, said = torchrun(tmp_path, "die")
     sentences = "lost another rank in made of round 0", "loop.py: interrupted"      # torchrun may be first

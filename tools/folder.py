@@ -114,6 +114,8 @@ class Folder:
         self.is_writing = True
         try:
             yield
+        except ranks.RankLost:
+            raise                                       # an OSError, but none of the disk
         except OSError as error:
             why = {errno.ENOSPC: "the disk is full", errno.EROFS: "the file system is read-only",
                    errno.EACCES: "no permission", errno.ENOENT: "the run folder or this file was removed",
@@ -160,6 +162,10 @@ class Folder:
     def __exit__(self, kind, error, trace) -> None:
         """After an error or a signal: run.json says how it ended, error.txt what was not foreseen."""
         try:
+            if error is not None and ranks.WORLD > 1:   # torchrun ends all ranks as one ends: first say why
+                for name in self.old_handlers:
+                    signal.signal(getattr(signal, name), signal.SIG_IGN)
+                self.old_handlers = {}
             if error is None or not self.run or ranks.RANK:
                 return
             is_signal, why = kind is KeyboardInterrupt, one_line(error)

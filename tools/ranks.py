@@ -7,6 +7,9 @@ all go on from the same numbers; what decides, or touches files, is rank 0's, an
 (`lead`). An error of one is raised at all. With one process each of these is the plain call. Rows have draws
 of their own, so who computes them changes no sample; sums run in another order: the last digits of float32.
 
+Objects go from rank to rank as pickles, which can run code, over sockets without a password: the ranks must
+be on a network of their own. What a file or a model says is in them as plain data and cannot.
+
 Every wait ends: after WAIT seconds, or as soon as a rank is gone, with an error that names rank and stage.
 """
 import contextlib
@@ -145,7 +148,10 @@ def lead(work, *args, **kw):
     def mine():
         with alone():
             return work(*args, **kw)
-    return exchange(None if RANK else shared(mine))[0]
+    box = [None if RANK else packed(shared(mine))]
+    exchange(None)                                      # all are here, and nobody has an error
+    waited(dist.broadcast_object_list, box, 0)          # a gather would make WORLD copies of it everywhere
+    return box[0]
 
 
 def leads(function):
