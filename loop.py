@@ -289,7 +289,7 @@ class Run:
                 if bound:
                     self.screen.say("dose", rnd, f"warning: the search ended on its bound, {bound}", "yellow")
             except RuntimeError as error:
-                raise RuntimeError(f"{error}. {why_dropped(last)}") from error
+                raise type(error)(f"{error}. {why_dropped(last)}") from error   # the same kind
         self.rounds.save_vectors(rnd, vectors, coeff=repr(coeff))
         return dict(coeff=coeff, trials=trials)
 
@@ -422,10 +422,10 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
                      texts=f"{zlib.crc32(texts):08x}", persona=given["persona"],
                      items={side: given[side] for side in ("train", "held_out")})
         around = files.surroundings(model, CODE) | dict(commit=models.commit_of(model))
-        ranks.agree("weights, template or texts", plain(facts))
+        ranks.agree("weights, texts, code or versions", plain([facts, around["code"], around["versions"]]))
         begin(run, argv, values | {"resume": ""}, plain(facts), around)
         folder.path, folder.run, folder.events = ranks.lead(lambda: (folder.path, folder.run, folder.events))
-        print(folder.run["command"])
+        print(files.inert(folder.run["command"]))
         n_trained, adapted = sum(p.numel() for p in run.stack.parameters()), run.adapted
         screen.say("model", None, f"{cfg.model}: {len(steer.blocks(model))} blocks of width "
                    f"{width}, {str(model.dtype).removeprefix('torch.')}, lora "

@@ -3,6 +3,7 @@ devices, and what is refused in a sentence before any work."""
 import dataclasses
 import inspect
 import math
+import types
 import warnings
 
 import pytest
@@ -40,6 +41,19 @@ def test_out_of_memory_halves_the_pass_and_changes_no_number():
     model.register_forward_pre_hook(lambda m, a: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
     with pytest.raises(torch.OutOfMemoryError):
         heal_run(model, stack, samples, heal_batch=6, epochs=2)
+
+
+def test_memory_that_runs_out_in_the_search_of_the_dose_is_no_refused_round(monkeypatch):
+    run, some = loop.Run.__new__(loop.Run), types.SimpleNamespace
+    run.cfg, run.scfg, run.limits, run.system = some(teacher="steer"), SteerConfig(), None, ""
+    run.rounds, run.student = some(steering=lambda rnd: dict(vectors={})), some(tries=lambda *a, **kw: None)
+    for kind in (torch.OutOfMemoryError, RuntimeError):         # the first ends the run, the second its round
+        def fails(*_, **__):
+            raise kind("too much")
+        monkeypatch.setattr(loop.search, "find_dose", fails)
+        with pytest.raises(RuntimeError, match="too much") as raised:
+            run.dose(0)
+        assert raised.type is kind
 
 
 def test_rows_that_had_finished_when_memory_ran_out_are_not_decoded_again():
