@@ -124,6 +124,17 @@ def rival(model, kind: str, *, r: int, layers: list[int], targets=None, seed: in
                           for name, linear in linears(model, layers, targets).items()})
 
 
+def given(model, tensors: dict[str, Tensor]) -> Dialed:
+    """An adapter that was trained elsewhere, keys as in lora.py, behind the dial: dW(c) = c B A."""
+    made = rival(model, "LoRA", r=1, layers=list(range(len(steer.blocks(model)))),
+                 targets=sorted({key.removesuffix(".0.A") for key in tensors if key.endswith(".0.A")}))
+    for name, layer in made.layers.items():
+        kind = next(model.get_submodule(name).parameters()).device
+        layer.scale = 1.0
+        layer.A, layer.B = (nn.Parameter(tensors[f"{name}.0.{side}"].to(kind)) for side in "AB")
+    return made
+
+
 def nll_terms(adapter: Dialed, *, pad_id: int = 0):
     """LoRA by nll on the same pairs: each side's own text, persona and all, at its sign of the dial."""
     def terms(pairs: list[Pair]) -> dict[str, Tensor]:

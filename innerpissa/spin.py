@@ -213,6 +213,12 @@ def linears(model, layers: list[int], targets: list[str] | None) -> dict[str, nn
     return {name: model.get_submodule(name) for name in found.layers}
 
 
+def check_rank(chosen: dict[str, nn.Module], r: int) -> None:
+    least = min(min(lora.sizes(linear)) for linear in chosen.values())
+    if r > least:
+        raise ValueError(f"r={r}: more than {least}, the smallest width of the adapted weights")
+
+
 def spin(model, cfg: SpinConfig, *, layers: list[int], targets: list[str] | None = None, seed: int = 0,
          states: dict[str, tuple[Tensor, Tensor]] | None = None) -> Dialed:
     """Freeze the model and put a Spin on the chosen Linears of these blocks, dial at 0.
@@ -221,9 +227,7 @@ def spin(model, cfg: SpinConfig, *, layers: list[int], targets: list[str] | None
     them the largest S are. Raises ValueError for a target that matches nothing, or r over the width.
     """
     chosen = linears(model, layers, targets)
-    least = min(min(lora.sizes(linear)) for linear in chosen.values())
-    if cfg.r > least:
-        raise ValueError(f"r={cfg.r}: more than {least}, the smallest width of the adapted weights")
+    check_rank(chosen, cfg.r)
     rng = torch.Generator().manual_seed(seed)
     return Dialed(model, {name: Spin(linear, cfg, rng, *(states or {}).get(name, (None, None)))
                           for name, linear in chosen.items()})

@@ -1,6 +1,7 @@
 """Tests of innerpissa/: the adapter's algebra, the loss, the extraction methods, the scores. CPU, seconds."""
 import json
 import math
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -200,8 +201,18 @@ def test_the_log_probs_of_a_padded_batch_are_those_of_each_row_alone(tok):
         assert abs(seen.mean_logp()[i] - want) < 1e-4
 
 
-@pytest.mark.parametrize("how", [dict(), dict(separation="sigmoid", barrier="rmse"),
-                                 dict(axis="pca", space="activation"), dict(against="base", barrier="none")])
+def test_the_slot_is_the_token_before_the_answer_in_each_row(tok):
+    model = common.tiny_model(tok)
+    rows, n = [[1, 40, 50, 60, 70], [1, 41, 51, 61, 71, 81, 91]], [2, 3]
+    seen = contrast.look(model, rows, n, 2, 1, 0, "slot")
+    for i, (row, k) in enumerate(zip(rows, n)):
+        alone = contrast.look(model, [row[:len(row) - k]], [1], 2, 1, 0, "end")
+        assert (seen.h[i] - alone.h[0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("how", [dict(), dict(separation="sigmoid", barrier="logp"),
+                                 dict(axis="pca", space="activation", barrier="none"),
+                                 dict(against="pair", at="end", n_read=3)])
 def test_training_separates_on_held_out_pairs_and_leaves_the_base(tok, how):
     model = common.tiny_model(tok)
     weights = [p.clone() for p in model.parameters()]
@@ -216,7 +227,8 @@ def test_training_separates_on_held_out_pairs_and_leaves_the_base(tok, how):
 def test_the_barrier_is_zero_at_the_base_and_the_sign_is_settled(tok):
     model = common.tiny_model(tok)
     made = spun(model, tok)
-    loss = contrast.Loss(made, some_pairs(), contrast.ContrastConfig(), r=8)
+    cfg = contrast.ContrastConfig(barrier="logp", against="pair")
+    loss = contrast.Loss(made, some_pairs(), cfg, r=8)
     with made.dialed(0.0):
         seen = loss.look(some_pairs())
     assert loss.coherence(seen, seen).item() == 0 and abs(loss.s(seen, seen).mean() - 1) < 1e-4
@@ -236,7 +248,7 @@ def test_bad_pairs_are_one_sentence_before_any_forward(tok, change, words):
     pairs = [change(p) for p in some_pairs()]
     model.forward = None
     with pytest.raises(ValueError, match=words):
-        contrast.contrast(made, pairs, contrast.ContrastConfig())
+        contrast.contrast(made, pairs, contrast.ContrastConfig(n_read=3))
 
 
 def test_a_difference_of_zero_and_a_loss_that_is_not_finite_are_one_sentence(tok):
@@ -268,6 +280,25 @@ def test_each_rival_trains_by_the_same_loss_and_is_the_base_at_zero(tok, kind):
         rivals.rival(model, "BitFit", r=4, layers=[1])
 
 
+def test_an_adapter_from_elsewhere_is_what_it_was_at_1_and_its_negative_at_minus_1(tok):
+    model, ids = common.tiny_model(tok), torch.arange(6, 22).view(2, 8)
+    stack = lora.attach(model, r=3, alpha=6, layers=[1, 2], targets=["o_proj", "down_proj"])
+    for p in stack.parameters():
+        p.data = 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    stack.fold()
+    with torch.no_grad(), stack.gated([1.0], 0):
+        want = model(input_ids=ids).logits
+    with torch.no_grad(), stack.gated([-1.0], 0):
+        other = model(input_ids=ids).logits
+    tensors = stack.tensors([0])
+    stack.remove()
+    made = rivals.given(model, tensors)
+    for c, logits in ((1.0, want), (-1.0, other)):
+        with torch.no_grad(), made.dialed(c):
+            assert (model(input_ids=ids).logits - logits).abs().max() < 1e-4 * logits.abs().max()
+    assert (want - other).abs().max() > 1e-2
+
+
 # ---- extract ---------------------------------------------------------------------------------------------
 
 def test_the_damped_solve_is_the_d_by_d_one():
@@ -293,7 +324,7 @@ def test_every_method_at_every_module_gives_a_vector_as_long_as_the_mean_differe
         extract.places(model, "router", [1])
     with pytest.raises(ValueError, match="method 'magic'"):
         extract.extract(reading, where[0], "magic")
-    late = extract.read(model, pairs, [3], block=1)
+    late = extract.read(model, pairs, [3], block=1, at="end")
     with pytest.raises(ValueError, match="no gradient of the loss arrives"):    # nothing is read after it
         extract.extract(late, 3, "svd")
 
@@ -355,6 +386,9 @@ def test_log_odds_of_many_doses_in_one_batch_are_those_of_one_at_a_time(tok):
             with steer.steered(model, v, c):
                 logp = model(input_ids=ids).logits[0, -1].log_softmax(-1)
             assert mass[i, j] >= logp[[yes, no]].exp().sum() - 1e-5
+    base = dose.log_odds(model, tok, prompts, lambda c: steer.steered(model, v, c), (0.0,))
+    shared = dose.log_odds(model, tok, prompts, lambda c: steer.steered(model, v, c), doses, base=base)
+    assert (shared[0] - y).abs().max() < 1e-4 and (shared[1] - mass).abs().max() < 1e-4
     with pytest.raises(ValueError, match="same token"):
         dose.log_odds(model, tok, prompts, lambda c: steer.steered(model, v, c), doses,
                       options=("abc", "abd"))
@@ -422,10 +456,12 @@ def test_one_command_prints_both_tables_and_its_run_folder_exports_to_the_same_l
     from innerpissa import train
     from tools import folder, model as models
     assert train.main(["--methods", "InnerPiSSA", "--n-seeds", "1", "--n-pairs", "16", "--epochs", "1",
-                       "--c", "0.7", "--out", str(tmp_path)]) == 0
+                       "--c", "0.7", "--n-text", "4", "--out", str(tmp_path / "runs"), "--cells",
+                       str(tmp_path / "cells"), "--figure", str(tmp_path / "figure.svg")]) == 0
     said = capsys.readouterr().out
-    assert "dose response of love" in said and "transfer to" in said and said.count("| InnerPiSSA") == 2
-    run = next(tmp_path.iterdir())
+    assert "dose response of love" in said and "transfer to" in said and said.count("| InnerPiSSA") == 3
+    assert ElementTree.parse(tmp_path / "figure.svg").getroot().tag.endswith("svg")
+    run = next((tmp_path / "runs").iterdir())
     tensors = folder.read_tensors(run / "rounds" / "00" / "adapter.safetensors")[0]
     assert loop.main(["export", str(run), "--to", "peft"]) == 0
     ids = torch.arange(20, 40)[None]
@@ -438,6 +474,27 @@ def test_one_command_prints_both_tables_and_its_run_folder_exports_to_the_same_l
     stack.remove()
     found = peft.PeftModel.from_pretrained(model, run / "peft")(input_ids=ids).logits
     assert (found - want).abs().max() < 1e-4 < (want - base).abs().max()
+
+
+def test_cells_that_are_done_are_not_measured_again(tmp_path, capsys, monkeypatch):
+    from innerpissa import methods, train
+    argv = ["--methods", "random", "--n-seeds", "2", "--n-pairs", "16", "--n-text", "0", "--out", "",
+            "--cells", str(tmp_path / "cells")]
+    assert train.main(argv) == 0
+    first = capsys.readouterr().out.split("dose response")[1]
+    with open(tmp_path / "cells", "a") as out:
+        out.write('\n{"key": "cut o')
+    monkeypatch.setattr(methods.Bench, "cell", None)
+    assert train.main(argv) == 0 and capsys.readouterr().out.split("dose response")[1] == first
+    with open(tmp_path / "cells", "a") as out:
+        out.write("\n[]\n")
+    assert train.main(argv) == 2 and "is no cell" in capsys.readouterr().err
+
+
+def test_every_ablation_changes_options_that_exist():
+    from innerpissa import methods, train
+    known = {name for cls in train.GROUPS for name in cls.__dataclass_fields__}
+    assert all(changes.keys() <= known for changes in methods.ABLATIONS.values())
 
 
 @pytest.mark.parametrize("argv, words", [
