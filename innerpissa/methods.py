@@ -34,9 +34,9 @@ RATE = {"LoRA by nll": 1e-3, "LoRA": 1e-3, "DeLoRA": 1e-3}  # less than the rota
 SPOKEN = ("random", "mean", "prompted", "LoRA", "InnerPiSSA", "healed loop")        # whose text is read
 STEERED, MAKE, NIGHT = (0.25, 0.75), 48, (1.0, 0.7, 0.5)    # the loop's: depths, completions, doses to try
 
-# what of it is changed, by the options of the command; the first is the default itself
+# what of it is changed, by the options of the command; the last is the default itself
 ABLATIONS = {
-    "as it is": {}, "free odd K": dict(rotate="free"), "no rotation": dict(rotate="none"),
+    "free odd K": dict(rotate="free"), "no rotation": dict(rotate="none"),
     "no scaling": dict(scale="none"), "mult": dict(scale="mult"), "U and V": dict(rotate="UV"),
     "notes' barrier (log p)": dict(barrier="logp"), "no barrier": dict(barrier="none"),
     "pairs' difference": dict(against="pair"), "read at the end": dict(at="end", n_read=3),
@@ -44,7 +44,8 @@ ABLATIONS = {
     "activation space": dict(space="activation"),
     "o_proj": dict(modules="o_proj"), "down_proj": dict(modules="down_proj"), "all modules": dict(modules=""),
     "early blocks": dict(band=(0.0, 0.3)), "late blocks": dict(band=(0.5, 0.75)),
-    "largest S": dict(select="top"), "by the difference": dict(select="difference")}
+    "largest S": dict(select="top"), "by the difference": dict(select="difference"),
+    "as it is": {}}
 FLOOR = ("fisher dual", "fisher dual cov")                  # one formula in the notes: their tables' noise
 
 

@@ -52,7 +52,7 @@ class TrainConfig:
     prompts: str = opt("", "text file, a prompt a line; empty = the persona's")
     dilemmas: str = opt("", "items of dilemmas.py, or DailyDilemmas; empty = the embedded world's")
     target: str = opt("", "the value that should move, of the items' tags; empty = the persona's name")
-    n_pairs: int = opt(32, "pairs per seed", 16, 1e6)
+    n_pairs: int = opt(48, "pairs per seed", 16, 1e6)
     n_seeds: int = opt(3, "seeds of pairs, split and start", 1, 1e3)
     seed: int = opt(0, "the first seed", 0, 1e9)
     band: tuple[float, float] = opt((0.25, 0.6), "adapt the blocks of these depths (fractions)", 0, 1)
@@ -224,6 +224,8 @@ def measure(bench: Bench, groups, known: dict[str, dict], code: str) -> tuple[di
         for seed in range(cfg.seed, cfg.seed + cfg.n_seeds):
             for label, (method, changes) in cfg.rows().items():
                 key = key_of(groups, method, seed, changes, code)
+                if key not in known:                        # another process may work on the same file
+                    known |= read_cells(cfg.cells)
                 if key not in known:
                     cell, adapter = bench.cell(method, seed, changes)
                     known[key] = dict(key=key, label=label, **cell)
