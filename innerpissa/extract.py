@@ -13,7 +13,7 @@ answer, so there the second term has no gradient. The solve is m x m (Woodbury),
 gets the length of the mean difference, so that a dose of 1 means the same for all of them; its sign is that
 of moving from neg to pos.
 
-Needs torch, steer.py and contrast.py's pairs. What comes out for a block goes into `steer.steered`.
+Needs torch, steer.py and pairs.py. What comes out for a block goes into `steer.steered`.
 References
   mean difference: Rimsky et al. 2023, arXiv:2312.06681;  PCA: Zou et al. 2023, arXiv:2310.01405
   rows by the gradient at the loss's input: Wu et al. 2024, Improved Empirical Fisher, arXiv:2406.06420
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import steer
-from innerpissa.contrast import Pair, both_sides, check_pairs, look
+from innerpissa.pairs import Pair, both_sides, check_pairs, look
 
 KINDS = {"block": (), "mlp": ("mlp", "feed_forward", "block_sparse_moe"), "up": ("up_proj", "c_fc", "fc1"),
          "gate": ("gate_proj",), "down": ("down_proj", "fc2"), "q": ("q_proj",), "k": ("k_proj",),

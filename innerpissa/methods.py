@@ -22,6 +22,8 @@ import heal
 import lora
 import steer
 from innerpissa import contrast, dilemmas, dose, extract, rivals, spin
+from innerpissa.dial import Dialed, check_rank, linears
+from innerpissa.pairs import Pair, make_pairs
 from tools import search
 from tools.student import Student
 
@@ -54,7 +56,7 @@ class Dial(NamedTuple):
     dialed: Callable
     doses: tuple = dose.DOSES
     systems: dict | None = None
-    adapter: spin.Dialed | None = None
+    adapter: Dialed | None = None
     record: dict | None = None
 
 
@@ -91,7 +93,7 @@ class Bench:
         self.block = contrast.block_of(self.model, ccfg.read)
         self.layers = search.band(n_blocks, *cfg.band)
         self.targets = [m.strip() for m in cfg.modules.split(",") if m.strip()] or None
-        spin.check_rank(spin.linears(self.model, self.layers, self.targets), scfg.r)
+        check_rank(linears(self.model, self.layers, self.targets), scfg.r)
 
     def changed(self, changes: dict) -> "Bench":
         """This bench with some options changed; what is read of the untouched model stays shared."""
@@ -102,10 +104,10 @@ class Bench:
                     for c, some in zip((self.cfg, self.scfg, self.ccfg), groups)])
         return other
 
-    def pairs(self, seed: int) -> list[contrast.Pair]:
+    def pairs(self, seed: int) -> list[Pair]:
         key = self.cfg.n_pairs, self.ccfg.n_read, seed
         if key not in self.cache:
-            self.cache[key] = contrast.make_pairs(
+            self.cache[key] = make_pairs(
                 self.model, self.tok, self.persona["pos"], self.persona["neg"], self.given["train"],
                 n=self.cfg.n_pairs, n_read=self.ccfg.n_read, seed=seed)
         return self.cache[key]
@@ -139,27 +141,27 @@ class Bench:
             finally:
                 made.remove()
 
-    def adapter(self, method: str, seed: int) -> spin.Dialed:
+    def adapter(self, method: str, seed: int) -> Dialed:
         how = dict(layers=self.layers, targets=self.targets, seed=seed)
         if not method.startswith("InnerPiSSA"):
             return rivals.rival(self.model, method.split()[0], r=self.scfg.r, **how)
         states = None
         if self.scfg.select != "top":
-            reading = self.reading(seed, *spin.linears(self.model, self.layers, self.targets))
+            reading = self.reading(seed, *linears(self.model, self.layers, self.targets))
             states = {name: tuple(h) for name, h in reading.h.items()}
         made = spin.spin(self.model, self.scfg, states=states, **how)
-        odd, even = made.sizes()
+        odd, even = spin.sizes(made)
         self.screen.say(method, seed, f"before training |odd| {odd:.4f}  |even| {even:.4f}")
         return made
 
-    def trained(self, made: spin.Dialed, method: str, seed: int) -> dict:
+    def trained(self, made: Dialed, method: str, seed: int) -> dict:
         ccfg = dataclasses.replace(self.ccfg, lr=RATE.get(method, self.ccfg.lr))
-        pairs, loss = self.pairs(seed), None
+        some, loss = self.pairs(seed), None
         if method.endswith("nll"):
             loss = rivals.nll_terms(made, pad_id=self.pad_id)
-        n_steps = ccfg.epochs * math.ceil((1 - heal.VAL_SHARE) * len(pairs) / ccfg.batch)
+        n_steps = ccfg.epochs * math.ceil((1 - heal.VAL_SHARE) * len(some) / ccfg.batch)
         with self.screen.watch(method, seed, "training, steps", n_steps) as tick:
-            return contrast.contrast(made, pairs, ccfg, seed=seed, pad_id=self.pad_id, r=self.scfg.r,
+            return contrast.contrast(made, some, ccfg, seed=seed, pad_id=self.pad_id, r=self.scfg.r,
                                      loss=loss, log=tick)
 
     def healed(self, seed: int) -> dict[str, Tensor]:
@@ -198,7 +200,7 @@ class Bench:
 
     # ---- one cell
 
-    def cell(self, method: str, seed: int, changes: dict | None = None) -> tuple[dict, spin.Dialed | None]:
+    def cell(self, method: str, seed: int, changes: dict | None = None) -> tuple[dict, Dialed | None]:
         """What one seed of a method gives, in plain numbers, and its adapter, now off the model."""
         bench = self.changed((NOTES if method.endswith("notes") else {}) | (changes or {}))
         began = time.process_time()

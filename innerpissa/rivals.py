@@ -11,7 +11,7 @@ A multiplier that is a product and not a sum, as in IA3 and ROAD, has to be a po
 output over. `parity` measures it on a layer's own outputs; `python -m innerpissa.rivals` prints it for
 growing w.
 
-Needs torch, lora.py and spin.py. The formulas are the papers', the dial is ours.
+Needs torch, lora.py, steer.py, dial.py and pairs.py. The formulas are the papers', the dial is ours.
 
 References
   IA3: Liu et al. 2022, arXiv:2205.05638;  VeRA: Kopiczko et al. 2023, arXiv:2310.11454
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 import lora
 import steer
-from innerpissa.contrast import Pair
-from innerpissa.spin import Dialed, linears, weight_of
+from innerpissa.dial import Dialed, linears, weight_of
+from innerpissa.pairs import Pair
 
 
 def column(c: Tensor, y: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ from tools.table import show                                    # noqa: E402
 HERE = Path(__file__).resolve().parent
 KNOWN = {*METHODS, *VECTORS}
 HOW = "a dial in the basis of each weight's singular vectors, trained on hidden states of pairs, set to {:g}."
-CODE = ("steer", "lora", "heal", "evalmfv", "innerpissa/spin", "innerpissa/contrast", "innerpissa/rivals",
-        "innerpissa/methods", "innerpissa/dose", "innerpissa/dilemmas", "innerpissa/extract")
+CODE = ("steer", "lora", "heal", "evalmfv", *(f"innerpissa/{name}" for name in (
+    "dial", "spin", "pairs", "contrast", "rivals", "methods", "dose", "dilemmas", "extract")))
 COLOURS = ("#777", "#b58900", "#0072b2", "#111", "#d55e00", "#e69f00", "#cc79a7", "#56b4e9", "#009e73")
 
 
