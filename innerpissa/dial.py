@@ -38,7 +38,7 @@ def check_rank(chosen: dict[str, nn.Module], r: int) -> None:
 
 
 class Dialed:
-    """layers: {module name: an nn.Module whose forward(x, y, c) gives the new output}; the dial starts at 0."""
+    """layers: {module name: an nn.Module whose forward(x, y, c) gives the new output}. It starts at 0."""
 
     def __init__(self, model, layers: dict[str, nn.Module]):
         self.model, self.layers, self.c, self.sign = model, layers, 0.0, 1.0

@@ -1,7 +1,7 @@
 """Pairs: one unfinished answer behind two opposite personas, and what one forward shows of it.
 
-    pos  <persona +> <prompt> <answer ...>        the same last n tokens on both sides, said by the base itself
-    neg  <persona -> <prompt> <answer ...>        behind no persona, so that neither is favoured by the words
+    pos  <persona +> <prompt> <answer ...>      the same last n tokens on both sides, said by the base itself
+    neg  <persona -> <prompt> <answer ...>      behind no persona, so that neither is favoured by the words
 
 Needs torch and steer.py.
 """

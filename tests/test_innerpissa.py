@@ -272,7 +272,8 @@ def test_each_rival_trains_by_the_same_loss_and_is_the_base_at_zero(tok, kind):
     ids = torch.arange(6, 22).view(2, 8)
     base = model(input_ids=ids).logits
     made = rivals.rival(model, kind, r=4, layers=[1, 2], targets=["o_proj", "down_proj"])
-    record = contrast.contrast(made, some_pairs(16), contrast.ContrastConfig(epochs=4, batch=8, lr=1e-2), r=8)
+    cfg = contrast.ContrastConfig(epochs=4, lr=1e-2, against="pair", at="end", n_read=3, barrier="logp")
+    record = contrast.contrast(made, some_pairs(16), cfg, r=8)
     assert record["held"]["plus"] > record["held"]["minus"], record["held"]
     assert torch.equal(model(input_ids=ids).logits, base)
     ratio = rivals.parity(made)
