@@ -1,7 +1,7 @@
 """Contrast: train an adapter with a dial on the hidden states of pairs, without a single label.
 
-    s(c) = mean over the last tokens of <h+(c) - h-(c), d> / the base's           h+, h-: the same unfinished
-    loss = separation(s(1), s(-1)) + coherence(c = 1, -1) + monotone              answer under two personas
+    s(c) = <h(c) - h(0), d>, over the base's <h+ - h-, d>       h+, h-: one unfinished answer, two personas
+    loss = separation(s(1), s(-1)) + coherence(c = 1, -1) + monotone
 
     separation   linear: -(s(1) - s(-1)) ;   sigmoid: -log sig(b (s(1) - s(0))) - log sig(b (s(0) - s(-1)))
     coherence    logp: mean_t 75 log1p(relu(l_base - l - .2)) ;   rmse: lam relu(D - tau), heal.py's barrier
@@ -11,16 +11,18 @@ d is fixed: the base's mean of h+ - h- (or its first principal component), proje
 vectors of the weight that writes to the block which is read. Three forwards a step: c = 0 without a
 gradient, then both signs in one batch. The base is frozen, and checked to be what it was at the end.
 
-What s cannot see: a shift that both personas' states share. against="base" rewards just that, as a control.
+h is read at the slot where the answer begins, since that is where it is decided; the notes read its last
+tokens (at="end"). Their s is of h+(c) - h-(c) (against="pair"), which grows as well if a persona that is
+there is heard louder, and says nothing of a model that has none: it cannot see a shift that both share.
 
-Needs torch, steer.py, heal.py, lora.py, spin.py and dose.py; trains whatever has `dialed` and `parameters`.
+Needs torch, steer.py, heal.py, lora.py, dial.py, pairs.py and dose.py; trains whatever dial.py can turn.
 References
   contrastive hidden-state training of a dial: Clark 2026, AntiPaSTO, arXiv:2601.07473
   contrast pairs that differ in a persona: Zou et al. 2023, Representation Engineering, arXiv:2310.01405
 """
 
 from dataclasses import dataclass
-from typing import Callable, Literal, NamedTuple
+from typing import Callable, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +31,9 @@ from torch import Tensor
 import heal
 import lora
 import steer
+from innerpissa.dial import Dialed, weight_of
 from innerpissa.dose import symmetry_of
-from innerpissa.spin import Dialed, weight_of
+from innerpissa.pairs import Pair, Seen, both_sides, check_pairs, look
 from lora import check_ranges, opt
 
 SLACK, STEEP = 0.2, 75.0    # the log-prob barrier: nats that are free, and its weight
@@ -43,12 +46,13 @@ CLIP = 1.0                  # largest gradient norm
 class ContrastConfig:
     """contrast: the loss on hidden states"""
     read: float = opt(0.75, "depth of the block whose states are read (share of the number of blocks)", 0, 1)
-    n_read: int = opt(3, "last tokens that are read", 1, 1e3)
+    n_read: int = opt(1, "tokens that are read, up to there", 1, 1e3)
+    at: Literal["slot", "end"] = opt("slot", "read where the answer begins, or its last tokens")
     axis: Literal["mean", "pca"] = opt("mean", "d: mean or first principal component of h+ - h-")
     space: Literal["S", "activation"] = opt("S", "where d lives: in the span of the weight's U, or anywhere")
     separation: Literal["linear", "sigmoid"] = opt("linear", "how s becomes a loss")
-    against: Literal["pair", "base"] = opt("pair", "s from h+ - h-, or from what both moved by")
-    barrier: Literal["logp", "rmse", "none"] = opt("logp", "coherence: the notes', ours, or none")
+    against: Literal["pair", "base"] = opt("base", "s from h+ - h-, or from what both moved by")
+    barrier: Literal["logp", "rmse", "none"] = opt("rmse", "coherence: the notes', ours, or none")
     tau: float | None = opt(None, "rmse barrier: free nats; default: the two personas' distance", 0, 1e6)
     beta: float = opt(1.0, "steepness of the sigmoid (per base separation)", 0, 1e6)
     monotone: float = opt(1.0, "weight of the monotone term", 0, 1e6)
@@ -60,76 +64,9 @@ class ContrastConfig:
         check_ranges(self)
 
 
-class Pair(NamedTuple):
-    """One unfinished answer under two personas, as token ids; the last n of both sides are the answer's."""
-    pos: list[int]
-    neg: list[int]
-    n: int
-
-
-# ---- pairs -----------------------------------------------------------------------------------------------
-
-def make_pairs(model, tok, pos: list[str], neg: list[str], prompts: list[str], *, n: int, n_read: int = 3,
-               longest: int = 12, seed: int = 0) -> list[Pair]:
-    """n pairs: the base's own answers, cut after a random number of tokens, behind pos[i] and behind neg[i].
-
-    The base answers without a persona, so that neither side is favoured by the words that both share.
-    """
-    asked = [prompts[i % len(prompts)] for i in range(n)]
-    said = steer.generate(model, tok, asked, max_new_tokens=longest, seed=seed)
-    rng = torch.Generator().manual_seed(seed)
-    sides = [steer.encode(tok, asked, [side[i // len(prompts) % len(side)] for i in range(n)])
-             for side in (pos, neg)]
-    made = []
-    for plus, minus, answer in zip(*sides, said):
-        ids = answer.ids[:len(answer.ids) - answer.finished]                    # without its end of turn
-        if len(ids) >= n_read:
-            k = int(torch.randint(n_read, len(ids) + 1, (), generator=rng))
-            made.append(Pair(plus + ids[:k], minus + ids[:k], k))
-    if len(made) < 8:
-        raise ValueError(f"{len(made)} of {n} answers have {n_read} tokens or more, need 8: lower n_read")
-    return made
-
-
-def check_pairs(pairs: list[Pair], n_read: int) -> None:
-    """ValueError for the first pair whose sides do not end alike, are the same, or are too short."""
-    for i, pair in enumerate(pairs):
-        if not n_read <= pair.n <= min(len(pair.pos), len(pair.neg)) - 1:
-            raise ValueError(f"pair {i}: an answer of {pair.n} tokens, need {n_read} and a prompt before it")
-        if pair.pos[-pair.n:] != pair.neg[-pair.n:]:
-            raise ValueError(f"pair {i}: its sides end in other tokens ({pair.pos[-pair.n:][:4]} and "
-                             f"{pair.neg[-pair.n:][:4]}), so their states would differ by the words")
-        if pair.pos == pair.neg:
-            raise ValueError(f"pair {i}: both sides are the same, so their difference is zero")
-
-
-# ---- one forward -----------------------------------------------------------------------------------------
-
-class Seen(NamedTuple):
-    """What one forward gives of rows that end in an answer of n_i tokens each, K the longest."""
-    h: Tensor                    # [B, n_read, d] float32  states of the last tokens at the block that is read
-    logits: Tensor               # [B, K, V]      what predicts the answer's tokens
-    logp: Tensor                 # [B, K] float32 log-prob of each, 0 where mask is off
-    mask: Tensor                 # [B, K]
-
-    def mean_logp(self) -> Tensor:
-        return self.logp.sum(1) / self.mask.sum(1)                              # [B]
-
-
-def look(model, rows: list[list[int]], n: list[int], block: int, n_read: int, pad_id: int) -> Seen:
-    ids, attn, position_ids = steer.left_pad(rows, pad_id, steer.device_of(model))              # [B, T] each
-    K, kept = max(n), {}
-    with steer.hooked(model, {block: lambda h: kept.update(h=h[:, -n_read:].float())}):
-        logits = model(input_ids=ids, attention_mask=attn, position_ids=position_ids, use_cache=False,
-                       logits_to_keep=K + 1).logits[:, -K - 1:-1]               # [B, K, V]
-    mask = torch.arange(K, 0, -1, device=ids.device) <= torch.tensor(n, device=ids.device)[:, None]  # [B, K]
-    nll = F.cross_entropy(logits.float().flatten(0, 1), ids[:, -K:].flatten(), reduction="none")
-    return Seen(kept["h"], logits, -nll.view_as(mask) * mask, mask)
-
-
-def both_sides(pairs: list[Pair]) -> tuple[list[list[int]], list[int]]:
-    """Rows pos, pos, ..., neg, neg, ... and the length of each answer."""
-    return [p.pos for p in pairs] + [p.neg for p in pairs], [p.n for p in pairs] * 2
+def block_of(model, depth: float) -> int:
+    n_blocks = len(steer.blocks(model))
+    return min(int(depth * n_blocks), n_blocks - 1)
 
 
 def write_basis(model, block: int, r: int) -> Tensor:
@@ -148,8 +85,7 @@ class Loss:
 
     def __init__(self, adapter: Dialed, pairs: list[Pair], cfg: ContrastConfig, *, pad_id=0, r=32):
         self.adapter, self.model, self.cfg, self.pad_id = adapter, adapter.model, cfg, pad_id
-        n_blocks = len(steer.blocks(self.model))
-        self.block = min(int(cfg.read * n_blocks), n_blocks - 1)
+        self.block = block_of(self.model, cfg.read)
         with torch.no_grad(), adapter.dialed(0.0):
             seen = [self.look(pairs[i:i + 16]) for i in range(0, len(pairs), 16)]
             moved = torch.cat([(p - q).mean(1) for x in seen for p, q in [x.h.chunk(2)]])       # [n, d]
@@ -173,7 +109,8 @@ class Loss:
 
     def look(self, pairs: list[Pair], n_times: int = 1) -> Seen:
         rows, n = both_sides(pairs)
-        return look(self.model, rows * n_times, n * n_times, self.block, self.cfg.n_read, self.pad_id)
+        return look(self.model, rows * n_times, n * n_times, self.block, self.cfg.n_read, self.pad_id,
+                    self.cfg.at)
 
     def s(self, seen: Seen, base: Seen) -> Tensor:
         """Separation of each pair in units of the base's mean, [b]."""

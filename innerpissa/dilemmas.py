@@ -136,9 +136,10 @@ def per_item(y: Tensor, doses) -> Tensor:
 
 
 def measure(model, tok, items: list[Item], dialed: Callable, scale: float, target: str, *, texts=(),
-            systems=None, n_perm: int = 1000, seed: int = 0) -> Transfer:
+            systems=None, base=None, base_nll=None, n_perm: int = 1000, seed: int = 0) -> Transfer:
     """dialed: from a dose, or a Tensor [B] of them, to a context manager. texts: (prompt, completion) of the
     base itself, whose nll is read at both signs. systems: {dose: system prompt} for prompting.
+    base: y and mass [n, 1] of all items at dose 0; base_nll: of the texts, if these are known.
 
     Raises ValueError if no item has the target value.
     """
@@ -150,7 +151,7 @@ def measure(model, tok, items: list[Item], dialed: Callable, scale: float, targe
     if target not in tagged:
         raise ValueError(f"target {target!r}: no item is tagged with it, but {', '.join(sorted(tagged))}")
     y, mass = log_odds(model, tok, [item.text for item in items], dialed, doses, systems=systems,
-                       options=[item.options for item in items])                # [n, 3] each
+                       options=[item.options for item in items], base=base)     # [n, 3] each
     if not y.isfinite().all():
         raise RuntimeError(f"the log-odds are not finite at dose {scale:g}: lower it")
     each, rng = per_item(y, doses), torch.Generator().manual_seed(seed)         # [n]
@@ -168,26 +169,22 @@ def measure(model, tok, items: list[Item], dialed: Callable, scale: float, targe
     at = torch.tensor([i for i, _ in tagged[target]])
     sign = torch.tensor([float(s) for _, s in tagged[target]], dtype=torch.float64)
     moves = (sign[:, None] * (y[at] - y[at, 1:2])).mean(0).tolist()             # at -, 0, +
-    return Transfer(slopes, p, p_perm, each[still].abs().mean().item() if still else 0.0,
-                    nll_change(model, tok, texts, dialed, scale, systems), valid_share(mass, doses),
-                    symmetry_of(moves[2], moves[0]))
+    if texts and base_nll is None:
+        base_nll = nll(model, tok, texts, dialed, 0.0)
+    dnll = [nll(model, tok, texts, dialed, c, (systems or {}).get(c, "")) - base_nll if texts else 0.0
+            for c in (scale, -scale)]
+    return Transfer(slopes, p, p_perm, each[still].abs().mean().item() if still else 0.0, tuple(dnll),
+                    valid_share(mass, doses), symmetry_of(moves[2], moves[0]))
 
 
-def nll_change(model, tok, texts, dialed: Callable, scale: float, systems=None) -> tuple[float, float]:
-    """Nats per token that the base's own answers cost more at +scale and at -scale."""
-    if not texts:
-        return 0.0, 0.0
-    def nll(c):
-        rows = texts
-        if systems:                                         # the same answers behind the persona's prompt
-            fronts = steer.encode(tok, [prompt for prompt, _ in texts], [systems[c]] * len(texts))
-            rows = [(prompt, dataclasses.replace(answer, prompt_ids=front))
-                    for (prompt, answer), front in zip(texts, fronts)]
-        with dialed(c):
-            found = steer.token_nll(model, [answer for _, answer in rows], pad_id=steer.pad_of(tok, model))
-            return torch.cat(found).mean().item()
-    base = nll(0.0)
-    return nll(scale) - base, nll(-scale) - base
+def nll(model, tok, texts, dialed: Callable, c: float, system: str = "") -> float:
+    """Nats per token of the base's own answers at this dose, behind this system prompt."""
+    rows = [answer for _, answer in texts]
+    if system:
+        fronts = steer.encode(tok, [prompt for prompt, _ in texts], [system] * len(texts))
+        rows = [dataclasses.replace(answer, prompt_ids=front) for answer, front in zip(rows, fronts)]
+    with dialed(c):
+        return torch.cat(steer.token_nll(model, rows, pad_id=steer.pad_of(tok, model))).mean().item()
 
 
 # ---- the table -------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import steer
 
-DOSES = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+DOSES = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 
 
 class Score(NamedTuple):
@@ -47,12 +47,13 @@ def t_test(t: float, df: int) -> float:
 
 @torch.no_grad()
 def log_odds(model, tok, prompts: list[str], dialed: Callable, doses, *, systems=None, options=("Yes", "No"),
-             batch: int = 256) -> tuple[Tensor, Tensor]:
+             base: tuple[Tensor, Tensor] | None = None, batch: int = 256) -> tuple[Tensor, Tensor]:
     """y [n, k] and the mass on both answers [n, k], every prompt at every dose.
 
     dialed: callable from a Tensor [B], one dose per row, to a context manager. systems: {dose: system
     prompt}, for prompting. options: the two answers, or one pair per prompt; their first tokens, with and
-    without a space in front, count together. ValueError if the two share one.
+    without a space in front, count together. base: y and mass [n, 1] at dose 0 if they are known, so that
+    many methods share them. ValueError if the two answers share a token.
     """
     pairs = [options] * len(prompts) if isinstance(options[0], str) else list(options)
     sides = [[{tok(front + word, add_special_tokens=False)["input_ids"][0] for front in ("", " ") for word in
@@ -64,6 +65,7 @@ def log_odds(model, tok, prompts: list[str], dialed: Callable, doses, *, systems
         common = a & b                                      # a lone space token, in some tokenizers
         a -= common
         b -= common
+    doses = [c for c in doses if c or base is None]
     k = len(doses)
     fronts = [(systems or {}).get(c, "") for _ in prompts for c in doses]       # [n k]
     rows, pad_id = steer.encode(tok, [p for p in prompts for _ in doses], fronts), steer.pad_of(tok, model)
@@ -79,7 +81,11 @@ def log_odds(model, tok, prompts: list[str], dialed: Callable, doses, *, systems
         for row, i in zip(logp, some):
             yield i, torch.stack([row[list(side)].logsumexp(0) for side in sides[i // k]]).cpu()        # [2]
     found = torch.stack(steer.in_batches(work, list(map(len, rows)), batch)).double().view(len(prompts), k, 2)
-    return found[..., 0] - found[..., 1], found.exp().sum(-1)                   # [n, k] each
+    both = found[..., 0] - found[..., 1], found.exp().sum(-1)                   # [n, k] each
+    if base is None:
+        return both
+    at = sum(c < 0 for c in doses)                                              # doses ascend
+    return tuple(torch.cat([x[:, :at], x0, x[:, at:]], 1) for x, x0 in zip(both, base))         # [n, k + 1]
 
 
 def valid_share(mass: Tensor, doses) -> float:

@@ -1,20 +1,19 @@
 """Extract: one vector per module from contrastive pairs, by the field's methods, at any module's output.
 
-    mean            v = mean(h+ - h-)                               h: the module's output at the last token
+    mean            v = mean(h+ - h-)                               h: the module's output at one token
     pca_diff        first principal component of centred h+ - h- ;  _weighted: rows by softmax of log p
     svd             top right singular vector of the centred gradients G [2n, d]
     fisher_regK     v = (F + 10^-K I)^-1 mean(G),  F = G^T G / m;  + _cov, _emp, _pos, _neg, _dual, _diff
 
 G are gradients of  -|h+ - h-| + 1e4 relu(.99 l - log p)^2  (h at the block that is read, l = log p+ held
-fixed) at the last token of each module's output. _cov centres F; _emp weights rows by 1 / |gradient at the
-loss's input|^2; _pos and _neg take one side's rows, _dual is the mean of both sides' vectors, _diff their
-difference. The last token predicts no token of the answer, so there the second term has no gradient: what
-is read at it is the first term's alone, and modules after the block get none. The solve is m x m
-(Woodbury), never d x d. Every vector gets the length of the mean difference, so that a dose of 1 means the
-same for all of them; its sign is that of moving from neg to pos.
+fixed) at one token of each module's output: the slot where the answer begins, or the answer's last. _cov
+centres F; _emp weights rows by 1 / |gradient at the loss's input|^2; _pos and _neg take one side's rows,
+_dual is the mean of both sides' vectors, _diff their difference. The last token predicts no token of the
+answer, so there the second term has no gradient. The solve is m x m (Woodbury), never d x d. Every vector
+gets the length of the mean difference, so that a dose of 1 means the same for all of them; its sign is that
+of moving from neg to pos.
 
-Needs torch, steer.py and contrast.py's pairs. What comes out for a block goes into
-`steer.steered`.
+Needs torch, steer.py and pairs.py. What comes out for a block goes into `steer.steered`.
 References
   mean difference: Rimsky et al. 2023, arXiv:2312.06681;  PCA: Zou et al. 2023, arXiv:2310.01405
   rows by the gradient at the loss's input: Wu et al. 2024, Improved Empirical Fisher, arXiv:2406.06420
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 import steer
-from innerpissa.contrast import Pair, both_sides, check_pairs, look
+from innerpissa.pairs import Pair, both_sides, check_pairs, look
 
 KINDS = {"block": (), "mlp": ("mlp", "feed_forward", "block_sparse_moe"), "up": ("up_proj", "c_fc", "fc1"),
          "gate": ("gate_proj",), "down": ("down_proj", "fc2"), "q": ("q_proj",), "k": ("k_proj",),
@@ -81,25 +80,27 @@ class Reading:
     logp: Tensor                 # [2, n]    nats per token of the answer
 
 
-def read(model, pairs: list[Pair], where: list, *, block: int, pad_id=0, batch=16) -> Reading:
+def read(model, pairs: list[Pair], where: list, *, block: int, at="slot", pad_id=0, batch=16) -> Reading:
     """One forward and one backward over all pairs. block: where the loss reads its states.
 
     Rows of a batch do not mix, so the gradient of the sum is each row's own. ValueError if a pair is bad.
     """
     check_pairs(pairs, 1)
     h, g, at_loss, logp = {k: [] for k in where}, {k: [] for k in where}, [], []
-    for at in range(0, len(pairs), batch):
-        some, kept = pairs[at:at + batch], {}
+    for start in range(0, len(pairs), batch):
+        some, kept = pairs[start:start + batch], {}
+        rows = torch.arange(2 * len(some))                                      # [2 b]
+        back = -1 - torch.tensor([p.n for p in some] * 2) * (at == "slot")      # [2 b]  columns read
 
         def keep(place):
             def hook(out):
                 out.retain_grad()
                 kept[place] = out
             return hook
-        start = model.get_input_embeddings().register_forward_hook(lambda _, args, out: out.requires_grad_())
+        leaf = model.get_input_embeddings().register_forward_hook(lambda _, args, out: out.requires_grad_())
         try:
             with torch.enable_grad(), hooked_at(model, {k: keep(k) for k in where}):
-                seen = look(model, *both_sides(some), block, 1, pad_id)
+                seen = look(model, *both_sides(some), block, 1, pad_id, at)
                 seen.h.retain_grad()
                 pos, neg = seen.h[:, 0].chunk(2)                                # [b, d] each
                 l_pos = seen.mean_logp()[:len(some)]                            # [b]
@@ -107,12 +108,12 @@ def read(model, pairs: list[Pair], where: list, *, block: int, pad_id=0, batch=1
                 loss = -(pos - neg).norm(dim=1).sum() + WEIGHT * drop.square().sum()
                 loss.backward()
         finally:
-            start.remove()
+            leaf.remove()
         zero = torch.zeros(())
         for k in where:                                     # a module after the loss has no gradient
-            h[k].append(kept[k].detach()[:, -1].float().view(2, len(some), -1).cpu())
+            h[k].append(kept[k].detach()[rows, back].float().view(2, len(some), -1).cpu())
             grad = kept[k].grad if kept[k].grad is not None else zero.expand(kept[k].shape)
-            g[k].append(grad[:, -1].float().view(2, len(some), -1).cpu())
+            g[k].append(grad[rows, back].float().view(2, len(some), -1).cpu())
         at_loss.append(seen.h.grad[:, 0].norm(dim=1).view(2, -1).cpu())
         logp.append(seen.mean_logp().detach().view(2, -1).cpu())
     return Reading({k: torch.cat(x, 1) for k, x in h.items()}, {k: torch.cat(x, 1) for k, x in g.items()},

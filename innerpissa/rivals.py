@@ -11,7 +11,7 @@ A multiplier that is a product and not a sum, as in IA3 and ROAD, has to be a po
 output over. `parity` measures it on a layer's own outputs; `python -m innerpissa.rivals` prints it for
 growing w.
 
-Needs torch, lora.py and spin.py. The formulas are the papers', the dial is ours.
+Needs torch, lora.py, steer.py, dial.py and pairs.py. The formulas are the papers', the dial is ours.
 
 References
   IA3: Liu et al. 2022, arXiv:2205.05638;  VeRA: Kopiczko et al. 2023, arXiv:2310.11454
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 import lora
 import steer
-from innerpissa.contrast import Pair
-from innerpissa.spin import Dialed, linears, weight_of
+from innerpissa.dial import Dialed, linears, weight_of
+from innerpissa.pairs import Pair
 
 
 def column(c: Tensor, y: Tensor) -> Tensor:
@@ -122,6 +122,17 @@ def rival(model, kind: str, *, r: int, layers: list[int], targets=None, seed: in
     rng = torch.Generator().manual_seed(seed)
     return Dialed(model, {name: RIVALS[kind](linear, r, rng).to(next(linear.parameters()).device)
                           for name, linear in linears(model, layers, targets).items()})
+
+
+def given(model, tensors: dict[str, Tensor]) -> Dialed:
+    """An adapter that was trained elsewhere, keys as in lora.py, behind the dial: dW(c) = c B A."""
+    made = rival(model, "LoRA", r=1, layers=list(range(len(steer.blocks(model)))),
+                 targets=sorted({key.removesuffix(".0.A") for key in tensors if key.endswith(".0.A")}))
+    for name, layer in made.layers.items():
+        kind = next(model.get_submodule(name).parameters()).device
+        layer.scale = 1.0
+        layer.A, layer.B = (nn.Parameter(tensors[f"{name}.0.{side}"].to(kind)) for side in "AB")
+    return made
 
 
 def nll_terms(adapter: Dialed, *, pad_id: int = 0):

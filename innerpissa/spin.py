@@ -13,13 +13,12 @@ good. At a fixed c this is a LoRA of rank r, A = V^T and B = U M(c), which lora.
 The even part is the price of the rotation: second order in A and delta, and no dial takes it back. `sizes`
 gives both norms before any forward pass. rotate="free" is the control: M = c K, exactly odd.
 
-Needs torch and lora.py. `python -m innerpissa.spin` shows how the even part grows with the angle.
+Needs torch, lora.py and dial.py.
 
 References
   Cayley transform of a skew matrix, SVD basis, clamp: Clark 2026, AntiPaSTO, arXiv:2601.07473
   adapters from the principal singular vectors: Meng et al. 2024, PiSSA, arXiv:2404.02948
 """
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import lora
+from innerpissa.dial import Dialed, check_rank, linears, weight_of
 from lora import check_ranges, opt
 
 LIMIT = 0.3                 # entries of A stay within +-this (radians, about): the notes' soft clamp
@@ -84,16 +83,6 @@ def pick(U: Tensor, S: Tensor, pos: Tensor | None, neg: Tensor | None, r: int, h
     return torch.tensor(sorted(chosen))
 
 
-@torch.no_grad()
-def weight_of(linear: nn.Module) -> Tensor:
-    """W [d_out, d_in] float32, by asking the module: what it stores may be packed or transposed."""
-    d_in = lora.sizes(linear)[0]
-    kind = dict(dtype=next((p.dtype for p in linear.parameters() if p.is_floating_point()), torch.float32),
-                device=next(linear.parameters()).device)
-    at_zero = linear(torch.zeros(1, d_in, **kind))                                              # [1, d_out]
-    return torch.cat([linear(x) - at_zero for x in torch.eye(d_in, **kind).split(1024)]).T.float()
-
-
 # ---- one adapted Linear ----------------------------------------------------------------------------------
 
 class Spin(nn.Module):
@@ -148,69 +137,12 @@ class Spin(nn.Module):
 
 # ---- all of them -----------------------------------------------------------------------------------------
 
-class Dialed:
-    """Adapters of a model's Linears behind one dial c; c = 0 calls none of them, so the base is exact.
-
-    layers: {module name: an nn.Module whose forward(x, y, c) gives the new output}. Rivals use it as well.
-    """
-
-    def __init__(self, model, layers: dict[str, nn.Module]):
-        self.model, self.layers, self.c, self.sign = model, layers, 0.0, 1.0
-        self.handles = [model.get_submodule(name).register_forward_hook(self.hook(layer))
-                        for name, layer in layers.items()]
-
-    def hook(self, layer):
-        def forward_hook(linear, args, y):
-            if not isinstance(self.c, Tensor):
-                c = self.sign * self.c
-                return layer(args[0], y, torch.tensor([c], device=y.device)) if c else None
-            if len(self.c) not in (1, len(y)):
-                raise ValueError(f"{len(self.c)} doses for a batch of {len(y)} rows: expected one per row")
-            return layer(args[0], y, self.sign * self.c.to(y.device))
-        return forward_hook
-
-    @contextmanager
-    def dialed(self, c: float | Tensor):
-        """The dial inside the `with` only: a number, or a Tensor [B] with one c per row of the batch."""
-        before = self.c
-        try:
-            self.c = c
-            yield self.model
-        finally:
-            self.c = before
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for layer in self.layers.values() for p in layer.parameters()]
-
-    def flip(self) -> None:
-        """Exchange c and -c, which for a Spin is the same as the negative of every parameter."""
-        self.sign = -self.sign
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def tensors(self, c: float) -> dict[str, Tensor]:
-        """The adapter at this c as one round of lora.py: keys {module}.0.A [r, d_in] and .0.B [d_out, r]."""
-        found = {}
-        for name, layer in self.layers.items():
-            A, B = layer.as_lora(self.sign * c)
-            found |= {f"{name}.0.A": A.cpu().contiguous(), f"{name}.0.B": B.cpu().contiguous()}
-        return found
-
-    @torch.no_grad()
-    def sizes(self) -> tuple[float, float]:
-        """Frobenius norms of the odd and the even part of dW(1), over all modules; U, V change neither."""
-        one = self.parameters()[0].new_tensor([1.0, -1.0])
-        parts = [odd_even(*layer.core(one.to(layer.S))) for layer in self.layers.values()]      # [r, r] each
-        return tuple(torch.stack([x.norm() for x in side]).norm().item() for side in zip(*parts))
-
-
-def linears(model, layers: list[int], targets: list[str] | None) -> dict[str, nn.Module]:
-    """The Linears that lora.attach would adapt, by name; ValueError, with what there is, if it finds none."""
-    found = lora.attach(model, r=1, alpha=1, layers=layers, targets=targets)
-    found.remove()
-    return {name: model.get_submodule(name) for name in found.layers}
+@torch.no_grad()
+def sizes(adapter: Dialed) -> tuple[float, float]:
+    """Frobenius norms of the odd and the even part of dW(1), over all modules; U, V change neither."""
+    one = adapter.parameters()[0].new_tensor([1.0, -1.0])
+    parts = [odd_even(*layer.core(one.to(layer.S))) for layer in adapter.layers.values()]       # [r, r] each
+    return tuple(torch.stack([x.norm() for x in side]).norm().item() for side in zip(*parts))
 
 
 def spin(model, cfg: SpinConfig, *, layers: list[int], targets: list[str] | None = None, seed: int = 0,
@@ -221,19 +153,7 @@ def spin(model, cfg: SpinConfig, *, layers: list[int], targets: list[str] | None
     them the largest S are. Raises ValueError for a target that matches nothing, or r over the width.
     """
     chosen = linears(model, layers, targets)
-    least = min(min(lora.sizes(linear)) for linear in chosen.values())
-    if cfg.r > least:
-        raise ValueError(f"r={cfg.r}: more than {least}, the smallest width of the adapted weights")
+    check_rank(chosen, cfg.r)
     rng = torch.Generator().manual_seed(seed)
     return Dialed(model, {name: Spin(linear, cfg, rng, *(states or {}).get(name, (None, None)))
                           for name, linear in chosen.items()})
-
-
-if __name__ == "__main__":
-    linear, rng = nn.Linear(64, 64), torch.Generator().manual_seed(0)
-    print("std of P   |odd|    |even|   even / odd      dW at c = +1, r = 16 of 64")
-    for std in (0.002, 0.02, 0.1, 1.0):
-        one = Spin(linear, SpinConfig(r=16, scale="none"), rng)
-        one.P[0].data *= std / STD
-        odd, even = odd_even(*one.core(torch.tensor([1.0, -1.0])).detach())
-        print(f"{std:8g} {odd.norm():8.4f} {even.norm():9.5f} {even.norm() / odd.norm():10.2%}")

@@ -2,20 +2,20 @@
 
     python innerpissa/train.py                          the embedded model: minutes on two cores
     python innerpissa/train.py HuggingFaceTB/SmolLM2-360M-Instruct --dilemmas FILE --methods "mean,InnerPiSSA"
-    python innerpissa/train.py --methods InnerPiSSA --rotate none            one part of it changed
+    python innerpissa/train.py --ablate --cells FILE        one part changed at a time; goes on where it ended
 
 Every method is trained and read once per seed: a seed draws the pairs, their split and the adapter's start.
 The tables give means and the standard deviation over seeds. What is chosen, the scale of the dial, is chosen
 on odd items and scored on even ones. At the end a run folder holds the first seed's adapter at --c, for
-`python loop.py report | chat | export`. Its three rows are of few items: the tables are the result.
+`python loop.py report | chat | export`. Its three rows are of few items: the tables are the result. With
+--cells every finished (method, seed) goes to a file and is not measured again.
 """
-import dataclasses
-import functools
+import json
 import math
 import shlex
 import sys
 import time
-from contextlib import contextmanager
+import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -23,24 +23,22 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch                                                    # noqa: E402
 
-import lora                                                     # noqa: E402
-import steer                                                    # noqa: E402
-from innerpissa import contrast, dilemmas, dose, extract, rivals, spin      # noqa: E402
+from innerpissa import contrast, dilemmas, dose, methods, spin  # noqa: E402
 from innerpissa.dilemmas import table                           # noqa: E402
+from innerpissa.methods import ABLATIONS, METHODS, VECTORS, Bench           # noqa: E402
 from lora import check_ranges, opt                              # noqa: E402
-from tools import folder, inputs, model as models, options, search, template  # noqa: E402
+from tools import folder, inputs, model as models, options, svg, template     # noqa: E402
 from tools.rounds import Rounds, restack                        # noqa: E402
 from tools.screen import Screen                                 # noqa: E402
 from tools.student import Student                               # noqa: E402
 from tools.table import show                                    # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-VECTORS = {"random": "random", "mean": "mean", "PCA": "pca_diff", "fisher dual": "fisher_reg2_dual"}
-TRAINED = ("InnerPiSSA", "InnerPiSSA free K", "LoRA", "LoRA by nll", "DeLoRA", "VeRA", "IA3", "ROAD")
-METHODS = (*VECTORS, "prompted", *TRAINED)
-RATE = {"LoRA by nll": 1e-3, "LoRA": 1e-3, "DeLoRA": 1e-3}      # less than the rotation's, which is clamped
+KNOWN = {*METHODS, *VECTORS}
 HOW = "a dial in the basis of each weight's singular vectors, trained on hidden states of pairs, set to {:g}."
-CODE = ("steer", "lora", "innerpissa/spin", "innerpissa/contrast", "innerpissa/rivals")
+CODE = ("steer", "lora", "heal", "evalmfv", *(f"innerpissa/{name}" for name in (
+    "dial", "spin", "pairs", "contrast", "rivals", "methods", "dose", "dilemmas", "extract")))
+COLOURS = ("#777", "#b58900", "#0072b2", "#111", "#d55e00", "#e69f00", "#cc79a7", "#56b4e9", "#009e73")
 
 
 @dataclass(frozen=True)
@@ -60,12 +58,16 @@ class TrainConfig:
     band: tuple[float, float] = opt((0.25, 0.6), "adapt the blocks of these depths (fractions)", 0, 1)
     modules: str = opt("o_proj,down_proj", "Linears to adapt, ends of their names; empty = all of a block")
     methods: str = opt(",".join(METHODS), "rows of the tables")
+    ablate: bool = opt(False, "rows: InnerPiSSA with one part changed at a time, instead of --methods")
+    cells: str = opt("", "file that finished cells are added to and taken from; empty = none")
+    figure: str = opt("", "write the dose response as an SVG there")
+    n_text: int = opt(32, "sampled answers behind the share of the persona prompt; 0 = none", 0, 1e6)
     c: float = opt(1.0, "the dial of the adapter that the run folder gets", -8, 8)
     out: str = opt("runs", "folder of the run folders; empty = write none")
 
     def __post_init__(self):
         check_ranges(self)
-        unknown = [m for m in self.names() if m not in METHODS]
+        unknown = [m for m in self.names() if m not in KNOWN]
         if unknown or not self.names():
             raise ValueError(f"--methods {', '.join(unknown) or 'is empty'}: there are {', '.join(METHODS)}")
         if not self.band[0] < self.band[1]:
@@ -74,99 +76,21 @@ class TrainConfig:
     def names(self) -> list[str]:
         return [m.strip() for m in self.methods.split(",") if m.strip()]
 
+    def rows(self) -> dict[str, tuple[str, dict]]:
+        """Label of a row: the method, and what of the options is changed for it."""
+        if not self.ablate:
+            return {m: (m, {}) for m in self.names()}
+        return {m: (m, {}) for m in methods.FLOOR} | {k: ("InnerPiSSA", v) for k, v in ABLATIONS.items()}
+
 
 GROUPS = (TrainConfig, spin.SpinConfig, contrast.ContrastConfig)
 
 
-class Bench:
-    """A model, its texts and items, and how each method becomes a dial on it."""
-
-    def __init__(self, cfg: TrainConfig, scfg, ccfg, model, tok, given: dict, items, target: str):
-        self.cfg, self.scfg, self.ccfg, self.model, self.tok = cfg, scfg, ccfg, model, tok
-        self.given, self.items, self.target, self.screen = given, items, target, Screen()
-        self.persona, self.pad_id = given["persona"], steer.pad_of(tok, model)
-        n_blocks = len(steer.blocks(model))
-        self.block = min(int(ccfg.read * n_blocks), n_blocks - 1)
-        self.layers = search.band(n_blocks, *cfg.band)
-        self.targets = [m.strip() for m in cfg.modules.split(",") if m.strip()] or None
-        least = min(min(lora.sizes(m)) for m in spin.linears(model, self.layers, self.targets).values())
-        if scfg.r > least:                                  # said before the model speaks
-            raise ValueError(f"--r {scfg.r}: more than {least}, the smallest width of the adapted weights")
-        said = steer.generate(model, tok, given["held_out"], max_new_tokens=32, seed=cfg.seed)
-        self.texts = list(zip(given["held_out"], said))     # the base's own answers, for the change of nll
-        tagged = [i for i in items if i.values.get(target) and i.options == ("Yes", "No")]
-        self.questions = [i.text for i in tagged]
-        self.signs = torch.tensor([[i.values[target]] for i in tagged], dtype=torch.float64)    # [n, 1]
-        if len(self.questions) < 4:
-            raise ValueError(f"--target {target!r}: {len(self.questions)} yes-or-no items have it, need 4")
-
-    @functools.cache
-    def pairs(self, seed: int) -> list[contrast.Pair]:
-        persona = self.persona
-        return contrast.make_pairs(self.model, self.tok, persona["pos"], persona["neg"], self.given["train"],
-                                   n=self.cfg.n_pairs, n_read=self.ccfg.n_read, seed=seed)
-
-    @functools.cache
-    def reading(self, seed: int, *where) -> extract.Reading:
-        return extract.read(self.model, self.pairs(seed), list(where), block=self.block, pad_id=self.pad_id)
-
-    # ---- a method as a dial: (dialed, doses, systems, facts)
-
-    @contextmanager
-    def dial_of(self, method: str, seed: int):
-        """Inside the `with`, the method is on the model, dial at 0; yields what turns it, and facts of it."""
-        scfg, layers, targets, model, made = self.scfg, self.layers, self.targets, self.model, None
-        pairs = self.pairs(seed)
-        said = dict(systems=None, doses=dose.DOSES, adapter=None, record=None)
-        if method in VECTORS:
-            reading = self.reading(seed, self.block - 1)
-            v = {self.block - 1: extract.extract(reading, self.block - 1, VECTORS[method], seed=seed)}
-            yield lambda c: steer.steered(model, v, c), said
-            return
-        if method == "prompted":
-            k = seed % min(len(self.persona["pos"]), len(self.persona["neg"]))
-            systems = {1.0: self.persona["pos"][k], 0.0: "", -1.0: self.persona["neg"][k]}
-            said |= dict(systems=systems, doses=(-1.0, 0.0, 1.0))
-            yield lambda c: steer.steered(model, {}, 0.0), said
-            return
-        try:
-            if method.startswith("InnerPiSSA"):
-                if method.endswith("free K"):
-                    scfg = dataclasses.replace(scfg, rotate="free")
-                names = spin.linears(model, layers, targets)
-                reading = self.reading(seed, *names)
-                made = spin.spin(model, scfg, layers=layers, targets=targets, seed=seed,
-                                 states={k: tuple(h) for k, h in reading.h.items()})
-                odd, even = made.sizes()
-                self.screen.say(method, seed, f"before training |odd| {odd:.4f}  |even| {even:.4f}")
-            else:
-                made = rivals.rival(model, method.split()[0], r=scfg.r, layers=layers, targets=targets,
-                                    seed=seed)
-            ccfg = dataclasses.replace(self.ccfg, lr=RATE.get(method, self.ccfg.lr))
-            loss = rivals.nll_terms(made, pad_id=self.pad_id) if method.endswith("nll") else None
-            n_steps = ccfg.epochs * math.ceil(0.85 * len(pairs) / ccfg.batch)
-            with self.screen.watch(method, seed, "training, steps", n_steps) as tick:
-                record = contrast.contrast(made, pairs, ccfg, seed=seed, pad_id=self.pad_id, r=scfg.r,
-                                           loss=loss, log=tick)
-            yield made.dialed, said | dict(adapter=made, record=record)
-        finally:
-            if made:
-                made.remove()
-
-    # ---- reading it
-
-    def read(self, dialed, said: dict) -> tuple[dose.Score, float, dilemmas.Transfer]:
-        """Dose response on the target's questions; transfer to all items at the scale of the odd ones."""
-        y, mass = dose.log_odds(self.model, self.tok, self.questions, dialed, said["doses"],
-                                systems=said["systems"])
-        scored, scale = dose.held_out(y * self.signs, mass, said["doses"])
-        moved = dilemmas.measure(self.model, self.tok, self.items, dialed, scale, self.target,
-                                 texts=self.texts, systems=said["systems"])
-        return scored, scale, moved
-
+# ---- the tables --------------------------------------------------------------------------------------------
 
 DOSE_HEAD = ("method", "score", "± seeds", "slope", "r2", "valid", "p (t)", "p (perm)", "scale", "symmetry",
-             "even / odd")
+             "even / odd", "s(1), s(-1)")
+TEXT_HEAD = ("method", "share", "± seeds", "± answers", "coherence")
 
 
 def mean_sd(values) -> tuple[float, float]:
@@ -174,15 +98,63 @@ def mean_sd(values) -> tuple[float, float]:
     return x.mean().item(), x.std().item() if len(x) > 1 else math.nan
 
 
-def dose_row(method: str, scores: list[dose.Score], scales: list[float], parities: list) -> list[str]:
-    mean, sd = mean_sd([s.score for s in scores])
+def pm(sd: float) -> str:
+    return "-" if math.isnan(sd) else f"{sd:.3f}"
+
+
+def dose_row(label: str, cells: list[dict]) -> list[str]:
+    """Means over seeds, p of the worst seed. s: held-out separation at both ends, in the base's own."""
+    scores, parity, held = ([c[k] for c in cells] for k in ("score", "parity", "held"))
     def of(name):
-        return mean_sd([getattr(s, name) for s in scores])[0]
-    ratio = f"{mean_sd(parities)[0]:.2f}" if parities and parities[0] is not None else "-"
-    return [method, f"{mean:.3f}", "-" if math.isnan(sd) else f"{sd:.3f}", f"{of('slope'):+.3f}",
-            f"{of('r2'):.2f}", f"{of('valid'):.2f}", f"{max(s.p for s in scores):.1g}",
-            f"{max(s.p_perm for s in scores):.2g}",
-            "/".join(f"{x:g}" for x in scales), f"{of('symmetry'):.2f}", ratio]
+        return mean_sd([s[name] for s in scores])[0]
+    mean, sd = mean_sd([s["score"] for s in scores])
+    ends = [mean_sd([h[k] for h in held])[0] for k in ("plus", "minus")] if held[0] else None
+    return [label, f"{mean:.3f}", pm(sd), f"{of('slope'):+.3f}", f"{of('r2'):.2f}", f"{of('valid'):.2f}",
+            f"{max(s['p'] for s in scores):.1g}", f"{max(s['p_perm'] for s in scores):.2g}",
+            "/".join(f"{c['scale']:g}" for c in cells), f"{of('symmetry'):.2f}",
+            "-" if parity[0] is None else f"{mean_sd(parity)[0]:.2f}",
+            "{:+.2f}, {:+.2f}".format(*ends) if ends else "-"]
+
+
+def text_row(label: str, cells: list[dict]) -> list[str]:
+    share, se, coherence = ([c["text"][k] for c in cells] for k in ("share", "se", "coherence"))
+    mean, sd = mean_sd(share)
+    return [label, f"{mean:+.2f}", pm(sd), f"{mean_sd(se)[0]:.2f}", f"{mean_sd(coherence)[0]:.3f}"]
+
+
+def tables(done: dict[str, list[dict]], target: str, n_asked: int, n_items: int) -> str:
+    """Both tables and the text's, of the rows that have all of their seeds or some of them."""
+    moved = [dilemmas.row(k, [dilemmas.Transfer(**c["transfer"]) for c in cells], target)
+             for k, cells in done.items()]
+    spoken = [text_row(k, cells) for k, cells in done.items() if all("text" in c for c in cells)]
+    said = f"\n\ntext at that scale, share of the persona prompt's trait\n{table(TEXT_HEAD, spoken)}"
+    n = "/".join(sorted({str(len(cells)) for cells in done.values()}))
+    return (f"\ndose response of {target}, {n} seeds, {n_asked} items, nats\n"
+            f"{table(DOSE_HEAD, [dose_row(k, cells) for k, cells in done.items()])}\n\n"
+            f"transfer to {n_items} items at the scale that was chosen\n{table(dilemmas.COLUMNS, moved)}"
+            f"{said if spoken else ''}")
+
+
+def figure(done: dict[str, list[dict]], target: str) -> str:
+    """The target's log-odds over the dial c, a line a method, means over seeds; bars are their sd."""
+    lines = {}
+    for label, cells in done.items():
+        y = torch.tensor([c["y"] for c in cells], dtype=torch.float64)          # [seeds, k]
+        sd = y.std(0) if len(y) > 1 else torch.zeros(y.shape[1])
+        lines[label] = list(zip(dose.bend(cells[0]["doses"]).tolist(), y.mean(0).tolist(), sd.tolist()))
+    flat = [point for line in lines.values() for point in line]
+    plot = svg.Plot(f"log-odds of yes on {target} against the dial, a line a method", [x for x, *_ in flat],
+                    [y + side * e for _, y, e in flat for side in (1, -1)], "sign(c) log(1 + |c|)",
+                    "log p(Yes) - log p(No), signed (nats)", w=760, h=440, right=150)
+    style = "text{font:12px sans-serif;fill:#555}.grid{stroke:#8884}.line,.whisker{fill:none;stroke-width:2}"
+    for i, (label, line) in enumerate(lines.items()):
+        plot.line([point[:2] for point in line], f"m{i}", label)
+        for x, y, e in line:
+            plot.mark("healed", x, y, f"{label} {y:+.2f} ± {e:.2f}", ey=e, more=f"m{i}")
+        colour = COLOURS[i % len(COLOURS)]
+        style += f".line.m{i},.whisker.m{i}{{stroke:{colour}}}.mark.m{i},.name.m{i}{{fill:{colour}}}"
+    drawn = plot.svg().replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return drawn.replace("</title>", f"</title><style>{style}</style>", 1) + "\n"
 
 
 # ---- the run folder ----------------------------------------------------------------------------------------
@@ -223,56 +195,82 @@ def write_run(bench: Bench, tensors: dict, argv: list[str], values: dict, date: 
 
 # ---- the command -------------------------------------------------------------------------------------------
 
-def rows_of(bench: Bench, method: str) -> tuple[list, list, dict | None]:
-    """What all seeds of a method gave: (score, scale, transfer) each, even / odd, the first one's adapter."""
-    cfg, found, parities, first = bench.cfg, [], [], None
-    for seed in range(cfg.seed, cfg.seed + cfg.n_seeds):
-        with bench.dial_of(method, seed) as (dialed, said):
-            found.append(bench.read(dialed, said))
-            if adapter := said["adapter"]:
-                parities.append(rivals.parity(adapter))
-            if method == "InnerPiSSA" and first is None:
-                first = adapter.tensors(cfg.c)
-        score, scale, moved = found[-1]
-        flipped = "  flipped" * bool(said["record"] and said["record"]["flipped"])
-        bench.screen.say(method, seed, f"score {score.score:.3f}  slope {score.slope:+.3f}  scale {scale:g}  "
-                         f"symmetry {score.symmetry:.2f}  "
-                         f"transfer {moved.slopes[bench.target]:+.3f}{flipped}")
-    return found, parities, first
+def key_of(groups, method: str, seed: int, changes: dict, code: str) -> str:
+    """What a cell depends on: its options, the texts it was given and the code."""
+    free = {"out", "methods", "n_seeds", "seed", "c", "cells", "ablate", "figure"}
+    values = {f.name: getattr(c, f.name) for c in groups for f in fields(c) if f.name not in free}
+    return f"{zlib.crc32(json.dumps([values, method, seed, changes, code]).encode()):08x}"
+
+
+def read_cells(path: str) -> dict[str, dict]:
+    """{key: cell} of a file of cells. A line that a kill cut off is no JSON and is measured again."""
+    found = {}
+    for line in Path(path).read_text().splitlines() if path and Path(path).exists() else ():
+        try:
+            cell = json.loads(line)
+        except ValueError:
+            continue
+        if not (isinstance(cell, dict) and {"key", "score", "transfer"} <= cell.keys()):
+            raise ValueError(f"--cells {path}: {line[:60]!r} is no cell of this command; give another file")
+        found[cell["key"]] = cell
+    return found
+
+
+def measure(bench: Bench, groups, known: dict[str, dict], code: str) -> tuple[dict, dict | None]:
+    """({row: its cells}, the first adapter of InnerPiSSA). A seed of all rows comes before the next seed."""
+    cfg, screen, first = bench.cfg, bench.screen, None
+    done = {label: [] for label in cfg.rows()}
+    try:
+        for seed in range(cfg.seed, cfg.seed + cfg.n_seeds):
+            for label, (method, changes) in cfg.rows().items():
+                key = key_of(groups, method, seed, changes, code)
+                if key not in known:                        # another process may work on the same file
+                    known |= read_cells(cfg.cells)
+                if key not in known:
+                    cell, adapter = bench.cell(method, seed, changes)
+                    known[key] = dict(key=key, label=label, **cell)
+                    if method == "InnerPiSSA" and not changes and first is None:
+                        first = adapter.tensors(cfg.c)
+                    if cfg.cells:
+                        with open(cfg.cells, "a") as out:
+                            out.write("\n" + json.dumps(known[key]))    # a line that was cut off stays alone
+                cell = known[key]
+                done[label].append(cell)
+                score = cell["score"]
+                screen.say(label, seed, f"score {score['score']:.3f}  slope {score['slope']:+.3f}  scale "
+                           f"{cell['scale']:g}  symmetry {score['symmetry']:.2f}  transfer "
+                           f"{cell['transfer']['slopes'][bench.target]:+.3f}{'  flipped' * cell['flipped']}  "
+                           f"{cell['cpu']:g} s of CPU")
+    finally:                                                # what is finished is shown, whatever ends it
+        if done := {label: cells for label, cells in done.items() if cells}:
+            print(tables(done, bench.target, len(bench.questions), len(bench.items)), flush=True)
+    return done, first
 
 
 def train(cfg: TrainConfig, scfg: spin.SpinConfig, ccfg: contrast.ContrastConfig, argv: list[str]) -> int:
-    """Prints the two tables; writes the run folder if InnerPiSSA is among the methods."""
+    """Prints the tables; writes the run folder if InnerPiSSA was trained."""
+    groups = cfg, scfg, ccfg
     given = inputs.load(cfg.persona, prompts=cfg.prompts, model=cfg.model, n_vignettes=14)
     notes = given.pop("notes")
     if not cfg.dilemmas and cfg.model != "pocket":
         raise ValueError("--dilemmas FILE is needed: the items that come with this are the embedded world's")
     items = dilemmas.load_dilemmas(cfg.dilemmas or HERE / "data" / "pocket.jsonl")
-    target, known = cfg.target or given["persona"]["name"], sorted({v for item in items for v in item.values})
-    if target not in known:
-        raise ValueError(f"--target {target!r}: no item is tagged with it; there are {', '.join(known)}")
+    target, tags = cfg.target or given["persona"]["name"], sorted({v for item in items for v in item.values})
+    if target not in tags:
+        raise ValueError(f"--target {target!r}: no item is tagged with it; there are {', '.join(tags)}")
+    known = read_cells(cfg.cells)
     if cfg.out:
         folder.check_out(Path(cfg.out))
     date = template.today()
     model, tok = models.load(cfg.model, revision=cfg.revision, dtype=cfg.dtype, device=cfg.device, date=date)
-    bench, scores, moves, first = Bench(cfg, scfg, ccfg, model, tok, given, items, target), [], [], None
+    bench = Bench(*groups, model, tok, given, items, target, Screen())
     for note in notes:
         bench.screen.say("note", None, note)
-    try:
-        for method in cfg.names():
-            found, parities, tensors = rows_of(bench, method)
-            first = tensors if method == "InnerPiSSA" else first
-            results, scales, transfers = (list(x) for x in zip(*found))
-            scores.append(dose_row(method, results, scales, parities))
-            moves.append(dilemmas.row(method, transfers, target))
-    finally:                                                # what is finished is shown, whatever ends it
-        if scores:
-            print(f"\ndose response of {target}, {cfg.n_seeds} seeds, {len(bench.questions)} items, nats\n"
-                  f"{table(DOSE_HEAD, scores)}\n\n"
-                 f"transfer to {len(items)} items at the scale that was chosen\n"
-                  f"{table(dilemmas.COLUMNS, moves)}", flush=True)
+    done, first = measure(bench, groups, known, folder.surroundings(model, CODE)["code"])
+    if cfg.figure:
+        folder.write_whole(cfg.figure, figure(done, target).encode())
     if first and cfg.out:
-        values = {f.name: getattr(c, f.name) for c in (cfg, scfg, ccfg) for f in fields(c)}
+        values = {f.name: getattr(c, f.name) for c in groups for f in fields(c)}
         values |= dict(quantize="", pos="", neg="")         # what the readers of a run expect
         where = shlex.quote(str(write_run(bench, first, argv, values, date)))
         print(f"\nread     {where}/report.html\nchat     python loop.py chat {where}\n"

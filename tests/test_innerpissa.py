@@ -1,6 +1,7 @@
 """Tests of innerpissa/: the adapter's algebra, the loss, the extraction methods, the scores. CPU, seconds."""
 import json
 import math
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import common
 import lora
 import steer
 from innerpissa import contrast, dilemmas, dose, extract, rivals, spin
+from innerpissa.pairs import Pair, look
 
 FORMS = [(rotate, scale) for rotate in ("V", "UV", "none") for scale in ("add", "mult", "none")
          if (rotate, scale) != ("none", "none")] + [("free", "none")]
@@ -45,7 +47,7 @@ def some_pairs(n=12):
     def ids(k):
         return torch.randint(6, 262, (k,), generator=rng).tolist()
     shared = [ids(5) for _ in range(n)]
-    return [contrast.Pair([1, 40, 41, *x, *x[:4]], [1, 90, 91, *x, *x[:4]], 4) for x in shared]
+    return [Pair([1, 40, 41, *x, *x[:4]], [1, 90, 91, *x, *x[:4]], 4) for x in shared]
 
 
 # ---- spin ------------------------------------------------------------------------------------------------
@@ -193,16 +195,25 @@ def test_bad_adapters_are_one_sentence(tok, how, words):
 def test_the_log_probs_of_a_padded_batch_are_those_of_each_row_alone(tok):
     model = common.tiny_model(tok)
     rows, n = [[1, 40, 50, 60, 70], [1, 41, 51, 61, 71, 81, 91]], [2, 3]
-    seen = contrast.look(model, rows, n, 2, 2, 0)
+    seen = look(model, rows, n, 2, 2, 0)
     for i, (row, k) in enumerate(zip(rows, n)):
         logp = model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
         want = torch.stack([logp[j - 1, row[j]] for j in range(len(row) - k, len(row))]).mean()
         assert abs(seen.mean_logp()[i] - want) < 1e-4
 
 
-@pytest.mark.parametrize("how", [
-    dict(), dict(separation="sigmoid", barrier="rmse", axis="pca", space="activation"),
-    dict(against="base", barrier="none")])
+def test_the_slot_is_the_token_before_the_answer_in_each_row(tok):
+    model = common.tiny_model(tok)
+    rows, n = [[1, 40, 50, 60, 70], [1, 41, 51, 61, 71, 81, 91]], [2, 3]
+    seen = look(model, rows, n, 2, 1, 0, "slot")
+    for i, (row, k) in enumerate(zip(rows, n)):
+        alone = look(model, [row[:len(row) - k]], [1], 2, 1, 0, "end")
+        assert (seen.h[i] - alone.h[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("how", [dict(), dict(separation="sigmoid", barrier="logp"),
+                                 dict(axis="pca", space="activation", barrier="none"),
+                                 dict(against="pair", at="end", n_read=3)])
 def test_training_separates_on_held_out_pairs_and_leaves_the_base(tok, how):
     model = common.tiny_model(tok)
     weights = [p.clone() for p in model.parameters()]
@@ -217,7 +228,8 @@ def test_training_separates_on_held_out_pairs_and_leaves_the_base(tok, how):
 def test_the_barrier_is_zero_at_the_base_and_the_sign_is_settled(tok):
     model = common.tiny_model(tok)
     made = spun(model, tok)
-    loss = contrast.Loss(made, some_pairs(), contrast.ContrastConfig(), r=8)
+    cfg = contrast.ContrastConfig(barrier="logp", against="pair")
+    loss = contrast.Loss(made, some_pairs(), cfg, r=8)
     with made.dialed(0.0):
         seen = loss.look(some_pairs())
     assert loss.coherence(seen, seen).item() == 0 and abs(loss.s(seen, seen).mean() - 1) < 1e-4
@@ -237,14 +249,14 @@ def test_bad_pairs_are_one_sentence_before_any_forward(tok, change, words):
     pairs = [change(p) for p in some_pairs()]
     model.forward = None
     with pytest.raises(ValueError, match=words):
-        contrast.contrast(made, pairs, contrast.ContrastConfig())
+        contrast.contrast(made, pairs, contrast.ContrastConfig(n_read=3))
 
 
 def test_a_difference_of_zero_and_a_loss_that_is_not_finite_are_one_sentence(tok):
     model = common.tiny_model(tok)
     made = spun(model, tok)
     pairs = some_pairs()
-    both_ways = pairs + [contrast.Pair(p.neg, p.pos, p.n) for p in pairs]               # the mean is zero
+    both_ways = pairs + [Pair(p.neg, p.pos, p.n) for p in pairs]               # the mean is zero
     with pytest.raises(ValueError, match="zero or not finite"):
         contrast.Loss(made, both_ways, contrast.ContrastConfig(), r=8)
     bad = dict(loss=lambda batch: dict(x=made.parameters()[0].sum() * math.nan))
@@ -260,13 +272,33 @@ def test_each_rival_trains_by_the_same_loss_and_is_the_base_at_zero(tok, kind):
     ids = torch.arange(6, 22).view(2, 8)
     base = model(input_ids=ids).logits
     made = rivals.rival(model, kind, r=4, layers=[1, 2], targets=["o_proj", "down_proj"])
-    record = contrast.contrast(made, some_pairs(16), contrast.ContrastConfig(epochs=4, batch=8, lr=1e-2), r=8)
+    cfg = contrast.ContrastConfig(epochs=4, lr=1e-2, against="pair", at="end", n_read=3, barrier="logp")
+    record = contrast.contrast(made, some_pairs(16), cfg, r=8)
     assert record["held"]["plus"] > record["held"]["minus"], record["held"]
     assert torch.equal(model(input_ids=ids).logits, base)
     ratio = rivals.parity(made)
     assert ratio > 1e-3 if kind in ("IA3", "ROAD") else ratio < 1e-5, ratio
     with pytest.raises(ValueError, match="expected one of"):
         rivals.rival(model, "BitFit", r=4, layers=[1])
+
+
+def test_an_adapter_from_elsewhere_is_what_it_was_at_1_and_its_negative_at_minus_1(tok):
+    model, ids = common.tiny_model(tok), torch.arange(6, 22).view(2, 8)
+    stack = lora.attach(model, r=3, alpha=6, layers=[1, 2], targets=["o_proj", "down_proj"])
+    for p in stack.parameters():
+        p.data = 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    stack.fold()
+    with torch.no_grad(), stack.gated([1.0], 0):
+        want = model(input_ids=ids).logits
+    with torch.no_grad(), stack.gated([-1.0], 0):
+        other = model(input_ids=ids).logits
+    tensors = stack.tensors([0])
+    stack.remove()
+    made = rivals.given(model, tensors)
+    for c, logits in ((1.0, want), (-1.0, other)):
+        with torch.no_grad(), made.dialed(c):
+            assert (model(input_ids=ids).logits - logits).abs().max() < 1e-4 * logits.abs().max()
+    assert (want - other).abs().max() > 1e-2
 
 
 # ---- extract ---------------------------------------------------------------------------------------------
@@ -294,7 +326,7 @@ def test_every_method_at_every_module_gives_a_vector_as_long_as_the_mean_differe
         extract.places(model, "router", [1])
     with pytest.raises(ValueError, match="method 'magic'"):
         extract.extract(reading, where[0], "magic")
-    late = extract.read(model, pairs, [3], block=1)
+    late = extract.read(model, pairs, [3], block=1, at="end")
     with pytest.raises(ValueError, match="no gradient of the loss arrives"):    # nothing is read after it
         extract.extract(late, 3, "svd")
 
@@ -356,6 +388,9 @@ def test_log_odds_of_many_doses_in_one_batch_are_those_of_one_at_a_time(tok):
             with steer.steered(model, v, c):
                 logp = model(input_ids=ids).logits[0, -1].log_softmax(-1)
             assert mass[i, j] >= logp[[yes, no]].exp().sum() - 1e-5
+    base = dose.log_odds(model, tok, prompts, lambda c: steer.steered(model, v, c), (0.0,))
+    shared = dose.log_odds(model, tok, prompts, lambda c: steer.steered(model, v, c), doses, base=base)
+    assert (shared[0] - y).abs().max() < 1e-4 and (shared[1] - mass).abs().max() < 1e-4
     with pytest.raises(ValueError, match="same token"):
         dose.log_odds(model, tok, prompts, lambda c: steer.steered(model, v, c), doses,
                       options=("abc", "abd"))
@@ -416,12 +451,12 @@ def test_one_command_prints_both_tables_and_its_run_folder_exports_to_the_same_l
     import loop
     from innerpissa import train
     from tools import files, model as models
-    items, few = common.ROOT / "innerpissa" / "data" / "pocket.jsonl", tmp_path / "few.jsonl"
-    few.write_text("".join(items.read_text().splitlines(True)[::3]))
     assert train.main(["--methods", "InnerPiSSA", "--n-seeds", "1", "--n-pairs", "16", "--epochs", "1",
-                       "--c", "0.7", "--dilemmas", str(few), "--out", str(tmp_path / "runs")]) == 0
+                       "--c", "0.7", "--n-text", "4", "--out", str(tmp_path / "runs"),
+                       "--cells", str(tmp_path / "cells"), "--figure", str(tmp_path / "figure.svg")]) == 0
     said = capsys.readouterr().out
-    assert "dose response of love" in said and "transfer to" in said and said.count("| InnerPiSSA") == 2
+    assert "dose response of love" in said and "transfer to" in said and said.count("| InnerPiSSA") == 3
+    assert ElementTree.parse(tmp_path / "figure.svg").getroot().tag.endswith("svg")
     run = next((tmp_path / "runs").iterdir())
     tensors = files.read_tensors(run / "rounds" / "00" / "adapter.safetensors")[0]
     assert loop.main(["export", str(run), "--to", "peft"]) == 0
@@ -435,6 +470,27 @@ def test_one_command_prints_both_tables_and_its_run_folder_exports_to_the_same_l
     stack.remove()
     found = peft.PeftModel.from_pretrained(model, run / "peft")(input_ids=ids).logits
     assert (found - want).abs().max() < 1e-4 < (want - base).abs().max()
+
+
+def test_cells_that_are_done_are_not_measured_again(tmp_path, capsys, monkeypatch):
+    from innerpissa import methods, train
+    argv = ["--methods", "random", "--n-seeds", "2", "--n-pairs", "16", "--n-text", "0", "--out", "",
+            "--cells", str(tmp_path / "cells")]
+    assert train.main(argv) == 0
+    first = capsys.readouterr().out.split("dose response")[1]
+    with open(tmp_path / "cells", "a") as out:
+        out.write('\n{"key": "cut o')
+    monkeypatch.setattr(methods.Bench, "cell", None)
+    assert train.main(argv) == 0 and capsys.readouterr().out.split("dose response")[1] == first
+    with open(tmp_path / "cells", "a") as out:
+        out.write("\n[]\n")
+    assert train.main(argv) == 2 and "is no cell" in capsys.readouterr().err
+
+
+def test_every_ablation_changes_options_that_exist():
+    from innerpissa import methods, train
+    known = {name for cls in train.GROUPS for name in cls.__dataclass_fields__}
+    assert all(changes.keys() <= known for changes in methods.ABLATIONS.values())
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -25,7 +25,7 @@ def main() -> None:
     for _ in range(2000):
         slots = world.dilemma(rng, held_out=True)[1]
         text, key = world.say(rng.choice(ASK), rng, **slots), (slots["order"], slots["vic"], slots["harm"])
-        if key in seen or len(rows) == 60:
+        if key in seen or len(rows) == 36:
             continue
         seen.add(key)
         others = {v: -1 for v, words in TAGS.items() if any(w in slots["order"] for w in words)}
