@@ -171,21 +171,21 @@ def spread(work, rows: list, params=()) -> dict:
         return work(rows)
     mine = [row for i, row in enumerate(rows) if i % (2 * WORLD) in (RANK, 2 * WORLD - 1 - RANK)]
     found = shared(work, mine) if mine else {}
+    flat = shared(flattened, params) if params else None                    # memory may end here, so before
     bits = sum(p.detach().view(torch.int32).sum() for p in params)          # [] the same to the last bit
     found, sums, has_grad = zip(*exchange((found, int(bits), any(p.grad is not None for p in params))))
     if len(set(sums)) > 1:
         raise RankLost(f"the adapters of the ranks differ in {stage}, checksums {sums}: a device is wrong")
-    if any(has_grad):
-        sum_gradients(params)
+    if any(has_grad):                                   # one all-reduce of one flat tensor
+        waited(dist.all_reduce, flat)
+        for p, grad in zip(params, flat.split([p.numel() for p in params])):
+            p.grad = grad.view_as(p)
     return {row: x for part in found for row, x in part.items()}
 
 
-def sum_gradients(params) -> None:
-    """One all-reduce of one flat tensor, in the parameters' own float32."""
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
-    waited(dist.all_reduce, flat)
-    for p, grad in zip(params, flat.split([p.numel() for p in params])):
-        p.grad = grad.view_as(p)
+def flattened(params) -> torch.Tensor:
+    """The gradients of a step as one tensor, in the parameters' own float32; 0 where there is none."""
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
 
 
 def agree(what: str, x) -> None:
