@@ -157,7 +157,8 @@ def worst_tokens(record) -> list[list[str]]:
     The rmse of n tokens stays under tau with one token at tau * sqrt(n) nats and the rest at 0.
     """
     tau, lines = (record.of("tau") or {}).get("tau"), []
-    for event in (e for e in record.events if e["stage"] == "heal" and tau):
+    bounded = tau and record.run["options"]["kl_agg"] == "rmse"
+    for event in (e for e in record.events if e["stage"] == "heal" and bounded):
         day, night = np.array(event["worst"]["day"]), np.array(event["worst"]["night"])
         k = int(day.argmax())
         lines.append([str(event["round"]), str(len(day)), f"{np.sqrt((day ** 2).mean()):.2f}", f"{tau:.2f}",
