@@ -222,7 +222,8 @@ class Student:
         try:
             share, se = evalmfv.persona_share(ratios, *ends)
         except ValueError as error:
-            self.screen.say(kind, None, f"warning: {error}", "yellow")
+            if kind == "prompted":                      # once: the later rows are on the same scale
+                self.screen.say(kind, None, f"warning: {error}", "yellow")
             return dict(share=None, share_se=None)
         return dict(share=share, share_se=se)
 
