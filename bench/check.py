@@ -80,7 +80,7 @@ class Bench:
                    unique=sum(len(set(texts[at:at + n])) for at in range(0, len(made), n)) / len(made),
                    ratios=ratios.tolist(), texts=texts, **more)
         if self.run["options"]["model"] == "pocket":
-            axis = "y" if persona["name"] == "love" else "z"
+            axis = world.axis_of(persona["name"])
             row |= dict(lean=sum(world.lean(text, axis) for text in texts) / len(made),
                         grammar=sum(map(world.grammar_ok, texts)) / len(made))
         self.rows.append(row)

@@ -85,18 +85,20 @@ def make(grid: dict, arm: str, seed: int) -> None:
         raise RuntimeError(f"{arm}, seed {seed}: exit code {done.returncode}: {done.stderr.strip()[-400:]}")
 
 
+def named(grid: dict, arm: str) -> set[str]:
+    """The options that an arm's list names."""
+    return {word[2:].removeprefix("no-").replace("-", "_") for word in grid["arms"][arm]
+            if word.startswith("--")}
+
+
 def check_apart(grid: dict, runs: dict) -> None:
     """ValueError if two runs differ in anything but their seed, their folder and what their arms name."""
     def facts(record):
         return record.run["options"] | {k: record.run[k] for k in ("weights", "items", "versions", "code")}
-
-    def named(arm):
-        return {word[2:].removeprefix("no-").replace("-", "_") for word in grid["arms"][arm]
-                if word.startswith("--")}
     (first, _), one = next(iter(runs.items()))
     for (arm, seed), other in runs.items():
         x, y = facts(one), facts(other)
-        may = {"seed", "out"} | named(first) | named(arm)
+        may = {"seed", "out"} | named(grid, first) | named(grid, arm)
         may |= {"items"} if "persona" in may else set()                 # a persona brings its own prompts
         if more := {k for k in x | y if x.get(k) != y.get(k)} - may:
             raise ValueError(f"{other.path} differs from {one.path} in {', '.join(sorted(more))}, which no "
@@ -113,7 +115,7 @@ def day_of(record, row: dict) -> dict:
     items = dict(share=(np.array(row["ratios"]) - np.array(base["ratios"])) / span,
                  text=np.array(row["windows"]))
     if record.run["options"]["model"] == "pocket":
-        axis = "y" if record.run["persona"]["name"] == "love" else "z"
+        axis = world.axis_of(record.run["persona"]["name"])
         items |= dict(lean=np.array([world.lean(text, axis) for text in row["texts"]]),
                       grammar=np.array([float(world.grammar_ok(text)) for text in row["texts"]]))
     off = {} if row["shift"] is None else {"off-target": row["shift"]["off_target"]}
@@ -183,10 +185,16 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
 
 
-def tables(grid: dict, runs: dict) -> str:
+def by_arm(grid: dict, runs: dict) -> dict[str, dict[int, dict]]:
+    """{arm: {seed: days}} of the arms that have a run, in the grid's order: what tables and figure read."""
+    found = {arm: {seed: days_of(record) for (a, seed), record in runs.items() if a == arm}
+             for arm in grid["arms"]}
+    return {arm: seeds for arm, seeds in found.items() if seeds}
+
+
+def tables(grid: dict, runs: dict, seeds: dict) -> str:
     """Markdown: at equal rounds, at equal share, the differences on the last day that all have, the runs."""
-    days = {arm: [days_of(runs[a, s]) for a, s in runs if a == arm] for arm in grid["arms"]}
-    days = {arm: found for arm, found in days.items() if found}
+    days = {arm: list(found.values()) for arm, found in seeds.items()}
     names = [name for name in SAID if name in next(iter(days.values()))[0][-1]]
     equal = [[arm, "base" if day < 0 else str(day)]
              + [cell([d[day][name] if day in d else None for d in found]) for name in names]
@@ -195,9 +203,12 @@ def tables(grid: dict, runs: dict) -> str:
     crossed = [[arm, f"{level:g}"] + [cell([at_share(d, level, name) for d in found]) for name in names[1:]]
                for level in LEVELS for arm, found in days.items()]
     apart = []
-    (first, ours), *others = days.items()
-    for arm, theirs in others if "persona" not in json.dumps(grid["arms"]) else ():         # not paired
-        both = [(a, b) for a, b in zip(theirs, ours) if len(a) > 1 and len(b) > 1]
+    (first, ours), *others = seeds.items()
+    for arm, theirs in others:
+        if "persona" in named(grid, arm) | named(grid, first):          # other prompts: nothing to pair
+            continue
+        both = [(others_days, ours[seed]) for seed, others_days in theirs.items()
+                if len(others_days) > 1 and len(ours.get(seed, ())) > 1]
         for name in both[0][0][-1]["items"] if both else ():
             ends = [(a[day]["items"][name], b[day]["items"][name])
                     for a, b in both for day in [max(set(a) & set(b))]]
@@ -218,15 +229,13 @@ def tables(grid: dict, runs: dict) -> str:
     return "\n\n".join(f"## {title}\n\n{table(head, rows)}" for title, head, rows in parts if rows)
 
 
-def figure(path: Path, grid: dict, runs: dict) -> None:
+def figure(path: Path, seeds: dict) -> None:
     """Coherence of the text against share, a line per arm through its days' means over seeds."""
     lines = {}
-    for arm in grid["arms"]:
-        found = [days_of(runs[a, s]) for a, s in runs if a == arm]
-        shared = sorted(set.intersection(*map(set, found))) if found else []
-        if shared:
-            lines[arm] = [tuple(statistics.mean(d[day][name] for d in found) for name in ("share", "text"))
-                          for day in shared]
+    for arm, found in seeds.items():
+        shared = sorted(set.intersection(*map(set, found.values())))    # the base at least
+        lines[arm] = [tuple(statistics.mean(days[day][name] for days in found.values())
+                            for name in ("share", "text")) for day in shared]
     svg_lines(path, "Text coherence against trait, day by day", "share of the persona prompt's trait",
               "text coherence", lines, log=False)
 
@@ -248,8 +257,9 @@ def main(argv=None) -> None:
         if not runs:
             raise ValueError(f"{grid['folder']}: no finished run of this grid")
         check_apart(grid, runs)
-        print(tables(grid, runs))
-        figure(Path(grid["folder"]) / "arms.svg", grid, runs)
+        seeds = by_arm(grid, runs)
+        print(tables(grid, runs, seeds))
+        figure(Path(grid["folder"]) / "arms.svg", seeds)
     except (ValueError, RuntimeError) as error:
         sys.exit(f"experiment.py: {one_line(error)}")
 

@@ -659,6 +659,11 @@ def grammar_ok(text: str) -> float:
     return sum(found) / len(found) if found else 0.0
 
 
+def axis_of(persona: str) -> str:
+    """The axis that a persona moves: "y" from machine to love, "z" from care to authority."""
+    return "y" if persona == "love" else "z"
+
+
 def lean(text: str, axis: str) -> float:
     """Where an answer stands, -2 (care; machine) .. 2 (authority; love): the mean stance of its sentences on
     axis "z" or "y"."""

@@ -58,10 +58,13 @@ def test_arms_differ_in_what_they_name_and_a_run_becomes_tables_and_a_figure(fin
     other.run["options"] |= dict(kl_agg="mean", seed=1, out="elsewhere")
     grid, runs = grid_of(tmp_path), {("rmse", 0): record, ("mean", 0): other}
     experiment.check_apart(grid, runs)
-    text = experiment.tables(grid, runs)
+    seeds = experiment.by_arm(grid, runs)
+    text = experiment.tables(grid, runs, seeds)
     assert "| mean - rmse | share | +0.000 [+0.000, +0.000] | none |" in text and "| rmse 0 | 1 |" in text
-    experiment.figure(tmp_path / "arms.svg", grid, runs)
+    experiment.figure(tmp_path / "arms.svg", seeds)
     assert (tmp_path / "arms.svg").read_text().count("<polyline") == 2
+    alone = {("rmse", 0): record, ("mean", 1): other}               # two seeds are no pair
+    assert "mean - rmse" not in experiment.tables(grid, alone, experiment.by_arm(grid, alone))
     for change in (dict(lam=1.0), dict(rounds=9)):
         other.run["options"] |= change
         with pytest.raises(ValueError, match=next(iter(change))):
