@@ -272,8 +272,10 @@ class Run:
                     or dict(accepted=not reasons, reasons=reasons))
 
     def vector(self, rnd: int) -> dict:
-        """The persona's vectors on the student as it is."""
-        vectors = steer.fit_vectors(*self.read, self.steered_at)
+        """The persona's vectors on the student as it is, which before the first accepted round is the base."""
+        vectors = {k: self.origin[k] for k in self.steered_at}
+        if self.stack.n_rounds:
+            vectors = steer.fit_vectors(*self.read, self.steered_at)
         self.rounds.save_vectors(rnd, vectors)
         return dict(norm={k: v.norm() for k, v in vectors.items()},
                     cosine={k: torch.cosine_similarity(v, self.origin[k], dim=0) for k, v in vectors.items()})

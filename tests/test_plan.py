@@ -48,8 +48,9 @@ def test_a_plan_reads_a_configuration_and_nothing_else(tmp_path):
     assert f"{4 * trained / 1e6:.1f} MB per" in out["disk"]
     assert f"a step of {4 * trained / 1e6:.3g} MB" in out["link"]
     assert "5,472 probe frames" in out["work"] and "GFLOP/s" in out["time"]
-    # 3 trials of 16, 8 for the band, 2 x 64 of the base, a round's 10 doses of 24 and 64, 18 rows of 48 and 6
-    assert f"{48 + 8 + 128 + 8 * (240 + 64) + 18 * 54:,} answers" in out["work"]
+    # 3 trials of 16, 8 for the band, 2 x 64 of the base, a round's 5 doses of 24, two more in the first, and
+    # 64, 18 rows of 48 and 6
+    assert f"{48 + 8 + 128 + 48 + 8 * (120 + 64) + 18 * 54:,} answers" in out["work"]
 
 
 def test_a_rank_that_is_too_large_is_refused(tmp_path):

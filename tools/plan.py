@@ -163,20 +163,27 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
     system, prompt = (sum(map(tokens_of, texts)) // len(texts) for texts in (voices, prompts))
     longest = max(map(tokens_of, voices)) + max(map(tokens_of, prompts)) + answer
     asked = [tokens_of(evalmfv.question(v["text"], evalmfv.FOUNDATIONS)) for v in inputs["vignettes"]]
-    short, long, frame = prompt + answer, system + prompt + answer, max(asked) + think_tokens + 32
+    short, frame = prompt + answer, max(asked) + think_tokens + 32
 
-    # ---- counts: every round accepted, every search at its full length, no answer ended early
+    # ---- counts: every round accepted, no answer ended early; of the searches what they usually take
     n_rows, n_meter = 2 + 2 * rounds, len(persona["meter_pos"] + persona["meter_neg"])
-    searched = [] if coeff else [4 * search.N_PROBE] + [2 * search.N_PROBE] * 3
-    batches = [min(n_make, N_TRIAL)] * len(search.TEMPERATURES) + [n_make] * 2 + [N_FORESEE]    # answers
-    batches += rounds * (searched + [n_make]) + n_rows * [n_text, N_DIARY]          # asked for at once
+    n_asked, n_held_out = len(inputs["train"]), len(inputs["held_out"])
+    searched = [] if coeff else [7 * search.N_PROBE] + [5 * search.N_PROBE] * (rounds - 1)      # answers
+    batches = [min(n_make, N_TRIAL)] * len(search.TEMPERATURES) + [n_make] * 2 + [N_FORESEE]    # asked for
+    batches += searched + rounds * [n_make] + n_rows * [n_text, N_DIARY]                        # at once
     n_answers, n_frames, n_steps = sum(batches), 2 * len(asked) * n_rows, math.ceil(n_make / heal_batch)
     decoded = n_answers * answer + n_frames * think_tokens
-    n_metered = rounds * sum(searched) + n_rows * n_text
-    n_foreseen = N_FORESEE * (2 + n_meter + 6 * len(search.bands_of(n_blocks)))     # six doses of each band
-    read = (n_answers * (prompt + short + long) + n_metered * n_meter * long        # asked, scored, metered
+
+    def scored(n, n_fronts, n_texts):
+        """Tokens of n answers, read bare and behind n_texts system prompts; a front once in a batch of 32."""
+        n_fronts = min(n, n_fronts + n // 32)
+        return (1 + n_texts) * n * answer + n_fronts * (prompt + n_texts * (system + prompt))
+    n_foreseen = N_FORESEE * (2 + n_meter + 3 * len(search.bands_of(n_blocks)))     # three doses of each band
+    read = (n_answers * prompt + sum(scored(n, search.N_PROBE, 1 + n_meter) for n in searched)
+            + (rounds + 2) * scored(n_make, n_asked, 1)
+            + n_rows * scored(n_text + N_DIARY, n_held_out, 1 + n_meter)
             + rounds * N_WORST * n_make * short + n_foreseen * (prompt + N_TOKENS) + 2 * n_rows * sum(asked)
-            + (rounds + 1) * 2 * len(inputs["contexts"]) * (system + prompt))
+            + rounds * 2 * len(inputs["contexts"]) * (system + prompt))
     trained = rounds * epochs * n_make * short
 
     width, rows, probe_rows = number.itemsize, min(batch_size, max(batches)), min(batch_size, 2 * len(asked))
