@@ -349,7 +349,7 @@ class Run:
         self.say_healed(rnd, record)
         worst = student.worst_kept(samples, reference, **self.rounds.steering(rnd), reg=hcfg.reg,
                                    pass_tokens=hcfg.pass_tokens)
-        event = dict(record, norm=size.norm(stack), singular=size.singular_values(stack), worst=worst)
+        event = dict(record, worst=worst)
         stack.fold()
         self.rounds.save(rnd, "adapter", stack.tensors([stack.n_rounds - 1]))
         return event
@@ -430,7 +430,7 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         screen.say("model", None, f"{cfg.model}: {len(steer.blocks(model))} blocks of width "
                    f"{width}, {str(model.dtype).removeprefix('torch.')}, lora "
                    f"{adapted[0]}-{adapted[-1]} rank {lcfg.r}, {n_trained:,} trained parameters")
-        for note in filter(None, [*notes, *template.template_notes(tok), run.stack.note]):
+        for note in filter(None, [*notes, *template.template_notes(tok), models.left_out(model, adapted)]):
             screen.say("note", None, note)
         run.measure_base()
 

@@ -626,7 +626,7 @@ def test_fold_keeps_the_function_and_drop_takes_the_round_back_to_its_start():
     noise(stack, 5)
     stack.fold()
     assert torch.allclose(logits_of(model, ids), open_round, atol=1e-4)     # float32, logits of size ten
-    assert stack.n_rounds == 2 and size.norm(stack) == 0                        # the next starts as no change
+    assert stack.n_rounds == 2 and not any(l.B.any() for l in stack.layers.values())   # starts as no change
     assert all(a is b for a, b in zip(parameters, stack.parameters()))
     with stack.gated(0, 1):
         base = logits_of(model, ids)
@@ -634,51 +634,27 @@ def test_fold_keeps_the_function_and_drop_takes_the_round_back_to_its_start():
         assert torch.equal(logits_of(model, ids), base)
 
 
-def test_unfold_takes_a_fold_back_bit_for_bit_and_training_goes_on_from_there():
-    model, stack = lora_case(rounds=1, alpha=10, r=3)                       # a scale that is no power of two
-    ids, params = some_ids(), stack.parameters()
-    noise(stack, 5)
-    before, kept = logits_of(model, ids), flat(params)
-    stack.fold()
-    folded = logits_of(model, ids)
-    stack.unfold()
-    assert all(a is b for a, b in zip(params, stack.parameters())) and torch.equal(flat(params), kept)
-    assert stack.n_rounds == 1
-    assert torch.equal(logits_of(model, ids), before) and torch.allclose(folded, before, atol=1e-4)
-    model(input_ids=ids).logits.sum().backward()
-    with torch.no_grad():
-        for p in params:
-            p -= 1e-3 * p.grad
-    trained = logits_of(model, ids)
-    stack.fold()                                                            # not what was folded at first
-    assert torch.allclose(logits_of(model, ids), trained, atol=1e-3)
-    assert not torch.allclose(trained, folded, atol=1e-2)
-    stack.unfold()
-    stack.drop()                                                            # a refused round
-    fresh, again = lora_case(rounds=1, alpha=10, r=3)
-    assert torch.equal(logits_of(model, ids), logits_of(fresh, ids))
-    assert torch.equal(flat(stack.parameters()), flat(again.parameters()))
-
-
-def test_unfold_takes_a_loaded_round_too_and_refuses_what_would_change_the_model():
-    model, stack = lora_case(rounds=1)                                      # scale 2: exact in the file too
-    loaded = lora_case()[1]
-    loaded.load_tensors(stack.tensors())
-    stack.unfold(), loaded.unfold()
-    assert torch.equal(flat(stack.parameters()), flat(loaded.parameters()))
-    with pytest.raises(RuntimeError, match="expected a folded round"):
-        loaded.unfold()                                                     # none left
-    loaded.fold()
-    with loaded.gated(0.5, 1), pytest.raises(RuntimeError, match="open gates"):
-        loaded.unfold()
-    noise(loaded, 3)
+def test_unfold_takes_the_last_round_off_trained_or_loaded_and_refuses_to_lose_another():
+    model, stack = lora_case(rounds=1)
+    ids, params, start = some_ids(), stack.parameters(), flat(stack.parameters())
+    before = logits_of(model, ids)
+    tensors = lora_case(r=5, rounds=2)[1].tensors([1])                      # another rank, another round
+    for add in (lambda: (noise(stack, 5), stack.fold()), lambda: stack.load_tensors(tensors)):
+        add()
+        assert not torch.equal(logits_of(model, ids), before)
+        stack.unfold()
+        assert torch.equal(logits_of(model, ids), before) and stack.n_rounds == 1
+        assert all(a is b for a, b in zip(params, stack.parameters())) and torch.equal(flat(params), start)
+    noise(stack, 3)
     with pytest.raises(RuntimeError, match="not trained yet"):
-        loaded.unfold()
-    wide = lora_case(r=5)[1]
-    wide.load_tensors(lora_case(rounds=1)[1].tensors())
-    with pytest.raises(RuntimeError, match="rank 4, here it is 5"):
-        wide.unfold()
-    assert wide.n_rounds == 1
+        stack.unfold()
+    stack.drop()
+    stack.unfold()
+    with stack.gated(0, 0):
+        base = logits_of(model, ids)
+    assert torch.equal(logits_of(model, ids), base)
+    with pytest.raises(RuntimeError, match="with 0 folded rounds"):
+        stack.unfold()
 
 
 def test_A_depends_on_seed_round_and_module_and_leaves_the_global_generator_alone():
@@ -742,11 +718,6 @@ def test_the_spectral_norm_and_its_gradient_equal_those_of_matrix_norm():
     for A, B, l in pairs:
         assert torch.allclose(l.A.grad.double(), A.grad, rtol=1e-4, atol=1e-5)  # float32 against float64
         assert torch.allclose(l.B.grad.double(), B.grad, rtol=1e-4, atol=1e-5)
-    deltas = update_of(stack)
-    norm = sum(delta.square().sum() for delta in deltas.values()).sqrt().item()
-    assert abs(size.norm(stack) - norm) < 1e-5 * norm
-    for name, found in size.singular_values(stack).items():
-        assert torch.allclose(found, torch.linalg.svdvals(deltas[name])[:4], rtol=1e-4), name
 
 
 def test_tensors_come_back_bit_for_bit_in_any_order_and_the_next_round_starts_the_same():
@@ -1612,7 +1583,7 @@ def test_every_family_is_steered_healed_folded_probed_and_loaded(name):
     # ---- heal one round, fold, gates
     stack = attach(model, r=2, alpha=4, layers=[1, 2])
     assert torch.equal(logits(), untouched)
-    assert ("experts" in stack.note) == (name in HAVE_EXPERTS)
+    assert ("experts" in models.left_out(model, [1, 2])) == (name in HAVE_EXPERTS)
     assert not any(".experts" in module or "vision" in module for module in stack.layers)
     assert len({module.split(".")[-1] for module in stack.layers}) >= 3
     samples = [Sample(c.prompt_ids + c.ids, len(c.prompt_ids), c.prompt) for c in made]
@@ -1771,10 +1742,6 @@ def test_a_run_records_what_its_readers_need(finished):
     assert all(n > 0 for n in one["vector"]["norm"].values())
     assert all(0 <= d["coherence"] <= 1 for row in finished.rows() for d in row["diary"])
     folder = finished.path / "rounds" / "00"
-    pairs = safetensors.torch.load_file(folder / "adapter.safetensors")                    # the scale is in B
-    for name, values in one["heal"]["singular"].items():
-        exact = torch.linalg.svdvals(pairs[f"{name}.0.B"].double() @ pairs[f"{name}.0.A"].double())[:8]
-        assert values == pytest.approx(exact.tolist(), rel=1e-4, abs=1e-7)
     assert float(read_tensors(folder / "vectors.safetensors")[1]["coeff"]) == 0.4
     table = (finished.path.parent / "results.tsv").read_text().splitlines()
     assert len(table) == 2 and len(table[0].split("\t")) == len(table[1].split("\t"))
