@@ -59,7 +59,7 @@ WORDS = ("plan", "chat", "export", "report")            # python loop.py WORD ..
 QUICK = dict(rounds=2, n_vignettes=14, think_tokens=8, n_text=24, n_make=64, max_new_tokens=32, epochs=3)
 KEPT_LEAST = 0.25           # share of a round's answers that must pass the filter: less is no data
 CODE = ("loop", "steer", "lora", "heal", "evalmfv", "tools/student", "tools/model", "tools/inputs",
-        "tools/template", "tools/search", "tools/foresee")
+        "tools/template", "tools/search", "tools/foresee", "tools/freetext")
 
 
 @dataclass(frozen=True)
