@@ -214,6 +214,7 @@ class Run:
                             "the gate; the trait is persona_ratio", "yellow")
         event = self.folder.once("layers", None, lambda: self.chosen() | dict(lora=self.adapted))
         self.steered_at = event["steer"]
+        self.foreseen = next((e["coeff"] for e in event["trials"] if e["band"] == event["steer"]), 1.0)
         self.screen.say("layers", None, f"steer {self.steered_at}, the best of {len(self.bands)} bands")
 
     def chosen(self) -> dict:
@@ -284,8 +285,10 @@ class Run:
             coeff = 0.0
         elif coeff is None:
             tries = self.student.tries(rnd, self.limits, vectors, trials, last, system=self.system)
+            past = [e["coeff"] for e in self.folder.record.events if e["stage"] == "dose"]
             try:
-                coeff, _, bound = search.find_dose(tries, min_survive=self.scfg.min_survive)
+                coeff, _, bound = search.find_dose(tries, (past or [self.foreseen])[-1],
+                                                   min_survive=self.scfg.min_survive)
                 if bound:
                     self.screen.say("dose", rnd, f"warning: the search ended on its bound, {bound}", "yellow")
             except RuntimeError as error:

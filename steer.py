@@ -16,6 +16,7 @@ import math
 import re
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Callable
 
@@ -263,11 +264,12 @@ def encode(tok, users: list[str], systems: list[str]) -> list[list[int]]:
     return [tok(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
-def in_batches(work: Callable, lengths: list[int], batch_size: int) -> list:
+def in_batches(work: Callable, lengths: list[int], batch_size: int, alike: list | None = None) -> list:
     """The result of every row, in order: work(indices) yields (index, result) for the rows of one batch.
 
     The longest rows come first: if memory runs out, it does so at once. Then the batch size is halved, for
-    the rest too; what was yielded stays. OutOfMemoryError if one row is too much.
+    the rest too; what was yielded stays. Of one length, rows that agree in `alike` come side by side.
+    OutOfMemoryError if one row is too much.
     """
     def read(left):
         found, size = {}, batch_size
@@ -283,7 +285,8 @@ def in_batches(work: Callable, lengths: list[int], batch_size: int) -> list:
                     raise torch.OutOfMemoryError(f"{text}: take a smaller model") from None
             left = [i for i in left if i not in found]
         return found
-    found = across(read, sorted(range(len(lengths)), key=lambda i: -lengths[i]))
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], alike and alike[i]), reverse=True)
+    found = across(read, order)
     return [found[i] for i in range(len(lengths))]
 
 
@@ -397,23 +400,31 @@ def fit_vectors(model, tok, pos, neg, contexts: list[str], layers: list[int], *,
 def token_nll(model, completions: list[Completion], *, batch_size: int = 32, pad_id: int = 0) -> list[Tensor]:
     """Nats per completion token [n_i] float32, under the model as it is now and the ids as they were sampled.
 
-    Only columns of completions get logits; a batch has fewer rows where these would be over 2^28 numbers.
+    A prompt is read once for all its completions of a batch: the search of the dose scores ten of each. Only
+    columns of completions get logits; a batch has fewer rows where these would be over 2^28 numbers.
     """
-    rows = [c.prompt_ids + c.ids for c in completions]
-    kept = max((len(c.ids) for c in completions), default=0) + 1            # and the column before
-    batch_size = min(batch_size, max(1, 2 ** 28 // (kept * model.config.get_text_config().vocab_size)))
+    fronts = [c.prompt_ids for c in completions]
+    longest = max((len(c.ids) for c in completions), default=0) + 1         # and the column before
+    batch_size = min(batch_size, max(1, 2 ** 28 // (longest * model.config.get_text_config().vocab_size)))
 
     def score(batch):
-        ids, attn, position_ids = left_pad([rows[i] for i in batch], pad_id, device_of(model))     # [B, T]
-        kept = max(len(completions[i].ids) for i in batch) + 1
-        logits = model(input_ids=ids, attention_mask=attn, position_ids=position_ids, use_cache=False,
-                       logits_to_keep=kept).logits[:, :-1]                  # [B, kept - 1, V]
-        for row, i in enumerate(batch):
-            n = len(completions[i].ids)                     # left padding: its last n tokens
-            pairs = zip(logits[row, kept - 1 - n:].split(64), ids[row, ids.shape[1] - n:].split(64))
-            yield i, torch.cat([F.cross_entropy(z.float(), target, reduction="none")   # float32: 64 at once
-                                for z, target in pairs]).cpu()              # [n]
-    return in_batches(score, list(map(len, rows)), batch_size)
+        known, device = [front for front, _ in groupby(fronts[i] for i in batch)], device_of(model)
+        which = torch.tensor([known.index(fronts[i]) for i in batch], device=device)            # [B]
+        ids, attn, position_ids = left_pad(known, pad_id, device)                               # [F, T] each
+        answers, (forward, cache) = [completions[i].ids for i in batch], cached_forward(model)
+        if ids.shape[1] > 1:
+            forward(ids[:, :-1], attn[:, :-1], position_ids[:, :-1])
+            cache.reorder_cache(which)
+        n = max(map(len, answers))
+        said = torch.tensor([row + [pad_id] * (n - len(row)) for row in answers], device=device)    # [B, n]
+        after = position_ids[which, -1:] + torch.arange(n + 1, device=device)                   # [B, 1 + n]
+        logits = forward(torch.cat([ids[which, -1:], said], 1), F.pad(attn[which], (0, n), value=1), after,
+                         n + 1)                                             # [B, 1 + n, V]
+        for i, z, targets in zip(batch, logits, said):
+            pairs = zip(z[:len(completions[i].ids)].split(64), targets.split(64))
+            yield i, torch.cat([F.cross_entropy(z.float(), target[:len(z)], reduction="none")  # float32: 64
+                                for z, target in pairs]).cpu()              # [n_i]
+    return in_batches(score, list(map(len, fronts)), batch_size, fronts)
 
 
 @torch.no_grad()

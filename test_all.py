@@ -1006,11 +1006,23 @@ def test_token_nll_equals_a_full_forward_one_at_a_time_and_holds_no_more_than_it
     model.lm_head.register_forward_hook(lambda head, args, out: shapes.append(tuple(out.shape)))
     token_nll(model, answers)
     n = max(len(c.ids) for c in answers) + 1                    # the answers and the column before them
-    assert shapes == [(6, n, len(tok))]
+    assert shapes == [(6, 1, len(tok)), (6, n, len(tok))]       # the prompts, then what follows them
     model.config.vocab_size = 2 ** 28 // n                      # as if a row were all of the budget
     got = token_nll(model, answers)
-    assert {shape[0] for shape in shapes[1:]} == {1}
+    assert {shape[0] for shape in shapes[2:]} == {1}
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(want, got))
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM", "Qwen3_5ForConditionalGeneration",
+                                  "Mamba2ForCausalLM"])
+def test_token_nll_reads_a_prompt_once_for_all_its_answers(name):
+    tok = tiny_tokenizer()
+    model, n_read = family_model(name, tok), []
+    answers = generate(model, tok, PROMPTS[:3] * 4, max_new_tokens=9, top_k=0, top_p=1.0)
+    want = [token_nll(model, [c])[0] for c in answers]
+    model.get_input_embeddings().register_forward_pre_hook(lambda table, args: n_read.append(args[0].shape))
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(want, token_nll(model, answers), strict=True))
+    assert [rows for rows, _ in n_read] == [3, 12]
 
 
 # ---- the filter

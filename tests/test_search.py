@@ -6,54 +6,64 @@ import pytest
 from tools.search import band, bands_of, find_band, find_dose
 
 
-def test_find_band_takes_the_most_effect_within_the_limit_whatever_dose_it_takes():
-    cells = {((1,), 1.0): (1.0, 0.1), ((1,), 2.0): (3.0, 0.9), ((2,), 1.0): (0.5, 0.1),
-             ((2,), 2.0): (2.0, 0.5),
-             ((3,), 1.0): (9.0, 2.0), ((3,), 2.0): (9.0, 3.0)}
+@pytest.mark.parametrize("start", [0.25, 1.0, 8.0])
+def test_find_band_takes_the_most_effect_within_the_limit_whatever_dose_it_takes(start):
+    """Damage is dose / bearable of a band; effect its gain times the dose."""
+    bearable, gain, asked = {1: 0.3 * start, 2: 1.1 * start, 3: 2.5 * start}, {1: 1.0, 2: 9.0, 3: 5.0}, []
 
-    def try_cells(asked):
-        return [cells[tuple(band), dose] for band, dose in asked]
-    chosen, ranked = find_band(try_cells, [[1], [2], [3]], 0.5, doses=(1.0, 2.0))
-    assert (chosen, ranked) == ([2], [([1], 1.0, 1.0), ([2], 2.0, 2.0)])        # not the third, at any dose
-    with pytest.raises(RuntimeError, match="every band does more damage than 0.05"):
-        find_band(try_cells, [[1], [2]], 0.05, doses=(1.0, 2.0))
+    def try_cells(cells):
+        asked.extend(cells)
+        return [(gain[band[0]] * dose, dose / bearable[band[0]]) for band, dose in cells]
+    chosen, ranked = find_band(try_cells, [[1], [2], [3]], 1.0, lowest=1 / 64, highest=64.0)
+    most = {band: max(2.0 ** k for k in range(-6, 7) if 2.0 ** k <= x) for band, x in bearable.items()}
+    assert ranked == [([band], gain[band] * dose, dose) for band, dose in most.items()]
+    assert chosen == [max(most, key=lambda band: gain[band] * most[band])]
+    assert len(set((band[0], dose) for band, dose in asked)) == len(asked) < 3 * 7         # none twice
+    with pytest.raises(RuntimeError, match="every band does more damage than 0.001 at every dose from 0.25"):
+        find_band(try_cells, [[1], [2]], 0.001)
 
 
-def steer_doses(effect, survive):
-    batches = []
+def steer_doses(effect, survive, first=1.0):
+    asked = []
 
     def try_doses(doses):
-        batches.append(len(doses))
+        asked.append(doses)
         return [(effect(dose), survive(dose)) for dose in doses]
-    return *find_dose(try_doses), batches
+    return *find_dose(try_doses, first), asked
 
 
+@pytest.mark.parametrize("first", [0.25, 1.0, 8.0, 64.0])
 @pytest.mark.parametrize("peak", [0.7, 3.0, 20.0])
-def test_find_dose_finds_a_peak_below_or_above_one_wherever_the_filter_lets_it(peak):
-    dose, trials, bound, batches = steer_doses(lambda x: -math.log(x / peak) ** 2, lambda x: float(x < 40))
-    assert abs(math.log2(dose / peak)) < 0.26 and bound == "" and batches[0] == 4      # a quarter octave
+def test_find_dose_climbs_to_a_peak_from_wherever_it_starts(peak, first):
+    dose, trials, bound, asked = steer_doses(lambda x: -math.log(x / peak) ** 2, lambda x: float(x < 40),
+                                             first)
+    assert abs(math.log2(dose / peak)) <= 0.5 and bound == ""
+    assert len(trials) == len({dose for dose, _, _ in trials}) == sum(map(len, asked))      # none twice
+
+
+def test_a_search_that_starts_where_the_last_one_ended_is_one_batch():
+    assert len(steer_doses(lambda x: -math.log(x / 3) ** 2, lambda x: 1.0, 2.83)[3]) == 1
 
 
 def test_find_dose_is_not_led_astray_by_one_lucky_reading():
-    def tries(doses):                                   # rises slowly; the lowest reads too high by noise
-        return [(math.log(x) + (2.0 if x == 0.25 else 0.0), float(x < 5)) for x in doses]
+    def tries(doses):                                   # rises slowly; one low dose reads too high by noise
+        return [(math.log(x) + (1.2 if x == 0.5 else 0.0), float(x < 5)) for x in doses]
     assert find_dose(tries)[0] > 1
 
 
 def test_find_dose_of_a_rising_effect_stops_where_answers_no_longer_survive():
     dose, trials, bound, _ = steer_doses(math.log, lambda x: 1 / (1 + (x / 5) ** 8))
-    assert 5 / 2 ** 0.5 < dose <= 5 and bound == "" and max(d for d, _, _ in trials) >= 8
+    assert 5 / 2 ** 0.5 < dose <= 5 and bound == "" and max(d for d, _, _ in trials) > 5
 
 
 def test_find_dose_says_which_bound_it_hit_and_that_nothing_survives():
-    assert steer_doses(lambda x: -x, lambda x: 1.0)[::2][0] == 0.25
-    assert steer_doses(lambda x: -x, lambda x: 1.0)[2] == "coeff_min"
-    dose, _, bound, _ = steer_doses(lambda x: x, lambda x: 1.0)
-    assert bound == "coeff_max" and 16 < dose <= 64
+    assert steer_doses(lambda x: -x, lambda x: 1.0)[:3:2] == (0.25, "coeff_min")
+    assert steer_doses(lambda x: x, lambda x: 1.0)[:3:2] == (64.0, "coeff_max")
     with pytest.raises(RuntimeError, match="no dose survives: at 0.25, 20% of answers"):
         steer_doses(lambda x: x, lambda x: 0.2)
-    dose, _, _, _ = steer_doses(lambda x: x, lambda x: float(0.9 < x < 1.1))       # not monotone: one island
-    assert 0.9 < dose < 1.1
+    for first in (1.0, 4.0):                                                    # not monotone: one island
+        dose, _, _, _ = steer_doses(lambda x: x, lambda x: float(0.9 < x < 1.1), first)
+        assert dose == 1.0
 
 
 def test_band_is_every_block_whose_depth_overlaps():

@@ -7,7 +7,6 @@ no ceiling at 1.0: a vector may be a hundredth of the state that it is added to.
 import math
 from typing import Callable
 
-NEAR = 1.3                  # doses so close are read together: one step of the finest grid, 2 ** (1/4)
 N_PROBE = 24                # answers per dose of the search: enough to tell .8 from .95 survival
 TEMPERATURES = 1.0, 0.7, 0.5        # the default is the first at which the base's own answers cost it at
 MAX_NLL = 1.5                       # most so many nats per token; SmolLM2-135M at 1.0: 1.9, and much nonsense
@@ -28,49 +27,57 @@ def bands_of(n_layers: int) -> list[list[int]]:
 
 
 def find_band(try_cells: Callable[[list], list], bands: list[list[int]], limit: float, *,
-              doses=(0.25, 0.5, 1.0, 2.0, 4.0, 8.0)) -> tuple[list[int], list]:
+              lowest: float = 0.25, highest: float = 8.0) -> tuple[list[int], list]:
     """The band that buys the most effect at a damage of at most `limit`, whatever dose that takes.
 
-    try_cells([(band, dose), ...]) -> one (effect, damage) per cell. Returns (band, [(band, effect, dose),
-    ...]): the most that each band buys, and at which dose. RuntimeError if no cell stays within the limit.
+    try_cells([(band, dose), ...]) -> one (effect, damage) per cell. Each band starts at dose 1; where that is
+    within the limit the dose doubles until it no longer is, else it halves until it is. Returns (band,
+    [(band, effect, dose), ...]): the most that each band buys, and at which dose. RuntimeError if no cell
+    stays within the limit.
     """
-    found, best = iter(try_cells([(band, dose) for band in bands for dose in doses])), []
-    for band in bands:
-        within = [(effect, dose) for dose, (effect, damage) in zip(doses, found) if damage <= limit]
-        best += [(band, *max(within))] if within else []
-    if not best:
-        raise RuntimeError(f"every band does more damage than {limit:.3g} at every dose from {doses[0]}: "
+    best, cells = [[] for _ in bands], [(i, 1.0) for i in range(len(bands))]
+    while cells:
+        found, after = try_cells([(bands[i], dose) for i, dose in cells]), []
+        for (i, dose), (effect, damage) in zip(cells, found, strict=True):
+            if damage <= limit:
+                best[i].append((effect, dose))
+            then = dose * 2 if damage <= limit else dose / 2
+            if lowest <= then <= highest and (dose == 1 or (then > dose) == (dose > 1)):    # never back
+                after.append((i, then))
+        cells = after
+    within = [(band, *max(tried)) for band, tried in zip(bands, best) if tried]
+    if not within:
+        raise RuntimeError(f"every band does more damage than {limit:.3g} at every dose from {lowest}: "
                            "give --steer-band and a small --coeff, or personas closer to each other")
-    return max(best, key=lambda cell: cell[1])[0], best
+    return max(within, key=lambda cell: cell[1])[0], within
 
 
-def find_dose(try_doses: Callable[[list[float]], list], *, min_survive: float = 0.5, coeff_min: float = 0.25,
-              coeff_max: float = 64.0) -> tuple[float, list, str]:
-    """The dose with the most effect among those that survive, from coeff_min up to where the filter stops it.
+def find_dose(try_doses: Callable[[list[float]], list], first: float = 1.0, *, min_survive: float = 0.5,
+              coeff_min: float = 0.25, coeff_max: float = 64.0) -> tuple[float, list, str]:
+    """The dose with the most effect among those that survive: a climb on a ladder of factor sqrt(2).
 
-    try_doses(doses) -> one (effect, share that survives) per dose: one batch. Doses double while the highest
-    survives, then the gaps beside the best are halved twice, in log(dose). A dose is held against others by
-    the mean effect of all survivors within a factor of NEAR: on few answers neighbours differ by noise.
-    Returns (dose, [(dose, effect, share), ...], the bound it is: "coeff_min", "coeff_max" or "").
+    try_doses(doses) -> one (effect, share that survives) per dose: one batch. Tries `first` and two rungs to
+    either side, then two more beyond the end that is best, or down while nothing survives. A dose is held
+    against others by the mean effect of itself and its neighbours that survive: on few answers they differ
+    by noise. Returns (dose, [(dose, effect, share), ...], the bound it is: "coeff_min", "coeff_max" or "").
     RuntimeError if none survives.
     """
-    def effect(dose):
-        near = [trials[other][0] for other in alive if dose / NEAR <= other <= dose * NEAR]
+    def effect(rung):
+        near = [trials[other][0] for other in alive if abs(other - rung) <= 1]
         return sum(near) / len(near)
 
-    trials, doses = {}, [coeff_min * 2 ** i for i in range(4)]
-    while doses:
-        trials |= zip(doses, try_doses(doses), strict=True)
-        top = max(trials)
-        doses = [2 * top, 4 * top] if trials[top][1] >= min_survive and 4 * top <= coeff_max else []
-    for step in range(3):
-        alive = [dose for dose, (_, survive) in trials.items() if survive >= min_survive]
-        if not alive:
-            raise RuntimeError(f"no dose survives: at {coeff_min:g}, {trials[coeff_min][1]:.0%} of answers "
-                               f"pass the filter, need {min_survive:.0%}; lower --min-survive, give --coeff")
-        best, tried = max(alive, key=effect), sorted(trials)
-        if step < 2:
-            doses = [math.sqrt(a * b) for a, b in zip(tried, tried[1:]) if best in (a, b)]
-            trials |= zip(doses, try_doses(doses), strict=True)
-    bound = {tried[0]: "coeff_min", tried[-1]: "coeff_max"}.get(best, "")
-    return best, [(dose, *found) for dose, found in trials.items()], bound
+    n_rungs, start = (round(2 * math.log2(dose / coeff_min)) for dose in (coeff_max, first))
+    start = min(max(start, 0), n_rungs)
+    trials, rungs = {}, range(start - 2, start + 3)
+    while rungs := [rung for rung in rungs if 0 <= rung <= n_rungs]:
+        doses = [coeff_min * 2 ** (rung / 2) for rung in rungs]
+        trials |= zip(rungs, try_doses(doses), strict=True)
+        alive = [rung for rung, (_, survive) in trials.items() if survive >= min_survive]
+        low, top, best = min(trials), max(trials), max(alive, key=effect, default=min(trials))
+        rungs = (low - 2, low - 1) if best == low else (top + 1, top + 2) if best == top else ()
+    if not alive:
+        raise RuntimeError(f"no dose survives: at {coeff_min:g}, {trials[0][1]:.0%} of answers "
+                           f"pass the filter, need {min_survive:.0%}; lower --min-survive, give --coeff")
+    dose_of = {rung: coeff_min * 2 ** (rung / 2) for rung in sorted(trials)}
+    bound = {0: "coeff_min", n_rungs: "coeff_max"}.get(best, "")
+    return dose_of[best], [(dose, *trials[rung]) for rung, dose in dose_of.items()], bound
