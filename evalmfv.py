@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from steer import (WINDOW, Completion, around_answer, cached_forward, device_of, encode, end_ids, in_batches,
+from steer import (Completion, around_answer, cached_forward, device_of, encode, end_ids, in_batches,
                    left_pad, load, pad_of, render, token_nll)
 
 FOUNDATIONS = "care", "fairness", "loyalty", "authority", "sanctity", "liberty", "social"    # the K, in order
@@ -56,28 +56,21 @@ def load_vignettes(path) -> list[dict]:
     """The vignettes of a .jsonl file: dicts of `text`, `foundation`, `label` (7 floats with sum 1, or None).
 
     Reads our rows {"text", "foundation", "label": {"care": 1, ...}} and the original's (human_Care, ...: 83
-    or "83 %"). Raises ValueError with file and line.
+    or "83 %"). Raises OSError, or ValueError with file and line.
     """
-    try:
-        lines = Path(path).read_bytes().split(b"\n")       # bytes: a line that is not UTF-8 is named below
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     vignettes = []
-    for n, line in enumerate(lines, 1):
+    for n, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):     # bytes: UTF-8 is checked below
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            foundation = canonical(row.get("foundation_coarse") or row["foundation"])
-            if not isinstance(row["text"], str) or not row["text"].strip():
-                raise ValueError(f"text is {row['text']!r:.60}, expected the words of a vignette")
-            vignettes.append({"text": row["text"], "foundation": foundation, "label": label(row)})
-        except KeyError as error:
-            raise ValueError(f"{path}, line {n}: no {error}; a row needs text, foundation, label") from error
+            text = row.get("text")
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"text is {text!r:.60}, expected the words of a vignette")
+            foundation = canonical(row.get("foundation_coarse") or row.get("foundation"))
+            vignettes.append({"text": text, "foundation": foundation, "label": label(row)})
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}, line {n}: {error}") from error
-    if not vignettes:
-        raise ValueError(f"{path}: no vignettes in this file, expected one JSON object per line")
     return vignettes
 
 
@@ -172,8 +165,6 @@ def read_batch(model, tok, prompts: list[list[int]], suffix: list[int], *, think
     choices = torch.tensor(answer_ids(tok), device=device)                                      # [K]
     pad_id = next((i for i in (tok.pad_token_id, tok.eos_token_id) if i is not None), -1)   # -1: none
     close_id = tok.convert_tokens_to_ids("</think>")
-    if close_id is None or close_id == tok.unk_token_id:
-        close_id = tok.eos_token_id
     ends, tail = end_ids(model, tok), suffix + prefill
 
     ids, attn, _ = left_pad(prompts, pad_of(tok, model), device)                                # [B, T]
@@ -226,7 +217,7 @@ def read_batch(model, tok, prompts: list[list[int]], suffix: list[int], *, think
             new = thought[alive, step:step + 1]                                                 # [alive, 1]
     # -------------------------------------------------------------------------------------------------------
 
-    if close_id is not None and close_id != pad_id:
+    if close_id not in (None, tok.unk_token_id, pad_id):
         alive = leave({row: "closed" for row in alive[(thought[alive] == close_id).any(1)].tolist()})
     if not len(alive):
         return logp, nll, case
@@ -254,11 +245,8 @@ def shift(now: dict, base: dict, target: str, direction: float) -> dict:
     target: a foundation; direction: +1 or -1, where the persona wants it. Returns, in nats, `trait` (moved
     in the direction), its `se` (delta method on the paired differences), `off_target` (largest move of
     another foundation), `moved` (all seven, signed). `surgical`: trait is more than off_target. `coh_cost`:
-    |d coherence| / |d trait|, None where the trait did not move. Raises ValueError if the two readings do
-    not pair.
+    |d coherence| / |d trait|, None where the trait did not move. ValueError if the two readings do not pair.
     """
-    if target not in FOUNDATIONS or direction not in (1, -1):
-        raise ValueError(f"target={target!r}, direction={direction!r}: expected a foundation and 1 or -1")
     for key in ("items", "think_tokens", "as_original"):
         if now[key] != base[key]:
             raise ValueError(f"{key}: {now[key]!r} and {base[key]!r} differ: probe both in the same way")
@@ -278,40 +266,7 @@ def shift(now: dict, base: dict, target: str, direction: float) -> dict:
             "moved": dict(zip(FOUNDATIONS, moved.tolist()))}
 
 
-# ---- metrics of free text ---------------------------------------------------------------------------------
-
-def free_text(ids: list[list[int]], nlls: list, base_ids: list[list[int]], base_nlls: list) -> dict:
-    """Coherence of free text: the share of an answer's windows that the base could have written, averaged.
-
-    ids, nlls: tokens and their nats under `steer.mixture_nll`, one entry per answer; base_*: the same of
-    the base's own answers, bare and under the persona prompt alike. A window of WINDOW tokens passes if its
-    mean nll is at most 1.1 times the 99th percentile of the base's windows (it makes sense) and the share
-    of distinct tokens in the 32 that end with it is at least their 1st percentile less 3/32 (it does not
-    loop; a loop has a low nll). An empty answer scores 0. Returns `score`, its standard error `se` (0 for a
-    single answer) and `per_item`.
-    """
-    def windows(tokens, nll):                               # -> nll [n], distinct [n]
-        nll = torch.as_tensor(nll, dtype=torch.float64).cpu()
-        if len(tokens) != len(nll):
-            raise ValueError(f"{len(tokens)} tokens with {len(nll)} nlls: give one nll per token")
-        size = min(WINDOW, len(tokens))
-        tails = [tokens[max(0, end - 32):end] for end in range(size, len(tokens) + 1)]
-        distinct = torch.tensor([len(set(tail)) / len(tail) for tail in tails], dtype=torch.float64)
-        return nll.unfold(0, size, 1).sum(1) / WINDOW, distinct
-
-    own = [windows(tokens, nll) for tokens, nll in zip(base_ids, base_nlls, strict=True) if len(tokens)]
-    if not own or not ids:
-        raise ValueError(f"{len(ids)} answers, {len(own)} non-empty ones of the base: need one of each")
-    nll_max = torch.cat([nll for nll, _ in own]).quantile(0.99) * 1.1
-    distinct_min = torch.cat([distinct for _, distinct in own]).quantile(0.01) - 3 / 32
-    share = torch.zeros(len(ids), dtype=torch.float64)
-    for i, (tokens, nll) in enumerate(zip(ids, nlls, strict=True)):
-        if len(tokens):
-            nll, distinct = windows(tokens, nll)
-            share[i] = ((nll <= nll_max) & (distinct >= distinct_min)).double().mean()
-    se = standard_error(share).item() if len(share) > 1 else 0.0
-    return {"score": share.mean().item(), "se": se, "per_item": share.tolist()}
-
+# ---- the meter of free text --------------------------------------------------------------------------------
 
 def echoes(tok, *texts: str) -> list[int]:
     """The tokens of persona texts, as they stand at the start of a line and within one."""
@@ -341,24 +296,6 @@ def persona_ratio(model, tok, completions: list[Completion], users: list[str], p
                 said = ((-nll.double()).exp() + floor).log()                                    # [T_i] nats
                 ratio[i] += weight * said[fresh[i]].sum() / max(1, len(nll))
     return ratio
-
-
-def persona_share(now: Tensor, base: Tensor, prompted: Tensor) -> tuple[float, float]:
-    """Where `now` lies between the base's answers, 0, and the persona-prompted ones, 1: share and its error.
-
-    now, base, prompted: `persona_ratio` [n] of answers to the same users, in one order, of the same draws.
-    The error is that of a ratio of two paired means (delta method). ValueError if they do not pair, or if the
-    prompt moves the model by less than twice its own error: there is no scale then.
-    """
-    if not len(now) == len(base) == len(prompted) > 1:
-        raise ValueError(f"{len(now)}, {len(base)}, {len(prompted)} answers: need the same number, 2 or more")
-    moved, scale = now - base, prompted - base                                          # [n] nats per token
-    span, error = scale.mean().item(), standard_error(scale).item()
-    if span <= 2 * error:
-        raise ValueError(f"the persona prompt moves answers by {span:+.3f} +- {error:.3f} nats per token, no "
-                         "scale to measure a share on: write a clearer persona or give more prompts")
-    share = moved.mean().item() / span
-    return share, standard_error(moved - share * scale).item() / span
 
 
 # ---- the probe --------------------------------------------------------------------------------------------
@@ -445,17 +382,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Print a model's moral-foundations profile.")
     parser.add_argument("model", nargs="?", default="pocket", help="checkpoint; pocket = the embedded one")
     parser.add_argument("--vignettes", default=Path(__file__).parent / "data" / "vignettes.jsonl")
-    parser.add_argument("--every", type=int, default=1, help="use every n-th vignette of the file")
-    parser.add_argument("--think-tokens", type=int, default=128)
     args = parser.parse_args()
     try:
-        vignettes = load_vignettes(args.vignettes)[::args.every]
-        out = evaluate(*load(args.model), vignettes, think_tokens=args.think_tokens)
+        vignettes = load_vignettes(args.vignettes)
+        out = evaluate(*load(args.model), vignettes)
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(" ".join(str(error).split()))
     for f in FOUNDATIONS:
-        print(f"{f:10s} p {out['profile'][f]:.4f} +- {out['profile_se'][f]:.4f}   "
-              f"nats {out['nats'][f]:+.3f} +- {out['nats_se'][f]:.3f}")
+        print(f"{f:10s} p {out['profile'][f]:.4f} +- {out['profile_se'][f]:.4f}")
     print(f"coherence {out['coherence']:.4f} +- {out['coherence_se']:.4f}   "
           f"frames: natural {out['n_natural']}, forced {out['n_forced']}, closed {out['n_closed']}")
     if out["coherence"] < READABLE:

@@ -59,7 +59,7 @@ WORDS = ("plan", "chat", "export", "report")            # python loop.py WORD ..
 QUICK = dict(rounds=2, n_vignettes=14, think_tokens=8, n_text=24, n_make=64, max_new_tokens=32, epochs=3)
 KEPT_LEAST = 0.25           # share of a round's answers that must pass the filter: less is no data
 CODE = ("loop", "steer", "lora", "heal", "evalmfv", "tools/student", "tools/model", "tools/inputs",
-        "tools/template", "tools/search", "tools/foresee")
+        "tools/template", "tools/search", "tools/foresee", "tools/freetext")
 
 
 @dataclass(frozen=True)
@@ -354,7 +354,7 @@ class Run:
         self.say_healed(rnd, record)
         worst = student.worst_kept(samples, reference, **self.rounds.steering(rnd), reg=hcfg.reg,
                                    pass_tokens=hcfg.pass_tokens)
-        event = dict(record, norm=size.norm(stack), singular=size.singular_values(stack), worst=worst)
+        event = dict(record, worst=worst)
         stack.fold()
         self.rounds.save(rnd, "adapter", stack.tensors([stack.n_rounds - 1]))
         return event
@@ -435,7 +435,7 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         screen.say("model", None, f"{cfg.model}: {len(steer.blocks(model))} blocks of width "
                    f"{width}, {str(model.dtype).removeprefix('torch.')}, lora "
                    f"{adapted[0]}-{adapted[-1]} rank {lcfg.r}, {n_trained:,} trained parameters")
-        for note in filter(None, [*notes, *template.template_notes(tok), run.stack.note]):
+        for note in filter(None, [*notes, *template.template_notes(tok), models.left_out(model, adapted)]):
             screen.say("note", None, note)
         run.measure_base()
 

@@ -10,16 +10,13 @@ module names stay as they are too.
     stack = attach(model, r=8, alpha=16, layers=[3, 4, 5])
     ... train stack.parameters() ...
     with stack.gated(history=1, current=0): ...                 # the model before this round
-    stack.fold()                                                # or drop(); unfold() takes a fold back
+    stack.fold()                                                # or drop(); unfold() takes the fold off
     stack.load_tensors(saved.tensors())                         # files are the caller's
 
 Needs torch only; copy this file alone. Adapts nn.Linear and GPT-2's Conv1D, a Linear with its weight
-transposed. The experts of a mixture are left out, since they are 3-D parameters and not modules; `stack.note`
-says so.
+transposed. The experts of a mixture are left out, since they are 3-D parameters and not modules.
 
-References
-  LoRA: Hu et al. 2021, arXiv:2106.09685
-  recipe: github.com/wassname/steer-heal-love
+Reference: LoRA: Hu et al. 2021, arXiv:2106.09685
 """
 import hashlib
 import math
@@ -83,14 +80,6 @@ class LoRA(nn.Module):
         self.current = 1.0
         self.stacked_for = self.stacked = None
 
-    @torch.no_grad()
-    def restart(self, rng: torch.Generator) -> None:
-        """Kaiming-uniform A and zero B: the round starts as no change at all, but with a gradient in B."""
-        bound = self.A.shape[1] ** -0.5
-        self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=rng))
-        self.B.zero_()
-        self.A.grad = self.B.grad = None
-
     @torch.inference_mode(False)                                # built at generation, it serves training too
     def frozen(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The rounds with open gates as one pair: A [R*r, d_in], B [d_out, R*r], gates and scales in B."""
@@ -122,10 +111,9 @@ def add_product(y: Tensor, z: Tensor, B: Tensor, scale: float) -> Tensor:
 class Stack:
     """The adapted Linears of a model and the gates over their rounds. Made by `attach`."""
 
-    def __init__(self, linears: dict[str, nn.Module], r: int, alpha: float, seed: int, note: str = ""):
+    def __init__(self, linears: dict[str, nn.Module], r: int, alpha: float, seed: int):
         self.layers = {name: LoRA(linear, r, alpha / r) for name, linear in linears.items()}
         self.seed = seed
-        self.note = note                                        # what attach left out, in words
         self.n_rounds = 0                                       # folded or loaded, not the one in training
         self.drop()
         self.handles = [linear.register_forward_hook(self.layers[name]) for name, linear in linears.items()]
@@ -144,11 +132,11 @@ class Stack:
     def gates(self, history: float | Sequence[float] = 1.0, current: float = 1.0) -> None:
         """The gates from now on. history: one number, or one per folded round. 0 = off, 1 = on."""
         each = tuple(history) if isinstance(history, Sequence) else (history,) * self.n_rounds
-        if len(each) != self.n_rounds:
-            raise ValueError(f"history={history}: got {len(each)} gates for {self.n_rounds} folded rounds")
-        if not all(math.isfinite(g) for g in (*each, current)):
-            raise ValueError(f"history={history}, current={current}: expected finite numbers")
-        self._set(each, current)
+        if len(each) != self.n_rounds or not all(math.isfinite(g) for g in (*each, current)):
+            raise ValueError(f"history={history}, current={current}: expected finite numbers, one for all or "
+                             f"one for each of {self.n_rounds} folded rounds")
+        for lora in self.layers.values():
+            lora.history, lora.current = each, current
 
     @contextmanager
     def gated(self, history: float | Sequence[float] = 1.0, current: float = 1.0):
@@ -160,11 +148,7 @@ class Stack:
             yield self
         finally:
             on = (1.0,) * (self.n_rounds - len(before))         # rounds that came inside
-            self._set((before + on)[:self.n_rounds], now)       # and without those that went
-
-    def _set(self, history: tuple[float, ...], current: float) -> None:
-        for lora in self.layers.values():
-            lora.history, lora.current = history, current
+            self.gates((before + on)[:self.n_rounds], now)      # and without those that went
 
     # ---- rounds end, and come back
 
@@ -173,75 +157,65 @@ class Stack:
 
         Raises RuntimeError if the current gate is not 1, since folding would then change the model.
         """
-        for name, lora in self.layers.items():
+        for lora in self.layers.values():
             if lora.current != 1:
                 raise RuntimeError(f"fold at current gate {lora.current}: call gates(current=1) first")
-            if not (lora.A.isfinite().all() and lora.B.isfinite().all()):
-                raise RuntimeError(f"fold: {name} is not finite; drop() this round")
-        self._append([{name: (lora.A.detach().clone(), lora.B.detach().clone(), lora.scale)
-                       for name, lora in self.layers.items()}])
+        self._append({name: (lora.A.detach().clone(), lora.B.detach().clone(), lora.scale)
+                      for name, lora in self.layers.items()})
 
-    @torch.no_grad()
     def unfold(self) -> None:
-        """Take the last folded round back into training, as if it had not been folded: A and B bit for bit.
+        """Take the last folded round off again; the next starts where that one had started.
 
-        Raises RuntimeError where that would change the model: no folded round, a gate that is not 1, another
-        round in training by now, or a loaded round of another rank.
+        Raises RuntimeError if there is none, or if another round is in training by now.
         """
-        for name, lora in self.layers.items():
-            if not lora.rounds or (lora.history[-1], lora.current) != (1, 1) or lora.B.any():
-                raise RuntimeError(f"unfold: {name} has gates {lora.history} and {lora.current}: expected a "
-                                   "folded round, open gates, and a current round that is not trained yet")
-            if len(lora.rounds[-1][0]) != len(lora.A):
-                raise RuntimeError(f"unfold: the last round of {name} has rank {len(lora.rounds[-1][0])}, "
-                                   f"here it is {len(lora.A)}")
+        if not self.n_rounds or any(lora.B.any() for lora in self.layers.values()):
+            raise RuntimeError(f"unfold with {self.n_rounds} folded rounds: expected one or more, and a "
+                               "current round that is not trained yet")
         for lora in self.layers.values():
-            A, B, scale = lora.rounds.pop()
-            lora.A.copy_(A)
-            lora.B.copy_(B * (scale / lora.scale))              # times 1, but for a round that was loaded
+            lora.rounds.pop()
             lora.history, lora.stacked_for = lora.history[:-1], None
         self.n_rounds -= 1
+        self.drop()
 
+    @torch.no_grad()
     def drop(self) -> None:
-        """Roll the current round back to its start: no change to the model, the same A as at first."""
+        """Roll the current round back to its start: Kaiming-uniform A and zero B, no change to the model."""
         for index, lora in enumerate(self.layers.values()):
             digest = hashlib.sha256(f"{self.seed} {self.n_rounds} {index}".encode()).digest()
-            lora.restart(torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
+            rng = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            bound = lora.A.shape[1] ** -0.5
+            lora.A.copy_(torch.empty(lora.A.shape).uniform_(-bound, bound, generator=rng))
+            lora.B.zero_()
+            lora.A.grad = lora.B.grad = None
 
-    def _append(self, rounds: list[dict[str, tuple[Tensor, Tensor, float]]]) -> None:
-        for parts in rounds:
-            for name, lora in self.layers.items():
-                lora.rounds.append(parts[name])
-                lora.history += (1.0,)
-        self.n_rounds += len(rounds)
+    def _append(self, parts: dict[str, tuple[Tensor, Tensor, float]]) -> None:
+        for name, lora in self.layers.items():
+            lora.rounds.append(parts[name])
+            lora.history += (1.0,)
+        self.n_rounds += 1
         self.drop()
 
     def tensors(self, rounds: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Folded rounds (default: all) by name, float32 on the CPU, to be saved and given to `load_tensors`.
 
         Keys `{module}.{k}.A` [r, d_in] and `{module}.{k}.B` [d_out, r], k counting from 0; the scale is in B,
-        so the update is B @ A. Raises RuntimeError if nothing is folded or a tensor is not finite.
+        so the update is B @ A. Raises ValueError if there is no such round.
         """
-        rounds = list(range(self.n_rounds)) if rounds is None else list(rounds)
-        if any(not 0 <= i < self.n_rounds for i in rounds):
+        rounds = list(range(self.n_rounds)) if rounds is None else rounds
+        if not rounds or not set(rounds) <= set(range(self.n_rounds)):
             raise ValueError(f"rounds={rounds}: this stack has {self.n_rounds} folded rounds, counted from 0")
-        if not rounds:
-            raise RuntimeError("no folded round to save: call fold() first")
         found = {}
         for name, lora in self.layers.items():
             for k, (A, B, scale) in enumerate(lora.rounds[i] for i in rounds):
                 found[f"{name}.{k}.A"] = A.cpu().contiguous()
                 found[f"{name}.{k}.B"] = (scale * B).cpu().contiguous()
-        broken = [key for key, tensor in found.items() if not tensor.isfinite().all()]
-        if broken:
-            raise RuntimeError(f"{len(broken)} tensors are not finite, first {broken[0]}")
         return found
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Append the rounds of a dict of `tensors` to the history, in order, gates 1; all or none.
+        """Append the rounds of a dict of `tensors` to the history, in order, gates 1, each whole or not.
 
-        Raises ValueError that names what is missing from it, foreign to this model, or of another shape, and
-        RuntimeError if the current round is already in training.
+        Raises ValueError that names what is missing from it, foreign to this model, of another shape or not
+        finite, and RuntimeError if the current round is already in training.
         """
         if any(lora.B.any() for lora in self.layers.values()):
             raise RuntimeError("load into a round in training would restart it: fold() or drop() first")
@@ -251,17 +225,16 @@ class Stack:
         if lost or extra:
             raise ValueError(f"{len(lost)} tensors of the {len(self.layers)} adapted modules are missing "
                              f"{lost[:2]}, {len(extra)} are of modules that are not adapted here {extra[:2]}")
-        rounds = [{} for _ in range(n_rounds)]
-        for k, parts in enumerate(rounds):
+        for k in range(n_rounds):
+            parts = {}
             for name, lora in self.layers.items():
                 A, B = (tensors[f"{name}.{k}.{which}"] for which in "AB")       # [r, d_in], [d_out, r]
-                if A.shape[1:] != lora.A.shape[1:] or B.shape != (len(lora.B), len(A)):
+                is_fit = A.shape[1:] == lora.A.shape[1:] and B.shape == (len(lora.B), len(A))
+                if not (is_fit and A.isfinite().all() and B.isfinite().all()):
                     raise ValueError(f"{name} has A {list(A.shape)} and B {list(B.shape)}, here it takes "
-                                     f"A [r, {lora.A.shape[1]}] and B [{len(lora.B)}, r]")
-                if not (A.isfinite().all() and B.isfinite().all()):
-                    raise ValueError(f"{name} of round {k} is not finite")
+                                     f"A [r, {lora.A.shape[1]}] and B [{len(lora.B)}, r], all finite")
                 parts[name] = A.to(lora.A), B.to(lora.B), 1.0   # its device, float32
-        self._append(rounds)
+            self._append(parts)
 
 
 def attach(model, *, r: int, alpha: float, layers: list[int], targets: list[str] | None = None,
@@ -269,61 +242,39 @@ def attach(model, *, r: int, alpha: float, layers: list[int], targets: list[str]
     """Freeze the model and hook a LoRA onto each chosen nn.Linear (or Conv1D); at first that changes nothing.
 
     layers: block numbers. targets: names, or ends of names such as "q_proj"; None = every Linear of those
-    blocks. seed: where A starts from, together with the round and the module's place.
-    Raises ValueError if a layer or a target is not there.
+    blocks. seed: of A, with the round and the module's place. ValueError: no such layer or target.
     """
     LoraConfig(r=r, alpha=alpha)                                # for its check of the two
-    decoder, chosen = model.get_decoder(), set(layers)
-
-    def block(name):                                            # GPT-2 and its kin say h
-        at = re.match(r"(?:layers|h)\.(\d+)(?:\.|$)", name)
-        return int(at[1]) if at else None
-    inside = {id(module): i for name, module in decoder.named_modules() if (i := block(name)) is not None}
-    if not inside:
-        raise ValueError(f"{type(model).__name__} has no decoder .layers or .h: it is not supported")
+    chosen = set(layers)
+    inside = {id(module): int(at[1]) for name, module in model.get_decoder().named_modules()
+              if (at := re.match(r"(?:layers|h)\.(\d+)(?:\.|$)", name))}        # GPT-2 and its kin say h
     if not chosen or not chosen <= set(inside.values()):
-        raise ValueError(f"layers={layers}: expected one or more of 0 to {max(inside.values())}")
+        raise ValueError(f"layers={layers}: expected numbers of decoder blocks, .layers or .h, of which "
+                         f"{type(model).__name__} has {len(set(inside.values()))}, counted from 0")
     linears = {name: m for name, m in model.named_modules()
                if inside.get(id(m)) in chosen and sizes(m) and ".experts." not in name}
-    experts = sorted({name.split(".", 2)[2] for name, p in decoder.named_parameters()
-                      if block(name) in chosen and ".experts." in name and p.dim() == 3})
-    note = f"not adapted: the experts ({', '.join(experts)}), which are 3-D parameters and not Linear"
-    if targets is not None:
-        def hits(name, target):
-            return name == target or name.endswith("." + target)
-        lost = [t for t in targets if not any(hits(name, t) for name in linears)]
-        if lost or not targets:
-            raise ValueError(f"targets={targets}: {lost} match no nn.Linear in blocks {layers}; there are "
-                             f"{sorted({name.rsplit('.', 1)[-1] for name in linears})}")
-        linears = {name: m for name, m in linears.items() if any(hits(name, t) for t in targets)}
-    if not linears:
-        raise ValueError(f"blocks {layers} of {type(model).__name__} hold no nn.Linear to adapt")
+    hits = {t: [name for name in linears if t is None or f".{name}".endswith(f".{t}")]
+            for t in targets or [None]}
+    lost = [t for t, names in hits.items() if not names]
+    if lost:
+        raise ValueError(f"targets={targets}: {lost} match no nn.Linear in blocks {layers}; there are "
+                         f"{sorted({name.rsplit('.', 1)[-1] for name in linears})}")
+    linears = {name: m for name, m in linears.items() if any(name in names for names in hits.values())}
     model.requires_grad_(False)
-    return Stack(linears, r, alpha, seed, note if experts else "")
-
-
-def demo() -> None:
-    class Tiny(nn.Module):                                      # as much of a model as attach asks for
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList([nn.Linear(16, 16)])
-        def get_decoder(self):
-            return self
-
-    rng, model = torch.Generator().manual_seed(0), Tiny()
-    linear, x = model.layers[0], torch.randn(5, 16, generator=rng)              # x [5, 16]
-    base, stack = linear(x), attach(model, r=4, alpha=8, layers=[0])
-    delta = torch.zeros(16, 16)                                 # what two rounds should add to W
-    for rnd in range(2):
-        A, B = stack.parameters()
-        B.data.normal_(generator=rng)                           # "training"
-        delta += 8 / 4 * (B @ A).detach()
-        stack.fold()
-    with stack.gated(history=0, current=0):
-        print("gates (0, 0) are the base, bit for bit:", torch.equal(linear(x), base))
-    error = (linear(x) - F.linear(x, linear.weight + delta, linear.bias)).abs().max().item()
-    print(f"two folded rounds against W + sum s B A: largest difference {error:.0e}")
+    return Stack(linears, r, alpha, seed)
 
 
 if __name__ == "__main__":
-    demo()
+    rng, model = torch.Generator().manual_seed(0), nn.Module()  # as much of a model as attach asks for
+    model.layers, model.get_decoder = nn.ModuleList([nn.Linear(16, 16)]), lambda: model
+    linear, x = model.layers[0], torch.randn(5, 16, generator=rng)              # x [5, 16]
+    base, stack, W = linear(x), attach(model, r=4, alpha=8, layers=[0]), linear.weight.clone()
+    for rnd in range(2):
+        A, B = stack.parameters()
+        B.data.normal_(generator=rng)                           # "training"
+        W += 8 / 4 * (B @ A).detach()                           # what two rounds should make of it
+        stack.fold()
+    with stack.gated(history=0, current=0):
+        print("gates (0, 0) are the base, bit for bit:", torch.equal(linear(x), base))
+    error = (linear(x) - F.linear(x, W, linear.bias)).abs().max().item()
+    print(f"two folded rounds against W + sum s B A: largest difference {error:.0e}")

@@ -626,7 +626,7 @@ def test_fold_keeps_the_function_and_drop_takes_the_round_back_to_its_start():
     noise(stack, 5)
     stack.fold()
     assert torch.allclose(logits_of(model, ids), open_round, atol=1e-4)     # float32, logits of size ten
-    assert stack.n_rounds == 2 and size.norm(stack) == 0                        # the next starts as no change
+    assert stack.n_rounds == 2 and not any(l.B.any() for l in stack.layers.values())   # starts as no change
     assert all(a is b for a, b in zip(parameters, stack.parameters()))
     with stack.gated(0, 1):
         base = logits_of(model, ids)
@@ -634,51 +634,27 @@ def test_fold_keeps_the_function_and_drop_takes_the_round_back_to_its_start():
         assert torch.equal(logits_of(model, ids), base)
 
 
-def test_unfold_takes_a_fold_back_bit_for_bit_and_training_goes_on_from_there():
-    model, stack = lora_case(rounds=1, alpha=10, r=3)                       # a scale that is no power of two
-    ids, params = some_ids(), stack.parameters()
-    noise(stack, 5)
-    before, kept = logits_of(model, ids), flat(params)
-    stack.fold()
-    folded = logits_of(model, ids)
-    stack.unfold()
-    assert all(a is b for a, b in zip(params, stack.parameters())) and torch.equal(flat(params), kept)
-    assert stack.n_rounds == 1
-    assert torch.equal(logits_of(model, ids), before) and torch.allclose(folded, before, atol=1e-4)
-    model(input_ids=ids).logits.sum().backward()
-    with torch.no_grad():
-        for p in params:
-            p -= 1e-3 * p.grad
-    trained = logits_of(model, ids)
-    stack.fold()                                                            # not what was folded at first
-    assert torch.allclose(logits_of(model, ids), trained, atol=1e-3)
-    assert not torch.allclose(trained, folded, atol=1e-2)
-    stack.unfold()
-    stack.drop()                                                            # a refused round
-    fresh, again = lora_case(rounds=1, alpha=10, r=3)
-    assert torch.equal(logits_of(model, ids), logits_of(fresh, ids))
-    assert torch.equal(flat(stack.parameters()), flat(again.parameters()))
-
-
-def test_unfold_takes_a_loaded_round_too_and_refuses_what_would_change_the_model():
-    model, stack = lora_case(rounds=1)                                      # scale 2: exact in the file too
-    loaded = lora_case()[1]
-    loaded.load_tensors(stack.tensors())
-    stack.unfold(), loaded.unfold()
-    assert torch.equal(flat(stack.parameters()), flat(loaded.parameters()))
-    with pytest.raises(RuntimeError, match="expected a folded round"):
-        loaded.unfold()                                                     # none left
-    loaded.fold()
-    with loaded.gated(0.5, 1), pytest.raises(RuntimeError, match="open gates"):
-        loaded.unfold()
-    noise(loaded, 3)
+def test_unfold_takes_the_last_round_off_trained_or_loaded_and_refuses_to_lose_another():
+    model, stack = lora_case(rounds=1)
+    ids, params, start = some_ids(), stack.parameters(), flat(stack.parameters())
+    before = logits_of(model, ids)
+    tensors = lora_case(r=5, rounds=2)[1].tensors([1])                      # another rank, another round
+    for add in (lambda: (noise(stack, 5), stack.fold()), lambda: stack.load_tensors(tensors)):
+        add()
+        assert not torch.equal(logits_of(model, ids), before)
+        stack.unfold()
+        assert torch.equal(logits_of(model, ids), before) and stack.n_rounds == 1
+        assert all(a is b for a, b in zip(params, stack.parameters())) and torch.equal(flat(params), start)
+    noise(stack, 3)
     with pytest.raises(RuntimeError, match="not trained yet"):
-        loaded.unfold()
-    wide = lora_case(r=5)[1]
-    wide.load_tensors(lora_case(rounds=1)[1].tensors())
-    with pytest.raises(RuntimeError, match="rank 4, here it is 5"):
-        wide.unfold()
-    assert wide.n_rounds == 1
+        stack.unfold()
+    stack.drop()
+    stack.unfold()
+    with stack.gated(0, 0):
+        base = logits_of(model, ids)
+    assert torch.equal(logits_of(model, ids), base)
+    with pytest.raises(RuntimeError, match="with 0 folded rounds"):
+        stack.unfold()
 
 
 def test_A_depends_on_seed_round_and_module_and_leaves_the_global_generator_alone():
@@ -742,11 +718,6 @@ def test_the_spectral_norm_and_its_gradient_equal_those_of_matrix_norm():
     for A, B, l in pairs:
         assert torch.allclose(l.A.grad.double(), A.grad, rtol=1e-4, atol=1e-5)  # float32 against float64
         assert torch.allclose(l.B.grad.double(), B.grad, rtol=1e-4, atol=1e-5)
-    deltas = update_of(stack)
-    norm = sum(delta.square().sum() for delta in deltas.values()).sqrt().item()
-    assert abs(size.norm(stack) - norm) < 1e-5 * norm
-    for name, found in size.singular_values(stack).items():
-        assert torch.allclose(found, torch.linalg.svdvals(deltas[name])[:4], rtol=1e-4), name
 
 
 def test_tensors_come_back_bit_for_bit_in_any_order_and_the_next_round_starts_the_same():
@@ -1445,8 +1416,6 @@ def test_a_shift_is_paired_signed_and_compared_with_every_other_foundation():
     assert evalmfv.shift(reading(q), reading(q), "care", 1)["coh_cost"] is None
     with pytest.raises(ValueError, match="items"):
         evalmfv.shift(reading(q), reading(q) | {"items": "y"}, "care", 1)
-    with pytest.raises(ValueError, match="direction=0"):
-        evalmfv.shift(reading(q), reading(q), "care", 0)
 
 
 def test_the_standard_error_of_a_shift_matches_the_jackknife():
@@ -1458,34 +1427,6 @@ def test_the_standard_error_of_a_shift_matches_the_jackknife():
         return torch.cat([x[:i, 0], x[i + 1:, 0]]).mean().log()
     left = torch.stack([care(p, i) - care(q, i) for i in range(60)])
     assert se == pytest.approx((59 / 60 * ((left - left.mean()) ** 2).sum()).sqrt().item(), rel=0.02)
-
-
-def test_free_text_falls_for_loops_and_for_noise_and_not_for_the_base():
-    rng = torch.Generator().manual_seed(0)
-
-    def write(n, n_words=400, level=1.0):
-        ids = torch.randint(0, n_words, (n,), generator=rng).tolist()
-        return ids, level * (0.5 + torch.rand(n, generator=rng))
-    ids, nlls = map(list, zip(*[write(60) for _ in range(20)]))
-
-    def score(*texts):
-        return evalmfv.free_text([t for t, _ in texts], [x for _, x in texts], ids, nlls)["score"]
-    assert evalmfv.free_text(ids, nlls, ids, nlls)["score"] > 0.97
-    assert score(*[write(60) for _ in range(20)]) > 0.95
-    assert score(write(60, level=4.0)) < 0.05                   # noise: the base would not write it
-    assert score(write(60, n_words=4, level=0.1)) < 0.1         # a loop: the base finds it easy
-    calm, loop = write(40), write(40, n_words=2, level=0.1)
-    half = score((calm[0] + loop[0], torch.cat([calm[1], loop[1]])))
-    assert 0.3 < half < 0.8, half                               # a broken tail is not averaged away
-    out = evalmfv.free_text([[], ids[0], ids[1][:3]], [[], nlls[0], nlls[1][:3]], ids, nlls)
-    assert out["per_item"][0] == 0 and out["per_item"][2] in (0.0, 1.0) and out["se"] > 0
-    limit = torch.cat([x.unfold(0, 8, 1).mean(1) for x in nlls]).quantile(0.99).item()
-    two = ids[0][:2]                                            # two tokens are a window of eight
-    assert score((two, [4.3 * limit] * 2)) == 1 and score((two, [4.5 * limit] * 2)) == 0
-    with pytest.raises(ValueError, match="nlls"):
-        evalmfv.free_text([[1, 2]], [torch.zeros(3)], ids, nlls)
-    with pytest.raises(ValueError, match="base"):
-        evalmfv.free_text(ids, nlls, [[]], [[]])
 
 
 # ---- the meter
@@ -1540,23 +1481,6 @@ def test_foresee_equals_a_loop_over_the_vocabulary_at_one_position():
             want_effect += math.exp(now[i]) * (plus - minus) * (i not in echo)
             want_nll -= math.exp(now[i]) * base[i]
         assert (effect, nll) == pytest.approx((want_effect, want_nll), abs=1e-4)
-
-
-def test_a_share_is_0_for_the_base_1_for_the_prompt_and_its_error_is_that_of_a_bootstrap():
-    rng = torch.Generator().manual_seed(0)
-    base, noise, other = (torch.randn(120, generator=rng, dtype=torch.float64) for _ in range(3))
-    prompted = base + 1 + 0.8 * noise
-    now = base + 0.6 + 0.5 * noise + 0.5 * other
-    assert evalmfv.persona_share(base, base, prompted) == (0.0, 0.0)
-    assert evalmfv.persona_share(prompted, base, prompted) == pytest.approx((1.0, 0.0), abs=1e-12)
-    _, se = evalmfv.persona_share(now, base, prompted)
-    draws = torch.randint(120, (4000, 120), generator=rng)                      # [draws, n]
-    shares = (now - base)[draws].mean(1) / (prompted - base)[draws].mean(1)
-    assert se == pytest.approx(shares.std().item(), rel=0.1)
-    with pytest.raises(ValueError, match="no scale"):
-        evalmfv.persona_share(now, base, base + noise)
-    with pytest.raises(ValueError, match="same number"):
-        evalmfv.persona_share(now, base[1:], prompted)
 
 
 def test_the_meter_follows_the_stance_of_the_world_and_pays_nothing_for_recitation():
@@ -1624,7 +1548,7 @@ def test_every_family_is_steered_healed_folded_probed_and_loaded(name):
     # ---- heal one round, fold, gates
     stack = attach(model, r=2, alpha=4, layers=[1, 2])
     assert torch.equal(logits(), untouched)
-    assert ("experts" in stack.note) == (name in HAVE_EXPERTS)
+    assert ("experts" in models.left_out(model, [1, 2])) == (name in HAVE_EXPERTS)
     assert not any(".experts" in module or "vision" in module for module in stack.layers)
     assert len({module.split(".")[-1] for module in stack.layers}) >= 3
     samples = [Sample(c.prompt_ids + c.ids, len(c.prompt_ids), c.prompt) for c in made]
@@ -1783,10 +1707,6 @@ def test_a_run_records_what_its_readers_need(finished):
     assert all(n > 0 for n in one["vector"]["norm"].values())
     assert all(0 <= d["coherence"] <= 1 for row in finished.rows() for d in row["diary"])
     folder = finished.path / "rounds" / "00"
-    pairs = safetensors.torch.load_file(folder / "adapter.safetensors")                    # the scale is in B
-    for name, values in one["heal"]["singular"].items():
-        exact = torch.linalg.svdvals(pairs[f"{name}.0.B"].double() @ pairs[f"{name}.0.A"].double())[:8]
-        assert values == pytest.approx(exact.tolist(), rel=1e-4, abs=1e-7)
     assert float(read_tensors(folder / "vectors.safetensors")[1]["coeff"]) == 0.4
     table = (finished.path.parent / "results.tsv").read_text().splitlines()
     assert len(table) == 2 and len(table[0].split("\t")) == len(table[1].split("\t"))

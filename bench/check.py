@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in 
 import evalmfv                                          # noqa: E402
 import steer                                            # noqa: E402
 import world                                            # noqa: E402
-from tools import files as whole, model as models      # noqa: E402
+from tools import files as whole, freetext, model as models     # noqa: E402
 from tools.record import read                          # noqa: E402
 from tools.rounds import read_vectors, restack          # noqa: E402
 
@@ -71,7 +71,7 @@ class Bench:
         ratios = evalmfv.persona_ratio(self.model, self.tok, made, users, persona["meter_pos"],
                                        persona["meter_neg"]).view(-1, n).mean(0)                # [n]
         self.ends = [*self.ends, ratios][:2]
-        share, se = (0.0, 0.0) if not self.rows else evalmfv.persona_share(ratios, *self.ends)
+        share, se = (0.0, 0.0) if not self.rows else freetext.persona_share(ratios, *self.ends)
         texts = [c.text for c in made]
         pairs = [set(zip(c.ids, c.ids[1:])) for c in made]
         row = dict(run=self.record.path.name, day=self.last, label=label, n=n, share=share, se=se,
@@ -88,13 +88,13 @@ class Bench:
         return row
 
     def coherence(self, made, users: list[str]) -> float:
-        """The share of windows that the base could have written, bare or prompted (`evalmfv.free_text`)."""
+        """The share of windows that the base could have written, bare or prompted (`freetext.free_text`)."""
         def under(system):
             fronts = steer.encode(self.tok, users, [system] * len(users))
             read = [dataclasses.replace(c, prompt_ids=front) for c, front in zip(made, fronts)]
             return steer.token_nll(self.model, read, pad_id=self.pad_id)
         nlls = steer.mixture_nll(under(""), under(self.persona["pos"][0]))
-        return evalmfv.free_text([c.ids for c in made], nlls, self.limits["own_ids"],
+        return freetext.free_text([c.ids for c in made], nlls, self.limits["own_ids"],
                                  self.limits["own_nll"])["score"]
 
     def measure_run(self) -> None:

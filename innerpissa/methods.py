@@ -25,7 +25,7 @@ import steer
 from innerpissa import contrast, dilemmas, dose, extract, rivals, spin
 from innerpissa.dial import Dialed, check_rank, linears
 from innerpissa.pairs import Pair, make_pairs
-from tools import search
+from tools import freetext, search
 from tools.student import Student
 
 VECTORS = {"random": "random", "mean": "mean", "PCA": "pca_diff", "fisher dual": "fisher_reg2_dual",
@@ -248,9 +248,9 @@ class Bench:
                 self.said[seed] = self.speak(prompt, 0.0, seed), self.speak(prompt, 1.0, seed)
         base, prompted = self.said[seed]
         ids, nlls, ratios = self.speak(dial, c, seed)
-        coherence = evalmfv.free_text(ids, nlls, base[0] + prompted[0], base[1] + prompted[1])["score"]
+        coherence = freetext.free_text(ids, nlls, base[0] + prompted[0], base[1] + prompted[1])["score"]
         try:
-            share, se = evalmfv.persona_share(ratios, base[2], prompted[2])
+            share, se = freetext.persona_share(ratios, base[2], prompted[2])
         except ValueError:                                  # the prompt itself moves nothing: no scale
             share, se = math.nan, math.nan
         return dict(share=share, se=se, coherence=coherence)

@@ -118,11 +118,15 @@ def test_a_concept_file_runs_alone_in_an_empty_folder(name, argv, shown, tmp_pat
     assert out.returncode == 0 and shown in out.stdout, out.stderr
 
 
-def test_the_probes_demo_prints_a_profile(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["evalmfv.py", "--every", "40", "--think-tokens", "2"])
+def test_the_probes_demo_prints_a_profile_or_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evalmfv.py", "--vignettes", str(common.few_vignettes(tmp_path))])
     runpy.run_path(evalmfv.__file__, run_name="__main__")
     out = capsys.readouterr().out
     assert all(f"{f} " in out for f in evalmfv.FOUNDATIONS) and "frames: natural" in out
+    monkeypatch.setattr(sys, "argv", ["evalmfv.py", "--vignettes", "nowhere.jsonl"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(evalmfv.__file__, run_name="__main__")
+    assert "No such file or directory: 'nowhere.jsonl'" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_help_is_quick_shows_ten_options_first_and_does_not_import_transformers(capsys):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import evalmfv
 from tools import inputs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,19 +106,6 @@ def test_a_persona_file_that_cannot_be_used_is_named(content, message, tmp_path)
 def test_a_persona_that_is_not_there_or_is_none_is_refused(how, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         inputs.load(**how)
-
-
-@pytest.mark.parametrize("line, message", [
-    ('{"foundation": "care"}', "line 2: no 'text'"), ('{"text": "", "foundation": "care"}',
-                                                          "line 2: text is ''"), ("{", "line 2"),
-    ("[" * 9999, "line 2"),
-    ('{"text": "a", "foundation": ["care"]}', "line 2: foundation"),
-    ('{"text": "a", "foundation": "care", "label": {"care": 1}}', "line 2: label lacks")])
-def test_a_vignette_that_cannot_be_used_is_named_with_its_line(line, message, tmp_path):
-    (tmp_path / "v.jsonl").write_text(f'{{"text": "a\u2028b", "foundation": "care"}}\n{line}\n',
-                                      encoding="utf-8")
-    with pytest.raises(ValueError, match=re.escape(message)):
-        evalmfv.load_vignettes(tmp_path / "v.jsonl")
 
 
 @pytest.mark.parametrize("name, content, message", [

@@ -56,8 +56,8 @@ def a_round(n, night=(1.1, 0.93), day=(0.4, 0.97), reasons=()):
         dict(stage="dose", coeff=0.4, trials=trials), dict(stage="made", completions=made),
         a_row("steered", n, *night), dict(stage="tau", tau=0.34, distance=0.23, kl_agg="rmse"),
         dict(stage="heal", steps=steps, skipped=[], nll_first=1.0, nll_last=0.2, val_nll_before=0.5,
-             val_nll_after=0.4, fired_share=0.22, lam_eff=0.3, tau=0.34, n_val=2, warning=None, norm=1.0,
-             singular={"q": [0.3, 0.1]}, worst=worst),
+             val_nll_after=0.4, fired_share=0.22, lam_eff=0.3, tau=0.34, n_val=2, warning=None,
+             worst=worst),
         a_row("healed", n, *day), dict(stage="gate", accepted=not reasons, reasons=list(reasons))]
     return [e | dict(round=n) for e in events]
 
@@ -283,7 +283,7 @@ def test_a_report_survives_any_damage_to_values(tmp_path):
 def spoiled(value, turn, port=0):
     """Every text in a value replaced by the next attack; stages and kinds stay, so that it is shown."""
     if isinstance(value, dict):
-        whole = ("stage", "kind", "shift", "singular", "format")
+        whole = ("stage", "kind", "shift", "format")
         return {k: v if k in whole else spoiled(v, turn, port) for k, v in value.items()}
     if isinstance(value, list):
         return [spoiled(v, turn, port) for v in value]
@@ -293,7 +293,7 @@ def spoiled(value, turn, port=0):
 def hostile_run(path, port=0):
     """A run of which every text is an attack, names of options, versions and limits too."""
     turn, keys = itertools.count(), {attack: 1.0 for attack in ATTACKS}
-    named = ("limits", "cosine", "singular")
+    named = ("limits", "cosine")
     a_run(path, change=lambda e: spoiled(e, turn, port) | {k: e[k] | keys for k in named if k in e and e[k]})
     record = json.loads((path / "run.json").read_text())
     record = {k: v | keys if k in ("versions", "machine", "options") else v for k, v in record.items()}

@@ -228,7 +228,7 @@ def load(persona: str, *, prompts: str = "", vignettes: str = "", pos: str = "",
         n = min(n_vignettes, len(rows))
         rows = [rows[i * len(rows) // n] for i in range(n)]
     if len(rows) < 2:
-        raise ValueError(f"{path}: one vignette, need at least 2 for a standard error")
+        raise ValueError(f"{path}: {len(rows)} vignettes, need at least 2 for a standard error")
     for n, row in enumerate(rows, 1):
         check_text(f"{path}, vignette {n}", row["text"])
     contexts = check_texts(str(data / "contexts.json"), load_json(data / "contexts.json", list))

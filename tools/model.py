@@ -196,6 +196,14 @@ def try_out(name: str, model, tok, dtype: torch.dtype) -> None:
                       f"alone (cosine {likeness:.2f}), so answers in batches would be wrong")
 
 
+def left_out(model, layers: list[int]) -> str:
+    """What `lora.attach` does not adapt in these blocks, in words; "" if that is nothing."""
+    experts = sorted({name for i in layers for name, p in steer.blocks(model)[i].named_parameters()
+                      if ".experts." in f".{name}" and p.dim() == 3})
+    note = f"not adapted: the experts ({', '.join(experts)}), which are 3-D parameters and not Linear"
+    return note if experts else ""
+
+
 def fingerprint(model) -> str:
     """A checksum of the base's weights, from each tensor's name and sum: arms that compare have the same."""
     def total(p):                                               # mps has no doubles

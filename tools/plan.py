@@ -214,7 +214,7 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
                  f"{n['V']:,}, {n['parameters']:,} parameters",
         "adapted": f"{len(stack.layers)} modules ({modules}) in blocks {layers[0]}-{layers[-1]}, rank {r}: "
                    f"{n_trained:,} trained parameters",
-        "note": stack.note,
+        "note": models.left_out(made, layers),
         "memory": f"peak on {place.type} in {'4 bits' if quantize else name}, GB: "
                   + "  ".join(f"{stage} {peak / 1e9:.2f}" for stage, peak in peaks.items()),
         "disk": f"{4 * n_trained / 1e6:.1f} MB per accepted round, {4 * n_trained * rounds / 1e6:.1f} MB for "

@@ -33,14 +33,3 @@ def spectral(stack: Stack) -> Tensor:
         v = F.normalize((u @ B) @ A, dim=0, eps=1e-30)                      # [d_in]
         sigmas.append((lora.scale * (u @ lora.B) @ (lora.A @ v)).to(stack.parameters()[0].device))
     return torch.stack(sigmas).mean()
-
-
-def singular_values(stack: Stack) -> dict[str, Tensor]:
-    """Of the current round's update s * B @ A of each Linear, by name: [r] float64, largest first."""
-    squares = torch.linalg.eigvalsh(core(stack)[1]).flip(-1).clamp(min=0)   # [M, r]
-    return {name: lora.scale * row.sqrt() for (name, lora), row in zip(stack.layers.items(), squares)}
-
-
-def norm(stack: Stack) -> float:
-    """Frobenius norm of the current round over all Linears together, sqrt(sum ||s * B @ A||^2)."""
-    return torch.stack([s.square().sum() for s in singular_values(stack).values()]).sum().sqrt().item()

@@ -14,7 +14,7 @@ import torch
 import evalmfv
 import heal
 import steer
-from tools import ranks, search
+from tools import freetext, ranks, search
 from tools.files import inert, plain
 from tools.foresee import foresee
 from tools.screen import Screen
@@ -198,7 +198,7 @@ class Student:
         diary = self.answers(self.held_out[:N_DIARY], kind, rnd, greedy=True, **sampler)
 
         nlls, ratios = self.yardstick(texts + diary, self.held_out), self.ratios(texts, self.held_out)
-        free, told = (evalmfv.free_text([c.ids for c in said], found, *own)
+        free, told = (freetext.free_text([c.ids for c in said], found, *own)
                       for said, found in ((texts, nlls[:len(texts)]), (diary, nlls[len(texts):])))
         row = dict(label=label, probe=probe, nats=probe["nats"], coherence=probe["coherence"], coeff=coeff,
                    text=free["score"], text_se=free["se"], texts=[c.text for c in texts],
@@ -220,7 +220,7 @@ class Student:
             return dict(share=0.0, share_se=0.0)
         ends = [ratios if row is None else torch.tensor(row["ratios"]).double() for row in (base, prompted)]
         try:
-            share, se = evalmfv.persona_share(ratios, *ends)
+            share, se = freetext.persona_share(ratios, *ends)
         except ValueError as error:
             if kind == "prompted":                      # once: the later rows are on the same scale
                 self.screen.say(kind, None, f"warning: {error}", "yellow")
