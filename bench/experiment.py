@@ -6,11 +6,12 @@
     GRID.json   {"folder": "runs/barrier",                          a run folder per arm and seed
                  "argv": ["--rounds", "4", "--no-gate"],            what all arms have, for loop.py
                  "seeds": [0, 1, 2],
-                 "arms": {"rmse": [], "mean": ["--kl-agg", "mean"], "none": ["--reg", "nll"]}}
+                 "arms": {"rmse": [], "mean": ["--kl-agg", "mean"], "hinge": ["--variant", "hinge"]}}
 
-Two runs at a time, one thread each (two threads each slow one another up to ten times). A run that was cut
-off goes on where it stopped. Before anything is compared, run.json must say that two arms differ in the
-options which their lists name, and in nothing else: not in weights, data, versions or code.
+An arm with --variant is run by bench/variants.py, the others by loop.py. Two runs at a time, one thread each
+(two threads each slow one another up to ten times). A run that was cut off goes on where it stopped. Before
+anything is compared, run.json must say that two arms differ in the options which their lists name, and in
+nothing else: not in weights, data, versions or code.
 
 The first arm is what the others are held against: their difference is a mean over the items of all seeds, its
 interval a bootstrap over seeds and, within a seed, over items, both paired (the same prompts and draws). A
@@ -77,9 +78,10 @@ def make(grid: dict, arm: str, seed: int) -> None:
     if is_finished(path):
         return
     argv = ["--resume", str(path)] if path else command(grid, arm, seed)
-    print(f"{arm}, seed {seed}: python loop.py {' '.join(argv)}", flush=True)
+    script = "bench/variants.py" if "--variant" in command(grid, arm, seed) else "loop.py"
+    print(f"{arm}, seed {seed}: python {script} {' '.join(argv)}", flush=True)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(HERE.parent / "loop.py"), *argv], env=env, text=True,
+    done = subprocess.run([sys.executable, str(HERE.parent / script), *argv], env=env, text=True,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if done.returncode not in (0, 3):
         raise RuntimeError(f"{arm}, seed {seed}: exit code {done.returncode}: {done.stderr.strip()[-400:]}")

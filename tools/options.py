@@ -84,6 +84,9 @@ def recorded(options, groups, path) -> dict:
         return value in typing.get_args(kind) if typing.get_origin(kind) is Literal else type(value) is kind
     if not isinstance(options, dict):
         raise ValueError(f"{path}/run.json: its options are missing; the file is damaged")
+    if unknown := sorted(set(options) - set(kinds(groups))):
+        raise ValueError(f"{path}/run.json: option {unknown[0]} is none that this program has: another made "
+                         "that run, go on with that one")
     found = tidy({name: options.get(name, ...) for name in kinds(groups)})
     for name, allowed in kinds(groups).items():
         if not any(fits(found[name], kind) for kind in allowed):
