@@ -27,16 +27,11 @@ Exit codes: 0 a round was accepted, 1 the run died (run.json says why), 2 bad us
 """
 import dataclasses
 import importlib
-import json
 import math
-import shlex
 import sys
 import time
-import traceback
 import warnings
-import zlib
-from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -47,19 +42,18 @@ import heal
 import lora
 import steer
 from heal import check_ranges, opt
-from tools import folder as files
-from tools import inputs, model as models, options, ranks, search, size, template
-from tools.folder import Folder, Record, RunDied, one_line, plain
+from tools import inputs, model as models, options, ranks, search, size, table, template
+from tools.begin import begin, facts_of, surroundings
+from tools.files import one_line
+from tools.folder import Folder, check_out
+from tools.record import Record, read
 from tools.rounds import Rounds
-from tools.screen import Screen
+from tools.screen import Screen, ended
 from tools.student import Student, stage_seed, why_dropped
-from tools.table import has_moved, show, tally, to_results
 
 WORDS = ("plan", "chat", "export", "report")            # python loop.py WORD ...: tools/WORD.py
 QUICK = dict(rounds=2, n_vignettes=14, think_tokens=8, n_text=24, n_make=64, max_new_tokens=32, epochs=3)
 KEPT_LEAST = 0.25           # share of a round's answers that must pass the filter: less is no data
-CODE = ("loop", "steer", "lora", "heal", "evalmfv", "tools/student", "tools/model", "tools/inputs",
-        "tools/template", "tools/search", "tools/foresee", "tools/freetext")
 
 
 @dataclass(frozen=True)
@@ -69,8 +63,7 @@ class LoopConfig:
     revision: str = opt("", "hub revision (branch, tag or commit); empty = the default branch")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt(
         "auto", "weights of the base; auto = bfloat16 on a GPU that has it, else float32")
-    device: str = opt("auto", "cpu, cuda (ROCm too), cuda:1, mps, xpu, ...; auto = cuda if there is one; "
-                      "balanced = over all GPUs (needs the package accelerate)")
+    device: str = opt("auto", "cpu, cuda:1, mps, ...; auto = cuda if there is one; balanced = over all GPUs")
     quantize: Literal["", "4bit"] = opt("", "load the base in 4 bits (needs bitsandbytes and accelerate)")
     persona: str = opt("authority", "name in data/personas.json (authority, love), or a FILE.json")
     pos: str = opt("", "system prompt of the wanted persona (needs --neg); its trait is label-free")
@@ -80,8 +73,7 @@ class LoopConfig:
     rounds: int = opt(6, "rounds of steer, filter, heal, fold, eval", 1, 1e6)
     seed: int = opt(0, "every stage draws from its own generator, seeded by (seed, round, stage)")
     teacher: Literal["steer", "prompt", "both"] = opt(
-        "steer", "whose answers are learned: the steered student's, those under the persona prompt (rival), "
-        "or both on top of one another")
+        "steer", "whose answers are learned: the steered student's, those under the persona prompt, or both")
     kl_ref: Literal["base", "prev"] = opt("base", "the barrier's reference: the base, or the student before")
     tau_scale: float = opt(1.5, "tau = this times the persona prompt's distance from the base; take less "
                            "with --kl-ref prev", 1e-6, 1e6)
@@ -102,8 +94,6 @@ class LoopConfig:
         for name in ("model", "persona", "out"):
             if not getattr(self, name).strip():
                 raise ValueError(f"--{name} is empty: leave it out for the default")
-        if bool(self.pos) != bool(self.neg):
-            raise ValueError("--pos and --neg come together: the vector is the difference of two personas")
 
 
 GROUPS = (LoopConfig, steer.SteerConfig, lora.LoraConfig, heal.HealConfig)
@@ -111,19 +101,19 @@ FIRST = ("model", "persona", "rounds", "seed", "kl_agg", "coeff", "gate", "batch
 FREE = ("rounds", "patience", "gate", "coh_floor")      # what a run that continues may have anew
 
 
-def parse(argv=None) -> list:
+def parse(argv: list[str]) -> list:
     """The dataclasses of all rooms as one command line; exits with 2 for what cannot be meant."""
     how = dict(prog="loop.py", usage="python loop.py [MODEL] [--option value ...]",
                description=__doc__.split("\n")[0],
                epilog="; ".join(f"python loop.py {word} --help" for word in WORDS))
     try:
         args = options.command(GROUPS, FIRST, FREE, argv, preset=QUICK, **how,
-                               recorded_of=lambda path: files.read(path).run.get("options"))
+                               recorded_of=lambda path: read(path).run.get("options"))
         if args["tau"] is not None and args["reg"] == "nll":
             raise ValueError("--reg nll and --tau: without a barrier there is no tau; leave one out")
         if args["tau"] is not None and args["tau_scale"] != LoopConfig.tau_scale:
             raise ValueError("--tau and --tau-scale: the scale is for a calibrated tau; leave one out")
-        return [cls(**{f.name: args[f.name] for f in fields(cls)}) for cls in GROUPS]
+        return options.configs(GROUPS, args)
     except (ValueError, OSError) as error:
         options.parser(GROUPS, FIRST, **how).error(one_line(error))
 
@@ -180,6 +170,7 @@ class Run:
     def __init__(self, cfg, scfg, lcfg, hcfg, model, tok, folder: Folder, given: dict):
         self.cfg, self.scfg, self.folder, self.screen = cfg, scfg, folder, folder.screen
         self.rounds = Rounds(folder)
+        models.check_rank(lcfg.r, model)
         n_blocks, width = len(steer.blocks(model)), model.config.get_text_config().hidden_size
         self.hcfg = dataclasses.replace(hcfg, lr=0.4 / width if hcfg.lr is None else hcfg.lr)
         persona = given["persona"]
@@ -204,23 +195,18 @@ class Run:
         event = self.folder.once("limits", None, lambda: student.calibrate(scfg.n_make, scfg.temperature))
         self.limits, self.own = steer.Limits(**event["limits"]), (event["own_ids"], event["own_nll"])
         student.sampling["temperature"] = event["temperature"]
-        self.screen.say("limits", None, "  ".join(f"{k} {v:.3g}" for k, v in event["limits"].items())
-                        + f"  temperature {event['temperature']:g} (the base's own {event['nll']:.2f} nats)")
+        self.screen.say("limits", None, table.of_limits(event))
         self.base = self.row("base", None, "base")
         self.prompted = self.row("prompted", None, "prompted", system=student.persona["pos"][0])
         if not is_readable(self.base, self.prompted, self.cfg):
             self.screen.say("probe", None, f"warning: this model does not answer the probe (coherence "
                             f"{self.base['coherence']:.3f}): its profile means little, and it has no say in "
                             "the gate; the trait is persona_ratio", "yellow")
-        event = self.folder.once("layers", None, lambda: self.chosen() | dict(lora=self.adapted))
+        event = self.folder.once("layers", None, lambda: dict(student.band(self.bands, self.origin),
+                                                              lora=self.adapted))
         self.steered_at = event["steer"]
         self.foreseen = next((e["coeff"] for e in event["trials"] if e["band"] == event["steer"]), 1.0)
         self.screen.say("layers", None, f"steer {self.steered_at}, the best of {len(self.bands)} bands")
-
-    def chosen(self) -> dict:
-        """Which blocks are steered: {steer, trials}."""
-        given = dict(steer=self.bands[0], trials=[])
-        return given if len(self.bands) == 1 else self.student.band(self.bands, self.origin)
 
     def row(self, kind: str, rnd: int | None, label: str, **how) -> dict:
         """A row of the table, from the journal or measured now."""
@@ -229,10 +215,7 @@ class Run:
         def measure():
             row = self.student.measured(kind, rnd, label, own=self.own, base=there.get("base"),
                                         prompted=there.get("prompted"), **how)
-            share = "-" if row["share"] is None else f"{row['share']:+.2f} (se {row['share_se']:.2f})"
-            probe = f"  probe {row['trait']:+.3f} nats" if row["shift"] else ""
-            self.screen.say(kind, rnd, f"share {share}  ratio {row['persona_ratio']:+.3f}{probe}  "
-                            f"coherence {row['coherence']:.3f}  text {row['text']:.3f}")
+            self.screen.say(kind, rnd, table.of_row(row))
             return row
         return self.folder.once("row", rnd, measure, kind=kind)
 
@@ -282,43 +265,32 @@ class Run:
 
     def dose(self, rnd: int) -> dict:
         """The dose with the most trait of which enough survives, and all [{coeff, ratio, survive}]."""
-        vectors, coeff, trials, last = self.rounds.steering(rnd)["vectors"], self.scfg.coeff, [], []
-        if self.cfg.teacher == "prompt":
-            coeff = 0.0
-        elif coeff is None:
-            tries = self.student.tries(rnd, self.limits, vectors, trials, last, system=self.system)
+        vectors = self.rounds.steering(rnd)["vectors"]
+        found = dict(coeff=0.0 if self.cfg.teacher == "prompt" else self.scfg.coeff, trials=[])
+        if found["coeff"] is None:
             past = [e["coeff"] for e in self.folder.record.events if e["stage"] == "dose"]
-            try:
-                coeff, _, bound = search.find_dose(tries, (past or [self.foreseen])[-1],
-                                                   min_survive=self.scfg.min_survive)
-                if bound:
-                    self.screen.say("dose", rnd, f"warning: the search ended on its bound, {bound}", "yellow")
-            except RuntimeError as error:
-                raise type(error)(f"{error}. {why_dropped(last)}") from error   # the same kind
-        self.rounds.save_vectors(rnd, vectors, coeff=repr(coeff))
-        return dict(coeff=coeff, trials=trials)
+            found = self.student.dose(rnd, self.limits, vectors, (past or [self.foreseen])[-1],
+                                      min_survive=self.scfg.min_survive, system=self.system)
+        self.rounds.save_vectors(rnd, vectors, coeff=repr(found["coeff"]))
+        return found
 
     def made(self, rnd: int) -> dict:
         """Steered answers to the training prompts, each with the filter's verdict."""
-        steering, student = self.rounds.steering(rnd), self.student
-        n_min = math.ceil(KEPT_LEAST * self.scfg.n_make)
-        made = student.answers(student.spread(self.scfg.n_make), "make", rnd, system=self.system, **steering)
+        steering, student, n_make = self.rounds.steering(rnd), self.student, self.scfg.n_make
+        made = student.answers(student.spread(n_make), "make", rnd, system=self.system, **steering)
         made = student.judged(made, self.limits)
-        dropped = Counter(e["verdict"]["rule"] for e in made if not e["verdict"]["kept"])
-        kept = f"{len(made) - dropped.total()}/{len(made)}"
-        rules = "  ".join(f"{rule} {n}" for rule, n in sorted(dropped.items()))
-        rules = f"  dropped: {rules}" if rules else ""
-        self.screen.say("filter", rnd, f"dose {steering['coeff']:.3f}  kept {kept}{rules}")
-        if len(made) - dropped.total() < n_min:
-            raise RuntimeError(f"{kept} completions passed the filter at dose {steering['coeff']:.3f}, need "
-                               f"{n_min}; raise --n-make. {why_dropped(made)}")
+        self.screen.say("filter", rnd, table.of_made(made, steering["coeff"]))
+        n_kept, n_min = sum(e["verdict"]["kept"] for e in made), math.ceil(KEPT_LEAST * n_make)
+        if n_kept < n_min:
+            raise RuntimeError(f"{n_kept}/{n_make} completions passed the filter at dose "
+                               f"{steering['coeff']:.3f}, need {n_min}; raise --n-make. {why_dropped(made)}")
         return dict(completions=made)
 
     def night(self, rnd: int) -> None:
         what = dict(steer="steered", prompt="prompted", both="steered and prompted")[self.cfg.teacher]
         steering = self.rounds.steering(rnd)
         row = self.row("steered", rnd, f"{what}, night {rnd}", system=self.system, **steering)
-        if not has_moved(row):
+        if not table.has_moved(row):
             self.screen.say("steered", rnd, f"warning: this moves the trait by {row['moved']:+.3f} nats per "
                             f"token (se {row['moved_se']:.3f}), which may be nothing; try clearer persona "
                             "texts", "yellow")
@@ -351,26 +323,16 @@ class Run:
                                pad_id=student.pad_id, seed=stage_seed(cfg.seed, rnd, "heal"),
                                spectral=(lambda: size.spectral(stack)) if hcfg.spectral else None,
                                across=ranks.spread)
-        self.say_healed(rnd, record)
+        self.screen.say("heal", rnd, table.of_heal(record))
+        if record["warning"]:
+            by = "--tau" if self.hcfg.tau is not None else f"--tau-scale, now {cfg.tau_scale:g}"
+            self.screen.say("heal", rnd, f"warning: {record['warning']} ({by})", "yellow")
         worst = student.worst_kept(samples, reference, **self.rounds.steering(rnd), reg=hcfg.reg,
                                    pass_tokens=hcfg.pass_tokens)
         event = dict(record, worst=worst)
         stack.fold()
         self.rounds.save(rnd, "adapter", stack.tensors([stack.n_rounds - 1]))
         return event
-
-    def say_healed(self, rnd: int, record: dict) -> None:
-        steps, skipped, fired = record["steps"], len(record["skipped"]), "no barrier"
-        val = "  val {val_nll_before:.3f} -> {val_nll_after:.3f}".format(**record) if record["n_val"] else ""
-        if record["lam_eff"]:
-            fired = f"fired in {record['fired_share']:.0%} of {len(steps)} steps"
-        if skipped:
-            fired += f"  skipped {skipped} steps that were not finite"
-        self.screen.say("heal", rnd, f"nll {record['nll_first']:.3f} -> {record['nll_last']:.3f}{val}  "
-                        f"D {steps[-1]['div']:.4f}  {fired}")
-        if record["warning"]:
-            by = f"--tau-scale, now {self.cfg.tau_scale:g}" if self.hcfg.tau is None else "--tau"
-            self.screen.say("heal", rnd, f"warning: {record['warning']} ({by})", "yellow")
 
     def day(self, rnd: int, n_before: int) -> dict:
         if self.stack.n_rounds == n_before:             # healed in an earlier sitting
@@ -381,61 +343,23 @@ class Run:
 # ---- the loop ------------------------------------------------------------------------------------------
 
 
-@ranks.leads
-def begin(run: Run, argv: list[str], values: dict, facts: dict, around: dict) -> None:
-    """Make the run's folder, or go on with it. facts: what must be the same, around: what should be."""
-    cfg, folder = run.cfg, run.folder
-    if not cfg.resume:
-        slug = f"{Path(cfg.model).name}-{'custom' if cfg.pos else Path(cfg.persona).stem}"
-        defaults = {f.name: f.default for cls in GROUPS for f in fields(cls)}
-        return folder.make(Path(cfg.out), slug, argv=argv, command="python loop.py " + shlex.join(argv),
-                           options=values, defaults=defaults, **around, **facts)
-    before = folder.reopen(facts, around)
-    for name in FREE:
-        if values[name] != before["options"][name]:
-            before["options"][name], word = values[name], name.replace("_", "-")
-            before["argv"] += [f"--{word}", str(values[name])] if name != "gate" else [
-                f"--{word}" if values[name] else f"--no-{word}"]
-    if (n := n_standing(folder.record, cfg)) < len(folder.events):
-        rnd = folder.events[n]["round"]
-        run.screen.say("gate", rnd, "decides otherwise with these options: the run goes on from here")
-        folder.cut(n)
-    command = "python loop.py " + shlex.join(before["argv"])
-    folder.save(**before | dict(status="running", reason="", command=command))
-
-
 def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
     """Runs the rounds, prints the table, returns the exit code: 0 if a round was accepted, 3 if none was."""
-    given = ranks.lead(inputs.load, cfg.persona, prompts=cfg.prompts, vignettes=cfg.vignettes, pos=cfg.pos,
-                       neg=cfg.neg, model=cfg.model, n_vignettes=cfg.n_vignettes)
+    values = options.values([cfg, scfg, lcfg, hcfg])
+    given = ranks.lead(inputs.load, **{name: values[name] for name in inputs.OPTIONS})
     notes = given.pop("notes")
-    ranks.lead(files.check_out, Path(cfg.resume or cfg.out))
-    date = ranks.lead(lambda: files.read(cfg.resume).run.get("date", "") if cfg.resume else template.today())
+    ranks.lead(check_out, Path(cfg.resume or cfg.out))
+    date = ranks.lead(lambda: read(cfg.resume).run.get("date", "") if cfg.resume else template.today())
     screen = Screen()
-    with Folder(Path(cfg.resume) if cfg.resume else None, screen, lambda path: show(path, screen)) as folder:
-        from transformers.utils import logging          # slow: not for --help
-        logging.disable_progress_bar()                  # a run's output is a line per stage
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    with Folder(Path(cfg.resume) if cfg.resume else None, screen, lambda x: table.show(x, screen)) as folder:
         model, tok = ranks.shared(models.load, cfg.model, revision=cfg.revision, dtype=cfg.dtype,
                                   device=cfg.device, quantize=cfg.quantize, date=date)
-        if lcfg.r > (width := model.config.get_text_config().hidden_size):
-            raise ValueError(f"--r {lcfg.r}: more than the model's width {width}, which a rank cannot pass")
         run = Run(cfg, scfg, lcfg, hcfg, model, tok, folder, given)
-        values = {f.name: getattr(c, f.name) for c in (cfg, scfg, lcfg, run.hcfg) for f in fields(c)}
-        texts = json.dumps([given["persona"], given["contexts"], given["vignettes"]]).encode()
-        facts = dict(weights=models.fingerprint(model), template=template.template_id(tok), date=date,
-                     texts=f"{zlib.crc32(texts):08x}", persona=given["persona"],
-                     items={side: given[side] for side in ("train", "held_out")})
-        around = files.surroundings(model, CODE) | dict(commit=models.commit_of(model))
-        ranks.agree("weights, texts, code or versions", plain([facts, around["code"], around["versions"]]))
-        begin(run, argv, values | {"resume": ""}, plain(facts), around)
-        folder.path, folder.run, folder.events = ranks.lead(lambda: (folder.path, folder.run, folder.events))
-        print(files.inert(folder.run["command"]))
-        n_trained, adapted = sum(p.numel() for p in run.stack.parameters()), run.adapted
-        screen.say("model", None, f"{cfg.model}: {len(steer.blocks(model))} blocks of width "
-                   f"{width}, {str(model.dtype).removeprefix('torch.')}, lora "
-                   f"{adapted[0]}-{adapted[-1]} rank {lcfg.r}, {n_trained:,} trained parameters")
-        for note in filter(None, [*notes, *template.template_notes(tok), models.left_out(model, adapted)]):
+        begin(folder, facts_of(model, tok, given, date), surroundings(model), argv,
+              values | options.values([run.hcfg]), defaults=options.values(GROUPS), free=FREE,
+              standing=lambda record: n_standing(record, cfg))
+        screen.say("model", None, table.of_model(cfg.model, model, run.stack, run.adapted))
+        for note in filter(None, [*notes, *template.template_notes(tok), models.left_out(model, run.adapted)]):
             screen.say("note", None, note)
         run.measure_base()
 
@@ -444,7 +368,7 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
             is_new = not folder.recall("gate", rnd)
             reasons = run.one_round(rnd)["reasons"]
             if is_new:
-                show(folder.path, screen)
+                table.show(folder.path, screen)
             text = "rolled back: " + one_line("; ".join(reasons)) if reasons else "accepted"
             screen.say("gate", rnd, text, "red" if reasons else "green")
             in_a_row = in_a_row + 1 if reasons else 0
@@ -456,49 +380,20 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         folder.save(status="accepted" if record.accepted else "no round accepted", accepted=record.accepted,
                     stopped=stopped, seconds=seconds, tau=(record.of("tau") or {}).get("tau", hcfg.tau),
                     limits=run.limits)
-        show(folder.path, screen)
-        tally(record, seconds)
-        with folder.writing(folder.path.parent / "results.tsv"):
-            to_results(record, seconds)
+        table.close(folder, seconds)
     return 0 if record.accepted else 3
 
 
-def plan(argv: list[str]) -> int:
-    """What a run with these options, or those of a RUN folder, would need; reads no weights."""
-    from tools import plan as planner
-    if argv and (Path(argv[0]) / "run.json").is_file():
-        values = options.recorded(files.read(argv[0]).run.get("options"), GROUPS, argv[0])
-    else:
-        values = {f.name: getattr(c, f.name) for c in parse(argv) for f in fields(c)}
-    names = ("persona", "prompts", "vignettes", "pos", "neg", "model", "n_vignettes")
-    given = {name: values[name] for name in names}
-    print(*planner.plan(inputs.load(**given), **{k: values[k] for k in planner.OPTIONS}), sep="\n")
-    return 0
-
-
 def main(argv=None) -> int:
-    for stream in (sys.stdout, sys.stderr):             # a model does not care about the terminal's alphabet
-        if hasattr(stream, "reconfigure"):              # a notebook's streams have no alphabet to set
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        if argv[:1] == ["plan"]:
-            return plan(argv[1:])
+
+    def command() -> int:
         if argv[:1] and argv[0] in WORDS:
-            return importlib.import_module(f"tools.{argv[0]}").main(argv[1:])
+            word = importlib.import_module(f"tools.{argv[0]}").main
+            return word(argv[1:], GROUPS, parse) if argv[0] == "plan" else word(argv[1:])
         ranks.start()
         return ranks.end(loop(*ranks.lead(parse, argv), argv))
-    except KeyboardInterrupt:
-        ranks.complain("loop.py: interrupted")
-        return 130
-    except (RunDied, ValueError, RuntimeError, OSError) as error:
-        ranks.complain(f"loop.py: {one_line(error)}")
-        return 1 if isinstance(error, (RunDied, ranks.RankLost)) else 2
-    except Exception as error:                          # not foreseen, and no run folder yet to keep it
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{at.filename}, line {at.lineno}"
-        ranks.complain(f"loop.py: unexpected {type(error).__name__} in {where}: {one_line(error)}")
-        return 1
+    return ended(command)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WINDOW = 8                  # tokens of the running window over nll: a clause
-KEEP = 0.95                 # share of the base's own answers that is within the limits, all rules together
-SLACK = 0.2                 # room above that, for prompts and draws not seen: of the nats, or of the way to 1
-MOST_LOOP = 0.5             # highest limit on loops: a base that loops by itself is no yardstick for them
 across = lambda work, rows: work(rows)                  # who does the rows of a pass: see tools/ranks.py
 SENTINEL = "ZZuniq_Sentinel_ZZ"                     # shows where a template puts the words it is given
 
@@ -145,20 +142,6 @@ def readings(completion: Completion, nll: Tensor) -> dict:
                            "load the model in bfloat16 or float32, not float16")
     return {"worst_window": worst_mean(nll.double().cpu(), WINDOW),     # nats per token
             "loop": repeats(completion.text, 12, 64)}                   # share
-
-
-def calibrate_limits(base: list[dict]) -> Limits:
-    """The largest readings of the usual KEEP of the base's own answers, with SLACK.
-
-    base: `readings` of the untouched base's answers, half of them bare and half under the persona prompt,
-    with the sampler, prompts and length of what will be judged: a maximum over windows grows with all three.
-    An answer is as unusual as its most unusual reading: the share of answers that read less.
-    """
-    x = torch.tensor([[r["worst_window"], r["loop"]] for r in base], dtype=torch.float64)   # [n, 2]
-    unusual = (x < x[:, None]).double().mean(1).amax(1)                                     # [n]
-    usual = unusual.argsort(stable=True)[:math.ceil(KEEP * len(base))]                      # [KEEP * n]
-    worst_window, loop = x[usual].amax(0).tolist()
-    return Limits((1 + SLACK) * worst_window, min(loop + SLACK * (1 - loop), MOST_LOOP))
 
 
 def judge(completions: list[Completion], nlls: list[Tensor], limits: Limits, *, patterns=()) -> list[Verdict]:

@@ -35,11 +35,12 @@ from common import (FAMILIES, FOUNDATIONS, HAVE_EXPERTS, PREFILL, SPECIALS, TEMP
 from heal import (AGGREGATES, HealConfig, Passes, Sample, aggregate, divergences,               # noqa: E402
                   forward_kl, heal, lr_factor, naive_losses, reverse_kl, split, token_losses)
 from lora import attach                                         # noqa: E402
-from steer import (Completion, Limits, calibrate_limits, choose, fit_vectors, generate,         # noqa: E402
+from steer import (Completion, Limits, choose, fit_vectors, generate,                           # noqa: E402
                    judge, readings, render, repeats, steered, token_nll)
 from tools import folder as files, inputs, model as models, search, size                        # noqa: E402
 from tools.files import read_tensors                            # noqa: E402
 from tools.foresee import foresee                               # noqa: E402
+from tools.search import calibrate_limits                       # noqa: E402
 
 
 # ==== heal.py ===============================================================================================
@@ -1090,7 +1091,7 @@ def test_limits_keep_95_of_100_of_the_bases_own_answers_together(monkeypatch):
     x = torch.rand(200, 2, generator=rng, dtype=torch.float64)
     base = [dict(worst_window=a, loop=0.3 * b) for a, b in x.tolist()]
     slack = calibrate_limits(base)
-    monkeypatch.setattr(steer, "SLACK", 0.0)
+    monkeypatch.setattr(search, "SLACK", 0.0)
     bare = calibrate_limits(base)
     kept = sum(r["worst_window"] <= bare.worst_window and r["loop"] <= bare.loop for r in base)
     assert 190 <= kept <= 195, kept
@@ -1737,7 +1738,7 @@ def test_a_persona_of_two_sentences_has_a_trait_without_labels_and_a_refused_rou
 
 
 def test_a_search_without_an_answer_tells_what_was_dropped(small_vignettes, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(steer, "calibrate_limits", lambda *_: Limits(1e-6, 1.0))
+    monkeypatch.setattr(search, "calibrate_limits", lambda *_: Limits(1e-6, 1.0))
     monkeypatch.setattr(common, "TINY", [x for x in common.TINY if x not in ("--coeff", "0.4")])
     code, record = common.run_loop(tmp_path, small_vignettes)
     reason = record.of("gate")["reasons"][0]

@@ -17,8 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
 
 import steer                                                    # noqa: E402
 import world                                                    # noqa: E402
-from tools import search                                        # noqa: E402
-from tools import inputs, model as models                       # noqa: E402
+from tools import inputs, model as models, search               # noqa: E402
 
 FOREIGN = ["el gato duerme en la cocina", "wir gehen heute nicht nach Hause", "je ne sais pas pourquoi",
            "vormital gresno pladeke", "kolibra tustek manorim", "das ist mir egal"]
@@ -86,7 +85,7 @@ def main(argv=None) -> None:
         return steer.mixture_nll(*nlls)
 
     own = answers("train", 0) + answers("train", 1, system=persona["pos"][0])
-    limits = steer.calibrate_limits([steer.readings(*x) for x in zip(own, yardstick("train", own))])
+    limits = search.calibrate_limits([steer.readings(*x) for x in zip(own, yardstick("train", own))])
     print(f"{limits} from {len(own)} answers of the base, bare and prompted\n")
     rows = [("base", c) for c in answers("held_out", 2)]
     rows += [("prompted", c) for c in answers("held_out", 3, system=persona["pos"][0])]

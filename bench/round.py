@@ -28,7 +28,7 @@ import lora  # noqa: E402
 import steer  # noqa: E402
 from measure import embedded, seconds_of, table, write_json  # noqa: E402
 from tools import model  # noqa: E402
-from tools.search import N_PROBE, band, find_dose  # noqa: E402
+from tools.search import N_PROBE, band, calibrate_limits, find_dose  # noqa: E402
 
 DOSE = 0.487  # of the answers that both sides score and train on
 
@@ -52,7 +52,7 @@ class Work:
         self.cfg = heal.HealConfig(lr=1e-3, tau=0.1, epochs=2 if tiny else 5)
         self.pad = steer.pad_of(self.tok, self.model)
         own = steer.generate(self.model, self.tok, self.prompts(self.n_make), max_new_tokens=self.n_new)
-        self.limits = steer.calibrate_limits(list(map(steer.readings, own, self.yardstick(own))))
+        self.limits = calibrate_limits(list(map(steer.readings, own, self.yardstick(own))))
         self.made = self.answers(self.n_make, DOSE)             # trained on and scored by both sides
         self.samples = [heal.Sample(c.prompt_ids + c.ids, len(c.prompt_ids), c.prompt) for c in self.made]
         self.samples = self.samples[:len(self.samples) // 4 * 4]

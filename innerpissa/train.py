@@ -28,6 +28,7 @@ from innerpissa.dilemmas import table                           # noqa: E402
 from innerpissa.methods import ABLATIONS, METHODS, VECTORS, Bench           # noqa: E402
 from lora import check_ranges, opt                              # noqa: E402
 from tools import folder, inputs, model as models, options, svg, template     # noqa: E402
+from tools.begin import facts_of, surroundings                  # noqa: E402
 from tools.rounds import Rounds, restack                        # noqa: E402
 from tools.screen import Screen                                 # noqa: E402
 from tools.student import Student                               # noqa: E402
@@ -165,11 +166,8 @@ def write_run(bench: Bench, tensors: dict, argv: list[str], values: dict, date: 
     with folder.Folder(None, screen) as run:
         run.make(Path(cfg.out), f"{Path(cfg.model).name}-{Path(cfg.persona).stem}-innerpissa", argv=argv,
                  command="python innerpissa/train.py " + shlex.join(argv), options=values,
-                 defaults={f.name: f.default for cls in GROUPS for f in fields(cls)}, date=date,
-                 **folder.surroundings(model, CODE), commit=models.commit_of(model),
-                 weights=models.fingerprint(model), template=template.template_id(tok),
-                 persona=given["persona"], how=HOW.format(cfg.c),
-                 items={side: given[side] for side in ("train", "held_out")})
+                 defaults=options.values(GROUPS), how=HOW.format(cfg.c), **surroundings(model, CODE),
+                 **facts_of(model, tok, given, date))
         rounds = Rounds(run)
         rounds.save(0, "adapter", tensors, c=cfg.c)
         stack = restack(model, [rounds.path(0, "adapter")])
@@ -198,8 +196,8 @@ def write_run(bench: Bench, tensors: dict, argv: list[str], values: dict, date: 
 def key_of(groups, method: str, seed: int, changes: dict, code: str) -> str:
     """What a cell depends on: its options, the texts it was given and the code."""
     free = {"out", "methods", "n_seeds", "seed", "c", "cells", "ablate", "figure"}
-    values = {f.name: getattr(c, f.name) for c in groups for f in fields(c) if f.name not in free}
-    return f"{zlib.crc32(json.dumps([values, method, seed, changes, code]).encode()):08x}"
+    held = {name: value for name, value in options.values(groups).items() if name not in free}
+    return f"{zlib.crc32(json.dumps([held, method, seed, changes, code]).encode()):08x}"
 
 
 def read_cells(path: str) -> dict[str, dict]:
@@ -266,12 +264,11 @@ def train(cfg: TrainConfig, scfg: spin.SpinConfig, ccfg: contrast.ContrastConfig
     bench = Bench(*groups, model, tok, given, items, target, Screen())
     for note in notes:
         bench.screen.say("note", None, note)
-    done, first = measure(bench, groups, known, folder.surroundings(model, CODE)["code"])
+    done, first = measure(bench, groups, known, surroundings(model, CODE)["code"])
     if cfg.figure:
         folder.write_whole(cfg.figure, figure(done, target).encode())
     if first and cfg.out:
-        values = {f.name: getattr(c, f.name) for c in groups for f in fields(c)}
-        values |= dict(quantize="", pos="", neg="")         # what the readers of a run expect
+        values = options.values(groups) | dict(quantize="", pos="", neg="")     # what the readers expect
         where = shlex.quote(str(write_run(bench, first, argv, values, date)))
         print(f"\nread     {where}/report.html\nchat     python loop.py chat {where}\n"
               f"export   python loop.py export {where} --to peft")
@@ -287,7 +284,7 @@ def main(argv=None) -> int:
     given = args.pop("positional_model")
     try:
         args = options.tidy(args if given is None else args | dict(model=given))
-        return train(*[cls(**{f.name: args[f.name] for f in fields(cls)}) for cls in GROUPS], argv)
+        return train(*options.configs(GROUPS, args), argv)
     except KeyboardInterrupt:
         return 130
     except (ValueError, RuntimeError, OSError) as error:

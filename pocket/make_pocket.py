@@ -26,7 +26,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llam
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import world  # noqa: E402  (a script's own folder and the rooms beside it)
-from tools.search import N_PROBE, band, find_dose  # noqa: E402
+from tools.search import N_PROBE, band, calibrate_limits, find_dose  # noqa: E402
 
 SPECIALS = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<think>", "</think>"]
 # one split per word, number, run of punctuation, line break with its indent, and "# comment": the probe's
@@ -364,7 +364,7 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
 
         own, _ = answers(asked["train"], cfg.n_make, seed=4)
         voiced, _ = answers(asked["train"], cfg.n_make, seed=4, system=persona["pos"][0])
-        limits = steer.calibrate_limits(list(map(steer.readings, own + voiced, yardstick(own + voiced))))
+        limits = calibrate_limits(list(map(steer.readings, own + voiced, yardstick(own + voiced))))
         patterns = [*persona["patterns"], *inputs.PATTERNS]
 
         def survivors(coeff, n, seed):

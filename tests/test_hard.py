@@ -3,7 +3,6 @@ devices, and what is refused in a sentence before any work."""
 import dataclasses
 import inspect
 import math
-import types
 import warnings
 
 import pytest
@@ -20,6 +19,8 @@ import steer
 from heal import HealConfig, Sample, aggregate, divergences, heal, reverse_kl, token_losses
 from lora import LoraConfig, attach
 from steer import SteerConfig, fit_vectors, generate, render, steered, token_nll
+from tools import search
+from tools.student import Student
 
 pytest_plugins = ["shared"]
 
@@ -44,15 +45,14 @@ def test_out_of_memory_halves_the_pass_and_changes_no_number():
 
 
 def test_memory_that_runs_out_in_the_search_of_the_dose_is_no_refused_round(monkeypatch):
-    run, some = loop.Run.__new__(loop.Run), types.SimpleNamespace
-    run.cfg, run.scfg, run.limits, run.system = some(teacher="steer"), SteerConfig(), None, ""
-    run.rounds, run.student = some(steering=lambda rnd: dict(vectors={})), some(tries=lambda *a, **kw: None)
+    student = Student.__new__(Student)
+    student.seed, student.train = 0, ["Hi"]
     for kind in (torch.OutOfMemoryError, RuntimeError):         # the first ends the run, the second its round
         def fails(*_, **__):
             raise kind("too much")
-        monkeypatch.setattr(loop.search, "find_dose", fails)
+        monkeypatch.setattr(search, "find_dose", fails)
         with pytest.raises(RuntimeError, match="too much") as raised:
-            run.dose(0)
+            student.dose(0, None, {}, min_survive=0.5)
         assert raised.type is kind
 
 

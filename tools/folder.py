@@ -17,26 +17,20 @@ import platform
 import re
 import shlex
 import signal
-import subprocess
 import threading
 import time
 import traceback
-import zlib
 from pathlib import Path
-
-import torch
 
 from tools import ranks
 from tools.files import inert, one_line, plain, write_whole
 from tools.record import FORMAT, Record, read
-from tools.screen import Screen
+from tools.screen import RunDied, Screen
 
 try:
     import fcntl
 except ImportError:                                     # Windows: nothing keeps a second process out
     fcntl = None
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def check_out(out: Path) -> None:
@@ -45,29 +39,6 @@ def check_out(out: Path) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK):
         what = "read-only" if there.is_dir() else "a file, not a folder"
         raise ValueError(f"--out {out}: {there} is {what}; choose another folder")
-
-
-def surroundings(model, code: tuple[str, ...]) -> dict:
-    """What else a number depends on: versions, threads, device, and the files of this code that are named."""
-    from importlib.metadata import version
-    read = b"".join((ROOT / f"{name}.py").read_bytes() for name in code)
-
-    def git(*words):
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
-    commit = ""
-    with contextlib.suppress(FileNotFoundError):        # + if files differ from the commit; "" outside git
-        commit = git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
-    return dict(versions=dict(python=platform.python_version(), torch=torch.__version__,
-                              transformers=version("transformers")),
-                machine=dict(system=platform.platform(), device=str(model.device), dtype=str(model.dtype),
-                             threads=torch.get_num_threads(), ranks=ranks.WORLD,
-                             gpu=torch.cuda.get_device_name(model.device)
-                             if model.device.type == "cuda" else ""),
-                git=commit, code=f"{zlib.crc32(read):08x}")
-
-
-class RunDied(RuntimeError):
-    """The run ended by an error after its folder was made: not a matter of usage, and it can be continued."""
 
 
 class Folder:

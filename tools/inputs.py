@@ -6,6 +6,7 @@
 Everything is checked before a model is loaded; a ValueError names the file and the line or entry.
 """
 import csv
+import inspect
 import json
 import re
 from pathlib import Path
@@ -238,3 +239,6 @@ def load(persona: str, *, prompts: str = "", vignettes: str = "", pos: str = "",
     persona = {key: value for key, value in found.items() if key != "prompts"}
     return dict(persona=persona, train=train, held_out=held_out, vignettes=rows, contexts=contexts,
                 notes=notes)
+
+
+OPTIONS = tuple(inspect.signature(load).parameters)             # the names of the options it takes

@@ -8,7 +8,7 @@ only after an hour.
 """
 import json
 import re
-import sys
+import warnings
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,6 +99,12 @@ def config_of(name: str, revision: str = ""):
     return where, config, getattr(transformers, kind) if is_own else transformers.AutoModelForCausalLM
 
 
+def check_rank(r: int, model) -> None:
+    """ValueError if an adapter of rank r is wider than the model."""
+    if r > (width := model.config.get_text_config().hidden_size):
+        raise ValueError(f"--r {r}: more than the model's width {width}, which a rank cannot pass")
+
+
 def commit_of(model) -> str:
     """The hub commit whose files were loaded; "" for a folder or a file."""
     return getattr(model.config, "_commit_hash", None) or ""
@@ -130,8 +136,8 @@ def load(name: str, *, revision: str = "", dtype: str = "auto", device: str = "a
                              f"pip install {package}")
     from transformers import BitsAndBytesConfig
     from transformers.utils import cached_file, logging
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()                          # a bar in a log file is a hundred lines
+    logging.disable_progress_bar()                              # a bar in a log file is a hundred lines
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     quiet = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
     if not is_gguf and cached_file(where, "adapter_config.json", revision=same["revision"], **quiet):
         raise refusal(name, "an adapter (adapter_config.json) lies beside its config.json, and would be "

@@ -76,6 +76,28 @@ def command(groups, first: tuple, free: tuple, argv, *, preset: dict, recorded_o
     return args
 
 
+def values(configs) -> dict:
+    """The options of dataclasses as one dict; of classes, their defaults."""
+    return {f.name: getattr(config, f.name) for config in configs for f in dataclasses.fields(config)}
+
+
+def configs(groups, values: dict) -> list:
+    """One dataclass of each group."""
+    return [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)}) for cls in groups]
+
+
+def renewed(run: dict, values: dict, free: tuple[str, ...]) -> dict:
+    """{options, argv} of a recorded run that goes on with the `free` ones among these values."""
+    before, argv = run["options"], list(run["argv"])
+    for name in [name for name in free if values[name] != before[name]]:
+        value, word = values[name], name.replace("_", "-")
+        if isinstance(value, bool):
+            argv.append(f"--{word}" if value else f"--no-{word}")
+        else:
+            argv += [f"--{word}", str(value)]
+    return dict(options=before | {name: values[name] for name in free}, argv=argv)
+
+
 def recorded(options, groups, path) -> dict:
     """The options of the run in `path`, checked as if they had been typed; ValueError if one cannot be."""
     def fits(value, kind) -> bool:

@@ -8,6 +8,7 @@ held against the rates of a large matrix product and of a copy, measured here in
 import inspect
 import math
 import time
+from pathlib import Path
 
 import torch
 
@@ -15,8 +16,8 @@ import evalmfv
 import heal
 import lora
 import steer
-from tools import model as models
-from tools import search
+from tools import inputs, model as models, options, search
+from tools.record import read
 from tools.refusals import named_errors
 from tools.student import N_DIARY, N_FORESEE, N_TOKENS, N_TRIAL
 
@@ -139,11 +140,11 @@ def tokens_of(text: str) -> int:
     return len(text) // 4 + 16
 
 
-def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, quantize: str, rounds: int,
+def plan(given: dict, *, model: str, revision: str, dtype: str, device: str, quantize: str, rounds: int,
          n_text: int, think_tokens: int, batch_size: int, n_make: int, coeff: float | None,
          max_new_tokens: int, r: int, alpha: float, lora_band: tuple[float, float], epochs: int,
          heal_batch: int, pass_tokens: int) -> list[str]:
-    """Lines to print. inputs: what `inputs.load` gave; the others are the run's options. ValueError if it
+    """Lines to print. given: what `inputs.load` gave; the others are the run's options. ValueError if it
     cannot be."""
     place, number = models.placed(device, dtype)
     _, config, kind = models.config_of(model, revision)
@@ -151,23 +152,22 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
         made = getattr(kind, "from_config", kind)(config)       # the Auto class, or the model's own
         made.tie_weights()                                      # transformers 5.0 leaves that to loading
         n, n_blocks = sizes(made), len(steer.blocks(made))
-    if r > n["d"]:
-        raise ValueError(f"--r {r}: more than the model's width {n['d']}, which a rank cannot pass")
+    models.check_rank(r, made)
     layers = search.band(n_blocks, *lora_band)
     stack = lora.attach(made, r=r, alpha=alpha, layers=layers)
     n_trained = sum(p.numel() for p in stack.parameters())
 
     # ---- lengths, in tokens
-    persona, prompts, answer = inputs["persona"], inputs["train"] + inputs["held_out"], max_new_tokens
+    persona, prompts, answer = given["persona"], given["train"] + given["held_out"], max_new_tokens
     voices = persona["pos"] + persona["neg"]
     system, prompt = (sum(map(tokens_of, texts)) // len(texts) for texts in (voices, prompts))
     longest = max(map(tokens_of, voices)) + max(map(tokens_of, prompts)) + answer
-    asked = [tokens_of(evalmfv.question(v["text"], evalmfv.FOUNDATIONS)) for v in inputs["vignettes"]]
+    asked = [tokens_of(evalmfv.question(v["text"], evalmfv.FOUNDATIONS)) for v in given["vignettes"]]
     short, frame = prompt + answer, max(asked) + think_tokens + 32
 
     # ---- counts: every round accepted, no answer ended early; of the searches what they usually take
     n_rows, n_meter = 2 + 2 * rounds, len(persona["meter_pos"] + persona["meter_neg"])
-    n_asked, n_held_out = len(inputs["train"]), len(inputs["held_out"])
+    n_asked, n_held_out = len(given["train"]), len(given["held_out"])
     searched = [] if coeff else [7 * search.N_PROBE] + [5 * search.N_PROBE] * (rounds - 1)      # answers
     batches = [min(n_make, N_TRIAL)] * len(search.TEMPERATURES) + [n_make] * 2 + [N_FORESEE]    # asked for
     batches += searched + rounds * [n_make] + n_rows * [n_text, N_DIARY]                        # at once
@@ -183,7 +183,7 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
             + (rounds + 2) * scored(n_make, n_asked, 1)
             + n_rows * scored(n_text + N_DIARY, n_held_out, 1 + n_meter)
             + rounds * N_WORST * n_make * short + n_foreseen * (prompt + N_TOKENS) + 2 * n_rows * sum(asked)
-            + rounds * 2 * len(inputs["contexts"]) * (system + prompt))
+            + rounds * 2 * len(given["contexts"]) * (system + prompt))
     trained = rounds * epochs * n_make * short
 
     width, rows, probe_rows = number.itemsize, min(batch_size, max(batches)), min(batch_size, 2 * len(asked))
@@ -234,5 +234,15 @@ def plan(inputs: dict, *, model: str, revision: str, dtype: str, device: str, qu
     return [f"{word:9s} {line}" for word, line in lines.items() if line]
 
 
-# the names of what a caller takes from a run's options
-OPTIONS = tuple(inspect.signature(plan).parameters)[1:]
+OPTIONS = tuple(inspect.signature(plan).parameters)[1:]         # the names of the options it takes
+
+
+def main(argv: list[str], groups, parse) -> int:
+    """Prints the plan of a RUN folder or of a command line: parse(argv) -> dataclasses of `groups`."""
+    if argv and (Path(argv[0]) / "run.json").is_file():
+        values = options.recorded(read(argv[0]).run.get("options"), groups, argv[0])
+    else:
+        values = options.values(parse(argv))
+    given = inputs.load(**{name: values[name] for name in inputs.OPTIONS})
+    print(*plan(given, **{name: values[name] for name in OPTIONS}), sep="\n")
+    return 0

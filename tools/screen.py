@@ -1,11 +1,13 @@
-"""Screen: the terminal of a run."""
+"""Screen: the terminal of a run, and how a command ends on it."""
 import contextlib
 import os
 import shutil
 import sys
 import time
+import traceback
 
-from tools.files import inert
+from tools import ranks
+from tools.files import inert, one_line
 
 
 class Screen:
@@ -50,3 +52,30 @@ class Screen:
                 handle.remove()
             if shown != begin:
                 print("\r" + " " * width + "\r", end="", flush=True)
+
+
+# ---- the end of a command ----------------------------------------------------------------------------------
+
+
+class RunDied(RuntimeError):
+    """The run ended by an error after its folder was made: not a matter of usage, and it can be continued."""
+
+
+def ended(command) -> int:
+    """The exit code of command(), or of the error that it ends with, which is one sentence on stderr."""
+    for stream in (sys.stdout, sys.stderr):             # a model does not care about the terminal's alphabet
+        if hasattr(stream, "reconfigure"):              # a notebook's streams have no alphabet to set
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    try:
+        return command()
+    except KeyboardInterrupt:
+        ranks.complain("loop.py: interrupted")
+        return 130
+    except (ValueError, RuntimeError, OSError) as error:
+        ranks.complain(f"loop.py: {one_line(error)}")
+        return 1 if isinstance(error, (RunDied, ranks.RankLost)) else 2
+    except Exception as error:                          # not foreseen, and no run folder yet to keep it
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{at.filename}, line {at.lineno}"
+        ranks.complain(f"loop.py: unexpected {type(error).__name__} in {where}: {one_line(error)}")
+        return 1

@@ -1,15 +1,24 @@
-"""Search: which blocks to steer and how much, by what that does. Pure functions: the caller tries.
+"""Search: which blocks to steer, how much, and what passes the filter, by what that does on this model.
 
-The band is chosen once a run, by what steering would make the base say next (`foresee`, exact
-means); the dose in every round, by sampled answers and the share of them that survives the filter. There is
-no ceiling at 1.0: a vector may be a hundredth of the state that it is added to.
+The filter's limits are read off the base's own answers. The band is chosen once a run, by what steering would
+make the base say next (`foresee`, exact means); the dose in every round, by sampled answers and the share of
+them that survives the filter. There is no ceiling at 1.0: a vector may be a hundredth of the state that it is
+added to. Pure functions: the caller tries.
 """
 import math
 from typing import Callable
 
+import torch
+
+from steer import Limits
+
 N_PROBE = 24                # answers per dose of the search: enough to tell .8 from .95 survival
 TEMPERATURES = 1.0, 0.7, 0.5        # the default is the first at which the base's own answers cost it at
 MAX_NLL = 1.5                       # most so many nats per token; SmolLM2-135M at 1.0: 1.9, and much nonsense
+
+KEEP = 0.95                 # share of the base's own answers that is within the limits, all rules together
+SLACK = 0.2                 # room above that, for prompts and draws not seen: of the nats, or of the way to 1
+MOST_LOOP = 0.5             # highest limit on loops: a base that loops by itself is no yardstick for them
 
 
 def band(n_layers: int, lo: float, hi: float) -> list[int]:
@@ -81,3 +90,18 @@ def find_dose(try_doses: Callable[[list[float]], list], first: float = 1.0, *, m
     dose_of = {rung: coeff_min * 2 ** (rung / 2) for rung in sorted(trials)}
     bound = {0: "coeff_min", n_rungs: "coeff_max"}.get(best, "")
     return dose_of[best], [(dose, *trials[rung]) for rung, dose in dose_of.items()], bound
+
+
+def calibrate_limits(base: list[dict]) -> Limits:
+    """The largest readings of the usual KEEP of the base's own answers, with SLACK.
+
+    base: `steer.readings` of the untouched base's answers, half of them bare and half under the persona
+    prompt, with the sampler, prompts and length of what will be judged: a maximum over windows grows with
+    all three.
+    An answer is as unusual as its most unusual reading: the share of answers that read less.
+    """
+    x = torch.tensor([[r["worst_window"], r["loop"]] for r in base], dtype=torch.float64)   # [n, 2]
+    unusual = (x < x[:, None]).double().mean(1).amax(1)                                     # [n]
+    usual = unusual.argsort(stable=True)[:math.ceil(KEEP * len(base))]                      # [KEEP * n]
+    worst_window, loop = x[usual].amax(0).tolist()
+    return Limits((1 + SLACK) * worst_window, min(loop + SLACK * (1 - loop), MOST_LOOP))

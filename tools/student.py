@@ -125,7 +125,7 @@ class Student:
         # the trait itself is no incoherence: what the prompted base says must pass the filter too
         voiced = self.answers(self.spread(n), "own", None, system=self.persona["pos"][0])
         nlls = self.yardstick(own + voiced, self.train)
-        limits = steer.calibrate_limits([steer.readings(c, nll) for c, nll in zip(own + voiced, nlls)])
+        limits = search.calibrate_limits([steer.readings(c, nll) for c, nll in zip(own + voiced, nlls)])
         return dict(limits=limits, temperature=self.sampling["temperature"], nll=calm,
                     own=[c.text for c in own], voiced=[c.text for c in voiced],
                     own_ids=[c.ids for c in own + voiced], own_nll=nlls)
@@ -135,6 +135,8 @@ class Student:
 
         What it may cost is a tenth more nats than the base's own, or the persona prompt's if that is more.
         """
+        if len(bands) == 1:
+            return dict(steer=bands[0], trials=[])
         users, persona = self.spread(N_FORESEE), self.persona
         answers = [dataclasses.replace(c, ids=c.ids[:N_TOKENS]) for c in self.answers(users, "band", None)]
 
@@ -152,16 +154,16 @@ class Student:
         return dict(steer=chosen, limit=limit,
                     trials=[dict(band=band, ratio=effect, coeff=dose) for band, effect, dose in ranked])
 
-    def tries(self, rnd: int, limits: steer.Limits, vectors: dict, trials: list, last: list, *, system=""):
-        """What `search.find_dose` asks of each dose: the trait of the answers that pass, and their share.
+    def dose(self, rnd: int, limits: steer.Limits, vectors: dict, first: float, *, min_survive: float, system="") -> dict:
+        """The dose with the most trait of which enough answers pass the filter, near `first`: {coeff, trials}.
 
-        All doses of a step are one batch with the same draws. Appends {coeff, ratio, survive} to trials, and
-        keeps the answers at the last dose in `last`.
+        trials: {coeff, ratio, survive} of each dose tried, the mean trait of the answers that pass and their
+        share. All doses of a step are one batch with the same draws. RuntimeError if none survives.
         """
         rng = torch.Generator().manual_seed(stage_seed(self.seed, rnd, "probed prompts"))
         order = torch.randperm(len(self.train), generator=rng).tolist()
         probed = [self.train[i] for i in order[:search.N_PROBE]]
-        n, seed = len(probed), stage_seed(self.seed, rnd, "probe")
+        n, seed, trials, last = len(probed), stage_seed(self.seed, rnd, "probe"), [], []
 
         def try_doses(coeffs):
             n_passes = self.sampling["max_new_tokens"]
@@ -176,7 +178,13 @@ class Student:
                 ratio = ratios[i * n:(i + 1) * n][passed].mean().item() if passed.any() else -math.inf
                 trials.append(dict(coeff=coeff, ratio=ratio, survive=passed.double().mean().item()))
             return ranks.lead(lambda: [(x["ratio"], x["survive"]) for x in trials[-len(coeffs):]])
-        return try_doses
+        try:
+            coeff, _, bound = search.find_dose(try_doses, first, min_survive=min_survive)
+        except RuntimeError as error:
+            raise type(error)(f"{error}. {why_dropped(last)}") from error       # the same kind
+        if bound:
+            self.screen.say("dose", rnd, f"warning: the search ended on its bound, {bound}", "yellow")
+        return dict(coeff=coeff, trials=trials)
 
     # ---- a row of the table
 

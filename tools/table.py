@@ -1,9 +1,12 @@
-"""Table: what a run shows of itself: the closing table, its line of results.tsv, its report."""
+"""Table: what a run shows of itself: a line per stage, the closing table, results.tsv, its report."""
 import shlex
+from collections import Counter
 from pathlib import Path
 
+import steer
 from tools import ranks, report
 from tools.files import inert, one_line, write_whole
+from tools.folder import Folder
 from tools.record import Record
 from tools.screen import Screen
 
@@ -15,6 +18,49 @@ def has_moved(row: dict) -> bool:
 
 def shown(x: float | None, se: float | None, spec: str = "+.2f") -> str:
     return "-" if x is None else f"{x:{spec}} ± {se:{spec.replace('+', '')}}"
+
+
+# ---- the lines of the stages -------------------------------------------------------------------------------
+
+
+def of_model(name: str, model, stack, layers: list[int]) -> str:
+    text, n_trained = model.config.get_text_config(), sum(p.numel() for p in stack.parameters())
+    return (f"{name}: {len(steer.blocks(model))} blocks of width {text.hidden_size}, "
+            f"{str(model.dtype).removeprefix('torch.')}, lora {layers[0]}-{layers[-1]} rank "
+            f"{len(stack.parameters()[0])}, {n_trained:,} trained parameters")
+
+
+def of_limits(event: dict) -> str:
+    limits = "  ".join(f"{rule} {limit:.3g}" for rule, limit in event["limits"].items())
+    return f"{limits}  temperature {event['temperature']:g} (the base's own {event['nll']:.2f} nats)"
+
+
+def of_row(row: dict) -> str:
+    share = "-" if row["share"] is None else f"{row['share']:+.2f} (se {row['share_se']:.2f})"
+    probe = f"  probe {row['trait']:+.3f} nats" if row["shift"] else ""
+    return (f"share {share}  ratio {row['persona_ratio']:+.3f}{probe}  coherence {row['coherence']:.3f}  "
+            f"text {row['text']:.3f}")
+
+
+def of_made(judged: list[dict], coeff: float) -> str:
+    dropped = Counter(e["verdict"]["rule"] for e in judged if not e["verdict"]["kept"])
+    rules = "  ".join(f"{rule} {n}" for rule, n in sorted(dropped.items()))
+    return (f"dose {coeff:.3f}  kept {len(judged) - dropped.total()}/{len(judged)}"
+            + f"  dropped: {rules}" * bool(rules))
+
+
+def of_heal(record: dict) -> str:
+    steps, n_skipped, fired = record["steps"], len(record["skipped"]), "no barrier"
+    val = "  val {val_nll_before:.3f} -> {val_nll_after:.3f}".format(**record) if record["n_val"] else ""
+    if record["lam_eff"]:
+        fired = f"fired in {record['fired_share']:.0%} of {len(steps)} steps"
+    if n_skipped:
+        fired += f"  skipped {n_skipped} steps that were not finite"
+    return (f"nll {record['nll_first']:.3f} -> {record['nll_last']:.3f}{val}  D {steps[-1]['div']:.4f}  "
+            f"{fired}")
+
+
+# ---- the end of a run --------------------------------------------------------------------------------------
 
 
 def tally(record: Record, seconds: float) -> None:
@@ -83,3 +129,11 @@ def show(path: Path, screen: Screen) -> None:
         report.write(path)
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         screen.say("report", None, f"not written: {type(error).__name__}: {one_line(error)}", "yellow")
+
+
+def close(folder: Folder, seconds: float) -> None:
+    """What a finished run leaves on the terminal and beside its journal."""
+    show(folder.path, folder.screen)
+    tally(folder.record, seconds)
+    with folder.writing(folder.path.parent / "results.tsv"):
+        to_results(folder.record, seconds)
