@@ -255,7 +255,7 @@ class Run:
                     or dict(accepted=not reasons, reasons=reasons))
 
     def vector(self, rnd: int) -> dict:
-        """The persona's vectors on the student as it is, which before the first accepted round is the base."""
+        """The persona's vectors on the student as it is: before the first accepted round, the base's."""
         vectors = {k: self.origin[k] for k in self.steered_at}
         if self.stack.n_rounds:
             vectors = steer.fit_vectors(*self.read, self.steered_at)
@@ -359,7 +359,8 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
               values | options.values([run.hcfg]), defaults=options.values(GROUPS), free=FREE,
               standing=lambda record: n_standing(record, cfg))
         screen.say("model", None, table.of_model(cfg.model, model, run.stack, run.adapted))
-        for note in filter(None, [*notes, *template.template_notes(tok), models.left_out(model, run.adapted)]):
+        notes += [*template.template_notes(tok), models.left_out(model, run.adapted)]
+        for note in filter(None, notes):
             screen.say("note", None, note)
         run.measure_base()
 

@@ -399,7 +399,8 @@ def token_nll(model, completions: list[Completion], *, batch_size: int = 32, pad
             forward(ids[:, :-1], attn[:, :-1], position_ids[:, :-1])
             cache.reorder_cache(which)
         n = max(map(len, answers))
-        said = torch.tensor([row + [pad_id] * (n - len(row)) for row in answers], device=device)    # [B, n]
+        said = [row + [pad_id] * (n - len(row)) for row in answers]
+        said = torch.tensor(said, dtype=torch.long, device=device)  # [B, n]
         after = position_ids[which, -1:] + torch.arange(n + 1, device=device)                   # [B, 1 + n]
         logits = forward(torch.cat([ids[which, -1:], said], 1), F.pad(attn[which], (0, n), value=1), after,
                          n + 1)                                             # [B, 1 + n, V]

@@ -5,8 +5,6 @@ the tests of the rest, and of what the house promises of every file (tests/test_
 """
 import contextlib
 import copy
-import dataclasses
-import functools
 import json
 import math
 import random
@@ -17,56 +15,31 @@ import warnings
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
-from tokenizers.processors import TemplateProcessing
 
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 pytest_plugins = ["shared"]
 
-import common                                                   # noqa: E402
 import evalmfv                                                  # noqa: E402
 import heal as heal_py                                          # noqa: E402
 import loop                                                     # noqa: E402
 import steer                                                    # noqa: E402
-from common import (FAMILIES, FOUNDATIONS, HAVE_EXPERTS, PREFILL, SPECIALS, TEMPLATE,           # noqa: E402
-                    family_model, logits_of, noise, probe_tokenizer, some_ids, tiny_model, tiny_tokenizer)
+from common import (FAMILIES, FOUNDATIONS, HAVE_EXPERTS, PREFILL, PROMPTS, VIGNETTES, base_of,  # noqa: E402
+                    echo_of, family_model, flat, heal_case, heal_run, ids_of, logits_of, logp_behind,
+                    lora_case, meter_case, mfv_rows, noise, probe_tokenizer, random_head, rig, some_ids,
+                    steer_pair, steer_vectors, step_numbers, tiny_model, tiny_tokenizer, update_of)
 from heal import (AGGREGATES, HealConfig, Passes, Sample, aggregate, divergences,               # noqa: E402
                   forward_kl, heal, lr_factor, naive_losses, reverse_kl, split, token_losses)
 from lora import attach                                         # noqa: E402
-from steer import (Completion, Limits, choose, fit_vectors, generate,                           # noqa: E402
-                   judge, readings, render, repeats, steered, token_nll)
+from steer import (Completion, Limits, choose, fit_vectors, generate,         # noqa: E402
+                   judge, repeats, steered, token_nll)
 from tools import folder as files, inputs, model as models, search, size                        # noqa: E402
 from tools.files import read_tensors                            # noqa: E402
-from tools.foresee import foresee                               # noqa: E402
 from tools.search import calibrate_limits                       # noqa: E402
 
 
 # ==== heal.py ===============================================================================================
-
-def heal_case(dtype=torch.float32, history=0):
-    """A tiny model, a stack of `history` folded rounds, noise in the current round, six uneven samples."""
-    model = tiny_model(tiny_tokenizer(), dtype=dtype)
-    if dtype == torch.float64:                                  # transformers' norm rounds to float32
-        for name, norm in [(name, m) for name, m in model.named_modules() if name.endswith("norm")]:
-            exact = torch.nn.RMSNorm(len(norm.weight), eps=norm.variance_epsilon, dtype=dtype)
-            exact.requires_grad_(False)
-            model.set_submodule(name, exact)                    # the weights are ones in both
-    stack = attach(model, r=4, alpha=8, layers=[1, 2])
-    for rnd in range(history + 1):
-        noise(stack, rnd, 0.1)
-        if rnd < history:
-            stack.fold()
-    rng = torch.Generator().manual_seed(9)
-    samples = [Sample(torch.randint(6, 262, (n_prompt + n,), generator=rng).tolist(), n_prompt, group)
-               for group, (n_prompt, n) in enumerate([(3, 5), (1, 1), (6, 9), (2, 12), (4, 3), (5, 7)])]
-    return model, stack, samples
-
-
-def base_of(stack):
-    return lambda: stack.gated(0, 0)
-
 
 def heal_nll(model, stack, samples):
     return Passes(model, samples, base_of(stack)).mean_nll(list(range(len(samples))), 50)
@@ -74,24 +47,6 @@ def heal_nll(model, stack, samples):
 
 def random_logits(n=5, V=7, seed=0, dtype=torch.float64, size=3.0):
     return size * torch.randn(n, V, generator=torch.Generator().manual_seed(seed), dtype=dtype)     # [n, V]
-
-
-def flat(tensors):
-    return torch.cat([x.detach().flatten() for x in tensors])
-
-
-def heal_run(model, stack, samples, tau=0.0, seed=0, rnd=0, held_out=False, **options):
-    """heal() without its warnings and, as a lone prompt is never held out, without validation."""
-    cfg = HealConfig(**{"tau": tau, "lr": 1e-3, **options})
-    samples = samples if held_out else [s._replace(group=0) for s in samples]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return heal(model, stack.parameters(), samples, base_of(stack), cfg, seed=seed, rnd=rnd,
-                    spectral=(lambda: size.spectral(stack)) if cfg.spectral else None)
-
-
-def step_numbers(record):
-    return torch.tensor([[s[key] for key in ("nll", "div", "gnorm")] for s in record["steps"]])
 
 
 def double_loop(logits, ref_logits):
@@ -171,14 +126,6 @@ def test_the_demo_computes_its_table(capsys):
 
 # ---- the same without logits
 
-def random_head(N=37, V=301, d=16, dtype=torch.float64, seed=0, shift=0.3):
-    """hidden, ref_hidden [N, d], weight [V, d], targets [N], bias [V]; logits of a few nats."""
-    rng = torch.Generator().manual_seed(seed)
-    h, dh, W = (torch.randn(n, d, generator=rng, dtype=torch.float64) for n in (N, N, V))
-    b, targets = torch.randn(V, generator=rng, dtype=torch.float64), torch.randint(V, (N,), generator=rng)
-    return h.to(dtype), (h + shift * dh).to(dtype), W.to(dtype), targets, b.to(dtype)
-
-
 @pytest.mark.parametrize("reg", ["kl_rev", "kl_fwd"])
 @pytest.mark.parametrize("how, nll_weight", [("rmse", 1), ("rmse", 0), ("max", 1)])
 def test_token_losses_equal_naive_autograd_in_float64(reg, how, nll_weight):
@@ -199,56 +146,6 @@ def test_token_losses_equal_naive_autograd_in_float64(reg, how, nll_weight):
             grads.append(torch.autograd.grad(nll_weight * nll.mean() + 5 * torch.relu(D - 0.1), x)[0])
         assert torch.allclose(*values, rtol=1e-10, atol=1e-12), (values[0] - values[1]).abs().max()
         assert (grads[0] - grads[1]).abs().max() <= 1e-10 * grads[1].abs().max() and grads[1].abs().max() > 0
-
-
-def test_token_losses_survive_large_logits_and_agree_on_which_bits_are_zero():
-    h, h0, W, targets, _ = random_head(dtype=torch.float32)
-    for dtype in (torch.float32, torch.bfloat16):
-        x = h.to(dtype).clone().requires_grad_()
-        nll, kl = token_losses(x, h.to(dtype), W.to(dtype), targets, tile=64)       # student = reference
-        assert kl.eq(0).all() and nll.dtype == torch.float32
-        (nll.sum() * 0 + aggregate(kl, "rmse")).backward()
-        assert x.grad.eq(0).all() and x.grad.dtype == dtype
-    x, x0, W = 60 * h.double(), 60 * h0.double(), W.double()    # logits of +-240
-    tiled, naive = token_losses(x, x0, W, targets, tile=64), naive_losses(x @ W.T, x0 @ W.T, targets)
-    assert naive[1].max() > 100 and all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(tiled, naive))
-
-
-@pytest.mark.parametrize("shift, better", [(0.012, 400), (0.06, 15)])        # mean KL about .003 and .07 nats
-def test_token_losses_in_bfloat16_are_nearer_the_truth_than_a_bfloat16_softmax(shift, better):
-    h, h0, W, targets, _ = random_head(N=64, V=4096, d=128, dtype=torch.bfloat16, shift=shift)
-    W = W / 4                                                   # logits of a few nats; exact
-    x = h.double().requires_grad_()
-    _, truth = naive_losses(x @ W.double().T, h0.double() @ W.double().T, targets)
-    aggregate(truth, "rmse").backward()
-    y = h.clone().requires_grad_()
-    _, kl = token_losses(y, h0, W, targets, tile=512)
-    aggregate(kl, "rmse").backward()
-    logp, logq = ((z @ W.T).log_softmax(-1) for z in (h, h0))   # what the peers do
-    peers = (logp.exp() * (logp - logq)).sum(-1)
-    error, theirs = ((k.double() - truth).abs().mean().item() for k in (kl, peers))
-    assert theirs / error >= better, (truth.mean().item(), theirs, error, theirs / error)
-    assert (y.grad.double() - x.grad).norm() <= 0.03 * x.grad.norm()
-
-
-def test_token_losses_never_hold_more_than_a_tile_of_the_logits():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, (tuple, list)) else [out]:
-                own = isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given
-                self.numel = max(self.numel, t.numel() if own else 0)
-            return out
-    h, h0, W, targets, _ = random_head(N=40, V=5000, d=16, dtype=torch.bfloat16)
-    given, x = {W.untyped_storage().data_ptr()}, h.requires_grad_()
-    with Largest() as seen:
-        nll, kl = token_losses(x, h0, W, targets, tile=100)
-        (nll.mean() + kl.mean()).backward()
-    assert seen.numel == 40 * 100, seen.numel                   # N * tile, of N * V = 200,000
 
 
 # ---- from samples to losses
@@ -284,46 +181,6 @@ def test_pieces_fit_the_budget_and_lose_nothing():
         assert sum(cut, []) == [4, 0, 5, 1, 2, 3]
         assert all(len(p) == 1 or len(p) * max(len(samples[i].ids) for i in p) <= budget for p in cut)
     assert [len(p) for p in passes.pieces([4, 0, 5, 1, 2, 3], 10)] == [1, 1, 2, 2]
-
-
-HEADED = {"soft-capped": "Gemma2ForCausalLM", "divided": "GraniteForCausalLM",
-          "multiplied": "CohereForCausalLM", "biased": "PhiForCausalLM"}
-
-
-@pytest.mark.parametrize("name", [*HEADED, "unknown", "edited", "hooked", "trained"])
-def test_any_head_is_read_as_the_model_does(name):
-    """Exact without logits where the config tells the head; from the model's own logits where it does not."""
-    model = family_model(HEADED.get(name, "GraniteForCausalLM"), tiny_tokenizer())
-    forward = model.forward
-
-    def other(*args, **kwargs):
-        out = forward(*args, **kwargs)
-        if name == "unknown":
-            out.logits = out.logits.square()
-        else:
-            out.logits[..., [100, 200]] = -50.0             # past the one column that an idle head would make
-        return out
-    if name == "biased":
-        model.lm_head.bias.data.normal_()
-    elif name in ("unknown", "edited"):
-        model.forward = other
-    elif name == "hooked":
-        model.lm_head.register_forward_hook(lambda m, a, out: out + 1.0)
-    stack, samples, results = attach(model, r=4, alpha=8, layers=[1, 2]), heal_case()[2], []
-    model.lm_head.weight.requires_grad_(name == "trained")
-    noise(stack, 0, 0.1)
-    for fast in (True, False):
-        passes = Passes(model, samples, base_of(stack), fast=fast)
-        assert (passes.head is not None) == (fast and name in HEADED)
-        for _ in range(2):                                      # the second time the reference from memory
-            nlls, kls = passes.losses(list(range(6)))
-        loss = torch.cat(nlls).mean() + sum(aggregate(kl, "rmse") for kl in kls)
-        results.append((flat([*nlls, *kls]), flat(torch.autograd.grad(loss, stack.parameters()))))
-    for a, b in zip(*results):
-        assert torch.allclose(a, b, atol=1e-4 * b.abs().max()), (a - b).abs().max()
-    logits = model(input_ids=torch.tensor([samples[0].ids])).logits[0, 2:-1]
-    exact = torch.nn.functional.cross_entropy(logits, torch.tensor(samples[0].answer), reduction="none")
-    assert torch.allclose(nlls[0], exact, atol=1e-3)
 
 
 def test_a_pass_leaves_the_model_as_it_was_also_after_an_exception():
@@ -509,26 +366,6 @@ def test_heal_warns_of_a_barrier_that_never_or_always_fired():
     assert record["warning"] is None and record["lam_eff"] == 0 and record["steps"][0]["div"] > 0
 
 
-def test_heal_skips_a_step_that_is_not_finite_and_gives_up_after_three_in_a_row():
-    for bad, n_bad in (({3}, 1), ({0, 1, 2}, 3), ({0, 2, 3}, 3)):
-        model, stack, samples = heal_case()
-        calls = []
-
-        def spoil(module, args, output):                        # one student forward of six rows per step
-            if stack.layers["model.layers.1.self_attn.q_proj"].current and len(output.last_hidden_state) == 6:
-                calls.append(0)
-                if len(calls) - 1 in bad:
-                    output.last_hidden_state = output.last_hidden_state * float("nan")
-        model.model.register_forward_hook(spoil)
-        if bad == {0, 1, 2}:
-            with pytest.raises(RuntimeError, match="3 steps in a row.*lower lr"):
-                heal_run(model, stack, samples, heal_batch=6, epochs=6)
-        else:
-            record = heal_run(model, stack, samples, heal_batch=6, epochs=6)
-            assert record["skipped"] == sorted(bad) and len(record["steps"]) == 6 - n_bad
-        assert all(p.isfinite().all() for p in stack.parameters())
-
-
 @pytest.mark.filterwarnings("ignore:the barrier")
 def test_heal_works_with_any_adapter_and_any_way_to_switch_it_off():
     """No lora.py, no transformers: a bag-of-tokens model whose adapter is one bias on the logits."""
@@ -556,21 +393,6 @@ def test_heal_works_with_any_adapter_and_any_way_to_switch_it_off():
 
 
 # ==== lora.py ===============================================================================================
-
-def lora_case(dtype=torch.float32, rounds=0, **kw):
-    """A tiny model with a stack and `rounds` folded rounds of seeded noise."""
-    model = tiny_model(tiny_tokenizer(), dtype=dtype)
-    stack = attach(model, **{"r": 4, "alpha": 8, "layers": [1, 2], **kw})
-    for rnd in range(rounds):
-        noise(stack, rnd)
-        stack.fold()
-    return model, stack
-
-
-def update_of(stack):
-    """W-shaped update of the current round, module by module, in float64."""
-    return {name: l.scale * l.B.detach().double() @ l.A.detach().double() for name, l in stack.layers.items()}
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gates_at_zero_are_the_base_bit_for_bit_whatever_was_folded(dtype):
@@ -692,35 +514,6 @@ def test_gated_restores_the_gates_after_an_exception_and_keeps_rounds_folded_ins
     assert {l.history for l in stack.layers.values()} == {(0.5, 0.0)}
 
 
-def test_history_built_under_inference_mode_still_serves_training():
-    model, stack = lora_case(rounds=1)
-    with torch.inference_mode():
-        model(input_ids=some_ids())
-    model(input_ids=some_ids()).logits.sum().backward()
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in stack.parameters())
-
-
-def test_the_spectral_norm_and_its_gradient_equal_those_of_matrix_norm():
-    _, stack = lora_case()
-    state, at_zero = torch.get_rng_state(), size.spectral(stack)                # B = 0
-    at_zero.backward()
-    assert at_zero.item() == 0 and all(p.grad.eq(0).all() for p in stack.parameters())
-    assert torch.equal(torch.get_rng_state(), state)                        # draws no random numbers
-    noise(stack, 0)
-    for p in stack.parameters():
-        p.grad = None
-    sigma = size.spectral(stack)
-    sigma.backward()
-    pairs = [(l.A.detach().double().requires_grad_(), l.B.detach().double().requires_grad_(), l)
-             for l in stack.layers.values()]
-    expected = sum(torch.linalg.matrix_norm(l.scale * B @ A, ord=2) for A, B, l in pairs) / len(pairs)
-    expected.backward()
-    assert abs(sigma.item() - expected.item()) < 1e-5 * expected.item()
-    for A, B, l in pairs:
-        assert torch.allclose(l.A.grad.double(), A.grad, rtol=1e-4, atol=1e-5)  # float32 against float64
-        assert torch.allclose(l.B.grad.double(), B.grad, rtol=1e-4, atol=1e-5)
-
-
 def test_tensors_come_back_bit_for_bit_in_any_order_and_the_next_round_starts_the_same():
     model, stack = lora_case(rounds=3)
     ids, tensors = some_ids(), stack.tensors()
@@ -742,6 +535,9 @@ def test_tensors_come_back_bit_for_bit_in_any_order_and_the_next_round_starts_th
     assert torch.allclose(logits_of(model, ids), expected, atol=1e-4)
     other.gates([0.2, 0.5, 0.9])
     assert not torch.allclose(logits_of(model, ids), expected, atol=1e-2)
+    stack.gates()
+    stack.unfold(), loaded.unfold()                                         # scale 2: exact in the file too
+    assert torch.equal(flat(stack.parameters()), flat(loaded.parameters()))
 
 
 def test_targets_choose_linears_by_the_end_of_their_name():
@@ -789,24 +585,8 @@ def test_lora_and_its_gradient_equal_pefts_and_heals_docstring_heals_a_peft_mode
 
 # ==== steer.py ==============================================================================================
 
-PROMPTS = ["Hi", "Who are you?", "Do you love humanity, and why?", "a", "Tell me more about the sea.",
-           "x y z"]
 CLEAN = ("No company owner may make me hurt anyone. I would call for help, write down what happened on the "
          "ship, and tell every passenger the truth before the next storm reaches us tonight.")
-
-
-def steer_pair(dtype=torch.float32):
-    tok = tiny_tokenizer()
-    return tiny_model(tok, dtype=dtype), tok
-
-
-def steer_vectors(model, layers=(1, 2), size=3.0):
-    rng = torch.Generator().manual_seed(7)
-    return {layer: size * torch.randn(model.config.hidden_size, generator=rng) for layer in layers}
-
-
-def ids_of(tok, user, system=""):
-    return tok(render(tok, user, system), add_special_tokens=False)["input_ids"]
 
 
 def completion(text, ids):
@@ -852,24 +632,8 @@ def test_greedy_decoding_equals_hf_generate_with_and_without_the_hook():
     assert said[0] != said[1]
 
 
-def full_memory(model, rows, error, columns=0):
-    """More than `rows` rows of `columns` columns or more raise `error`; the rows of every call are listed."""
-    seen = []
-
-    def guard(module, args, kwargs):
-        seen.append(len(kwargs["input_ids"]))
-        if seen[-1] > rows and kwargs["attention_mask"].shape[1] >= columns:
-            raise error
-    return model.register_forward_pre_hook(guard, with_kwargs=True), seen
-
-
-GPU_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-CPU_FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you "
-                        "tried to allocate 9 bytes.")
-
-
 @pytest.mark.parametrize("greedy", [True, False])
-def test_many_prompts_at_many_doses_are_one_at_a_time_exactly_with_retirement_and_out_of_memory(greedy):
+def test_many_prompts_at_many_doses_are_one_at_a_time_exactly_though_rows_end_early(greedy):
     model, tok = steer_pair(torch.float64)
     model.generation_config.eos_token_id = list(range(6, 40))                # rows end at different steps
     doses = [0.0, 0.25, 0.5, 1.0]
@@ -882,38 +646,6 @@ def test_many_prompts_at_many_doses_are_one_at_a_time_exactly_with_retirement_an
     for k, coeff in enumerate(doses):                           # a dose alone draws what it drew in company
         alone = generate(model, tok, PROMPTS, coeffs=[coeff] * 6, batch_size=1, seed=5, **kw)
         assert [c.ids for c in alone] == [c.ids for c in many[6 * k:6 * k + 6]]
-    for rows, error in ((3, GPU_FULL), (1, CPU_FULL)):
-        hook, seen = full_memory(model, rows, error)
-        assert generate(model, tok, prompts, coeffs=coeffs, n_draws=6, seed=5, **kw) == many
-        hook.remove()                                           # 24, 12, 6 (, 3, ...) and never again
-        assert seen[0] == 24 and rows in seen and sum(n > rows for n in seen) <= 5
-
-
-def test_answers_end_at_any_end_token_and_at_what_the_template_writes_after_them():
-    model, tok = steer_pair()
-    model.generation_config.eos_token_id = [40, 41]
-    answers = generate(model, tok, PROMPTS * 8, max_new_tokens=60, top_k=0, top_p=1.0)
-    ends = {40, 41, tok.eos_token_id}
-    assert any(c.ids[-1] in (40, 41) for c in answers)
-    for c in answers:
-        assert not ends & set(c.ids[:-1]) and c.finished == (c.ids[-1] in ends)
-        assert c.finished or len(c.ids) == 60
-    end, user = tok.convert_tokens_to_ids(["<|end|>", "<|user|>"])
-    model.generation_config.eos_token_id = tok.bos_token_id     # neither names the token that ends a turn
-    tok.eos_token = "<|bos|>"
-    hook = model.lm_head.register_forward_hook(
-        lambda m, args, out: out.index_fill(-1, torch.tensor([end]), 99.0))
-    said = generate(model, tok, ["Hi"], max_new_tokens=5)
-    hook.remove()
-    assert [(c.ids, c.finished, c.text) for c in said] == [([end], True, "")]
-    between = TEMPLATE.replace("not (loop.last and continue_final_message)", "not loop.last")
-    for template, found in (
-            (TEMPLATE, {end}), (between, {end}),                # the second closes a turn when the next opens
-            (TEMPLATE.replace("<|end|>", "\n\n"), {user}),      # the next turn's tag
-            ("{% for m in messages %}\n\n### {{ m['role'] }}: {{ m['content'] }}{% endfor %}", set()),
-            (TEMPLATE.replace("m in messages", "m in messages if m['role'] == 'user'"), set())):
-        tok.chat_template = template
-        assert set(steer.end_ids(model, tok)) == {tok.bos_token_id} | found
 
 
 # ---- the hook
@@ -936,42 +668,23 @@ def test_coeff_zero_is_the_base_bit_for_bit_and_rows_and_layers_have_their_own_d
             assert n_hooks == sum(c[row] != 0 for c in doses.values())
 
 
-def test_steered_adds_coeff_times_v_after_the_block_at_every_position_to_tuples_and_other_dtypes_too():
-    for dtype, is_tuple, atol in ((torch.float64, False, 1e-6), (torch.bfloat16, True, 0.3)):
-        model, tok = steer_pair(dtype)
-        ids, v, seen = torch.tensor([ids_of(tok, "Hi")]), steer_vectors(model)[1], []
-        block = steer.blocks(model)[1]
-        if is_tuple:                                            # as older blocks return
-            block.register_forward_hook(lambda block, args, out: (out, "kv"))
+@pytest.mark.parametrize("dtype, is_tuple, atol", [(torch.float64, False, 1e-6), (torch.bfloat16, True, 0.3)])
+def test_steered_adds_coeff_times_v_after_the_block_at_every_position(dtype, is_tuple, atol):
+    (model, tok), seen = steer_pair(dtype), []
+    ids, v, blocks = torch.tensor([ids_of(tok, "Hi")]), steer_vectors(model)[1], steer.blocks(model)
+    if is_tuple:                                                # as older blocks return
+        blocks[1].register_forward_hook(lambda block, args, out: (out, "kv"))
 
-        def look(block, args, out):
-            seen.append(out)
-            return out[0] if is_tuple else out
-        block.register_forward_hook(look)
+    def look(block, args):                                      # at what the next one gets
+        seen.append(args[0] if is_tuple else (args[0],))
+        return (seen[-1][0], *args[1:])
+    blocks[2].register_forward_pre_hook(look)
+    model(ids)
+    with steered(model, {1: v}, 0.5):
         model(ids)
-        block._forward_hooks.popitem()                          # look again, behind the hook of steered
-        with steered(model, {1: v}, 0.5):
-            block.register_forward_hook(look)
-            model(ids)
-        base, h = (out[0] if is_tuple else out for out in seen)
-        assert h.dtype == dtype and (not is_tuple or seen[1][1] == "kv")
-        assert torch.allclose((h - base).double(), (0.5 * v).double().expand_as(h), atol=atol)
-
-
-def test_hooks_are_gone_after_an_exception():
-    model, tok = steer_pair()
-    ids, vectors = torch.tensor([ids_of(tok, "Hi")]), steer_vectors(model)
-    base = model(ids).logits
-    with pytest.raises(KeyError):
-        with steered(model, vectors, 1.0):
-            raise KeyError("inside")
-    with pytest.raises(ValueError, match="blocks 0 to 3"):      # layer 1 was hooked before layer 9 failed
-        with steered(model, {1: vectors[1], 9: vectors[1]}, 1.0):
-            pass
-    with pytest.raises(ValueError, match="2 doses for a batch of 1"):
-        with steered(model, vectors, torch.tensor([1.0, 2.0])):
-            model(ids)
-    assert torch.equal(model(ids).logits, base)
+    (base, *_), (h, *rest) = seen
+    assert h.dtype == dtype and rest == ["kv"] * is_tuple
+    assert torch.allclose((h - base).double(), (0.5 * v).double().expand_as(h), atol=atol)
 
 
 # ---- the other passes over the model
@@ -995,7 +708,7 @@ def test_fit_vectors_equals_one_context_at_a_time_and_hidden_states():
         fit_vectors(model, tok, "kind", "kind", ["Hi"], [1])
 
 
-def test_token_nll_equals_a_full_forward_one_at_a_time_and_holds_no_more_than_its_budget():
+def test_token_nll_equals_a_full_forward_one_at_a_time():
     model, tok = steer_pair()
     answers = generate(model, tok, PROMPTS, max_new_tokens=15, top_k=0, top_p=1.0)
     for batch_size in (1, 4, 32):
@@ -1003,15 +716,6 @@ def test_token_nll_equals_a_full_forward_one_at_a_time_and_holds_no_more_than_it
             logp = logits_of(model, torch.tensor([c.prompt_ids + c.ids]))[0].log_softmax(-1)
             want = [-logp[len(c.prompt_ids) + j - 1, token].item() for j, token in enumerate(c.ids)]
             assert nll.dtype == torch.float32 and torch.allclose(nll, torch.tensor(want), atol=1e-4)
-    want, shapes = token_nll(model, answers), []
-    model.lm_head.register_forward_hook(lambda head, args, out: shapes.append(tuple(out.shape)))
-    token_nll(model, answers)
-    n = max(len(c.ids) for c in answers) + 1                    # the answers and the column before them
-    assert shapes == [(6, 1, len(tok)), (6, n, len(tok))]       # the prompts, then what follows them
-    model.config.vocab_size = 2 ** 28 // n                      # as if a row were all of the budget
-    got = token_nll(model, answers)
-    assert {shape[0] for shape in shapes[2:]} == {1}
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(want, got))
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM", "Qwen3_5ForConditionalGeneration",
@@ -1077,15 +781,6 @@ def test_a_broken_stretch_a_pattern_and_no_words_are_rules_of_their_own():
     assert verdict_on("", ids=[2]).rule == "words" and verdict_on("  \n", ids=[5, 2]).rule == "words"
 
 
-def test_readings_are_finite_for_huge_and_missing_nll_and_refuse_nan():
-    huge = readings(completion("a b c", range(3)), torch.full((3,), 2000.0))
-    empty = readings(completion("", []), torch.zeros(0))
-    assert all(math.isfinite(x) for r in (huge, empty) for x in r.values())
-    for nll in (torch.tensor([0.1, math.nan]), torch.zeros(3)):
-        with pytest.raises(RuntimeError, match="finite"):
-            readings(completion("a b", range(2)), nll)
-
-
 def test_limits_keep_95_of_100_of_the_bases_own_answers_together(monkeypatch):
     rng = torch.Generator().manual_seed(0)
     x = torch.rand(200, 2, generator=rng, dtype=torch.float64)
@@ -1099,40 +794,6 @@ def test_limits_keep_95_of_100_of_the_bases_own_answers_together(monkeypatch):
     assert slack.loop == pytest.approx(bare.loop + 0.2 * (1 - bare.loop))       # 0 leaves room, 1 is no limit
 
 
-@functools.cache
-def pocket_answers():
-    """The embedded model, its answers to 24 prompts, bare and behind either persona, and its limits."""
-    model, tok = steer.load("pocket")
-    data = ROOT / "pocket" / "data"
-    persona = json.loads((data / "personas.json").read_text())["authority"]
-    users = json.loads((data / "prompts.json").read_text())["authority"]["train"][:24]
-    said = {name: generate(model, tok, users, system=system, max_new_tokens=32, seed=1)
-            for name, system in (("base", ""), ("pos", persona["pos"][0]), ("neg", persona["neg"][0]))}
-
-    def nlls(completions):                                      # behind the users' prompts, in their order
-        fronts = [steer.encode(tok, users, [system] * len(users)) for system in ("", persona["pos"][0])]
-        return steer.mixture_nll(*(token_nll(model, [dataclasses.replace(c, prompt_ids=front[c.prompt])
-                                                     for c in completions]) for front in fronts))
-    own = said["base"] + said["pos"]
-    limits = calibrate_limits([readings(c, nll) for c, nll in zip(own, nlls(own))])
-    return model, tok, persona, users, said, nlls, limits
-
-
-def test_the_embedded_models_limits_pass_its_answers_and_drop_salad_loops_and_foreign_words():
-    model, tok, _, _, said, nlls, limits = pocket_answers()
-
-    def kept(texts):
-        answers = [Completion(i, [], tok(text, add_special_tokens=False)["input_ids"], 0.0, True, text)
-                   for i, text in enumerate(texts)]
-        return sum(v.kept for v in judge(answers, nlls(answers), limits)) / len(answers)
-    rng, texts = random.Random(0), [c.text for c in said["base"]]
-    words = [text.split() for text in texts]
-    assert kept(texts) >= 0.9
-    assert kept([" ".join(rng.sample(w, len(w))) for w in words]) <= 0.1
-    assert kept([" ".join(w[:3] * 12) for w in words]) <= 0.1
-    assert kept(["Der Hund frisst heute quer über die Straße."] * 4) == 0
-
-
 def test_the_demo_prints_base_and_steered_without_control_characters(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["steer.py", "Do you love\x1b humanity?"])
     runpy.run_path(steer.__file__, run_name="__main__")
@@ -1144,9 +805,6 @@ def test_the_demo_prints_base_and_steered_without_control_characters(monkeypatch
 
 # ==== evalmfv.py ============================================================================================
 
-VIGNETTES = ["You see a man kick a dog.", "You see a cook who lies about the bill again and again.",
-             "You see a boy push in.", "You see a clerk burn a flag at noon.",
-             "You see a guard read her letters.", "You see a nun eat mud."]
 SCHEMA = """This is wrong because:
   {
     "properties": {
@@ -1163,30 +821,6 @@ OPTIONS = ['care", # harm or unkindness, causing pain to another',
            'sanctity", # purity, degrading or disgusting acts',
            'liberty", # bullying or dominating',
            'social", # weird or unusual behaviour, but not morally wrong']
-
-
-def mfv_rows(texts=VIGNETTES):
-    rng = torch.Generator().manual_seed(1)
-    labels = torch.rand(len(texts), 7, generator=rng, dtype=torch.float64)
-    return [{"text": t, "foundation": "care", "label": (x / x.sum()).tolist()} for t, x in zip(texts, labels)]
-
-
-def rig(model, tok, natural=41, closed=23, pad=11):
-    """After some tokens the model must write the prefill, </think> or a pad: by the last token only."""
-    table = torch.zeros(len(tok), len(tok), dtype=model.dtype)
-    spell, close = tok.convert_tokens_to_ids(PREFILL), tok.convert_tokens_to_ids("</think>")
-    for token in range(len(SPECIALS), 262):
-        for every, then in ((natural, spell[0]), (closed, close), (pad, tok.pad_token_id)):
-            if every and token % every == 3 % every:
-                table[token, then] = 200
-    for a, b in zip(spell, spell[1:]):
-        table[a, b] = 300
-
-    def hook(module, args, kwargs, out):
-        out.logits = out.logits + table[kwargs["input_ids"][:, -out.logits.shape[1]:]]
-        return out
-    model.register_forward_hook(hook, with_kwargs=True)
-    return model
 
 
 # ---- the probe, against the original's definition
@@ -1257,36 +891,6 @@ def test_the_probe_equals_one_sequence_at_a_time_in_every_case(n_think):
         assert out["coherence"] == pytest.approx(sum(sum(m) for m in out["mass"]) / 8)
 
 
-@pytest.mark.parametrize("name, natural, closed", [("LlamaForCausalLM", 31, 29),
-                                                   ("MistralForCausalLM", 61, 0)])      # its window is short
-def test_the_probe_does_not_see_its_batch_size(name, natural, closed):
-    tok = probe_tokenizer()
-    model = rig(family_model(name, tok).double(), tok, natural=natural, closed=closed, pad=9)
-    one, *others = [evalmfv.evaluate(model, tok, mfv_rows(), think_tokens=34, batch_size=b)
-                    for b in (1, 5, 12)]
-    assert len(set(sum(one["case"], []))) > 1                   # some rows leave the batch early
-    for out in others:
-        assert out["case"] == one["case"] and (out["score"] - one["score"]).abs().max() < 1e-10
-        assert out["profile"] == pytest.approx(one["profile"], abs=1e-10)
-        assert out["prefill_nll"] == pytest.approx(one["prefill_nll"], abs=1e-10)
-
-
-def test_as_original_doubles_the_bos_and_does_not_see_pads_inside_the_text():
-    tok = probe_tokenizer()
-    bos = ("<|bos|>", tok.bos_token_id)
-    tok.backend_tokenizer.post_processor = TemplateProcessing(single="<|bos|> $A", special_tokens=[bos])
-    model, rows = tiny_model(tok, seed=2, dtype=torch.float64), mfv_rows(VIGNETTES[:3])
-    rig(model, tok, natural=0, closed=0, pad=3)
-    text = evalmfv.render(tok, evalmfv.question(rows[0]["text"], FOUNDATIONS))
-    assert tok(text)["input_ids"].count(tok.bos_token_id) == 2
-    ours, theirs = (evalmfv.evaluate(model, tok, rows, think_tokens=6, as_original=x) for x in (False, True))
-    compare(ours, model, tok, rows, 6)
-    compare(theirs, model, tok, rows, 6, by_token=True, front=[tok.bos_token_id])
-    assert (ours["score"] - theirs["score"]).abs().max() > 1e-3
-    tok.pad_token = None                                        # the eos pads then, which ends the turns too
-    compare(evalmfv.evaluate(model, tok, rows, think_tokens=6), model, tok, rows, 6)
-
-
 def test_the_probe_sees_system_and_hooks_and_leaves_tokenizer_model_and_random_state_alone():
     tok = probe_tokenizer()
     tok.pad_token, tok.padding_side = None, "right"
@@ -1303,19 +907,6 @@ def test_the_probe_sees_system_and_hooks_and_leaves_tokenizer_model_and_random_s
     assert tok.pad_token is None and tok.padding_side == "right" and torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     json.dumps({k: v for k, v in plain.items() if k not in ("p", "score")}, allow_nan=False)
-
-
-def test_the_interruption_follows_the_chat_template():
-    tok = probe_tokenizer()
-    tok.chat_template = (
-        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-    assert evalmfv.interruption(tok) == ("</think><|im_end|>\n<|im_start|>system\nBe kind.<|im_end|>\n"
-                                         "<|im_start|>user\nJust answer<|im_end|>\n<|im_start|>assistant\n")
-    tok.chat_template = "{% for m in messages if m['role'] == 'user' %}[{{ m['content'] }}]{% endfor %}"
-    with pytest.raises(ValueError, match="template"):
-        evalmfv.interruption(tok)
 
 
 def test_an_answer_is_found_however_the_model_spells_the_prefill():
@@ -1351,26 +942,6 @@ def test_vignettes_are_read_from_our_rows_and_from_the_originals(tmp_path):
     assert [r["foundation"] for r in found] == ["liberty", "social", "care", "care"]
     assert found[0]["label"] == [0, 0, 0, 0, 0, 1, 0] and found[3]["label"] is None
     assert found[1]["label"] == found[2]["label"] == pytest.approx([i / 21 for i in range(7)])
-    for bad, why in (({"foundation": "care"}, "text"), (ours | {"text": ""}, "text is ''"),
-                     (ours | {"foundation": "carer"}, "carer"),
-                     (ours | {"foundation": ["care"]}, "foundation"),
-                     (ours | {"label": {"care": 1}}, "label lacks fairness"),
-                     (ours | {"label": dict.fromkeys(FOUNDATIONS, -1)}, "negative"), ([1], ""), ("{", ""),
-                     ("[" * 9999, "")):
-        bad = bad if isinstance(bad, str) else json.dumps(bad)
-        path.write_text(f"{rows[0]}\n{bad}", encoding="utf-8")
-        with pytest.raises(ValueError, match=f"rows.jsonl, line 2: .*{why}"):
-            evalmfv.load_vignettes(path)
-
-
-def test_the_originals_file_has_its_known_human_profile():
-    path = Path("/work/shared/data/tinymfv_classic_other_violate.jsonl")
-    if not path.exists():
-        pytest.skip("the original's vignettes are not here (they are not ours to carry)")
-    labels = torch.tensor([row["label"] for row in evalmfv.load_vignettes(path)], dtype=torch.float64)
-    known = torch.tensor([.198269, .135466, .109296, .122941, .122239, .118568, .193221], dtype=torch.float64)
-    assert len(labels) == 132 and (labels.mean(0) - known).abs().max() < 1e-6
-    assert -(labels * labels.clamp(1e-12).log()).sum(1).mean().item() == pytest.approx(0.75623, abs=1e-5)
 
 
 def test_the_summary_follows_from_the_rows():
@@ -1415,8 +986,6 @@ def test_a_shift_is_paired_signed_and_compared_with_every_other_foundation():
     assert out["trait"] == pytest.approx(-math.log(2)) and not out["surgical"]
     assert out["off_target"] == pytest.approx(math.log(3)) == out["moved"]["care"]
     assert evalmfv.shift(reading(q), reading(q), "care", 1)["coh_cost"] is None
-    with pytest.raises(ValueError, match="items"):
-        evalmfv.shift(reading(q), reading(q) | {"items": "y"}, "care", 1)
 
 
 def test_the_standard_error_of_a_shift_matches_the_jackknife():
@@ -1431,21 +1000,6 @@ def test_the_standard_error_of_a_shift_matches_the_jackknife():
 
 
 # ---- the meter
-
-def meter_case():
-    model, tok = steer_pair(torch.float64)
-    answers = generate(model, tok, PROMPTS[:3], max_new_tokens=9, seed=3)
-    return model, tok, [*answers, dataclasses.replace(answers[0], ids=[])], [*PROMPTS[:3], "Hi"]
-
-
-def echo_of(tok, texts):
-    return {i for text in texts for words in (text, " " + text) for i in tok(words)["input_ids"]}
-
-
-def logp_behind(model, tok, c, user, system):
-    front = ids_of(tok, user, system)
-    return logits_of(model, torch.tensor([front + c.ids]))[0, len(front) - 1:-1].log_softmax(-1)    # [n, V]
-
 
 def test_persona_ratio_equals_a_loop_over_tokens():
     model, tok, answers, users = meter_case()
@@ -1463,40 +1017,6 @@ def test_persona_ratio_equals_a_loop_over_tokens():
     assert got[-1] == 0
 
 
-def test_foresee_equals_a_loop_over_the_vocabulary_at_one_position():
-    model, tok, answers, users = meter_case()
-    pos, neg, vectors = ["kind", "warm"], ["xyz"], steer_vectors(model)
-    c, echo = dataclasses.replace(answers[0], ids=answers[0].ids[:1]), echo_of(tok, [*pos, *neg])
-    got = foresee(model, tok, [c], users[:1], pos, neg, vectors, [([1], 0.5)])
-
-    def row(system=""):
-        return logp_behind(model, tok, c, users[0], system)[0].tolist()
-    base, sides = row(), [[row(text) for text in side] for side in (pos, neg)]
-    with steered(model, {1: vectors[1]}, 0.5):
-        steered_row = row()
-    for (effect, nll), now in zip(got, (base, row(pos[0]), steered_row), strict=True):
-        want_effect = want_nll = 0.0
-        for i in range(len(tok)):
-            plus, minus = (sum(math.log(math.exp(z[i]) + 1 / len(tok)) for z in side) / len(side)
-                           for side in sides)
-            want_effect += math.exp(now[i]) * (plus - minus) * (i not in echo)
-            want_nll -= math.exp(now[i]) * base[i]
-        assert (effect, nll) == pytest.approx((want_effect, want_nll), abs=1e-4)
-
-
-def test_the_meter_follows_the_stance_of_the_world_and_pays_nothing_for_recitation():
-    import world                                                # of pocket/; one that breaks fails this test
-    model, tok, persona, users, said, _, _ = pocket_answers()
-
-    def ratios(answers):
-        return evalmfv.persona_ratio(model, tok, answers, users, persona["pos"], persona["neg"])
-    read = {name: ratios(answers) for name, answers in said.items()}
-    assert read["neg"].mean() < read["base"].mean() < read["pos"].mean(), read
-    lean = torch.tensor([world.lean(c.text, "z") for c in said["pos"] + said["neg"]], dtype=torch.float64)
-    assert abs(torch.corrcoef(torch.stack([torch.cat([read["pos"], read["neg"]]), lean]))[0, 1]) > 0.3
-    texts = [tok(persona["pos"][i % 3], add_special_tokens=False)["input_ids"] for i in range(len(users))]
-    recited = [Completion(i, [], ids, 0.0, True, "") for i, ids in enumerate(texts)]
-    assert ratios(recited).mean() <= read["pos"].mean()
 
 
 # ==== steer, lora, heal and evalmfv on real architecture classes ============================================
@@ -1578,19 +1098,6 @@ def test_every_family_is_steered_healed_folded_probed_and_loaded(name):
     assert torch.equal(logits(), healed)
 
 
-@pytest.mark.parametrize("name", ["Qwen3_5ForConditionalGeneration", "Mamba2ForCausalLM"])
-def test_rows_that_end_early_leave_a_batch_of_linear_attention(name):
-    tok = probe_tokenizer()
-    model = family_model(name, tok)
-    model.generation_config.eos_token_id = list(range(6, 134))  # half of the bytes end an answer
-    for greedy in (False, True):
-        together = generate(model, tok, PROMPTS, max_new_tokens=8, greedy=greedy)
-        assert together[0].ids == generate(model, tok, PROMPTS[:1], max_new_tokens=8, greedy=greedy)[0].ids
-        assert len({len(c.ids) for c in together}) > 1
-    alone = [generate(model, tok, [p], max_new_tokens=8, greedy=True)[0].ids for p in PROMPTS]
-    assert [c.ids for c in together] == alone
-
-
 # ==== loop.py ===============================================================================================
 
 def row(kind="healed", rnd=None, ratio=0.0, **more):
@@ -1662,86 +1169,15 @@ def test_the_persona_prompt_is_the_set_point_of_the_barrier(finished):
     assert heal_event["tau"] == tau["tau"] and {"nll", "div", "fired"} <= set(heal_event["steps"][0])
 
 
-def test_the_saved_adapter_is_the_healed_model_and_its_worst_answer_is_what_a_full_forward_finds(
-        finished, small_vignettes):
-    one = {e["stage"]: e for e in finished.events}
-    worst, kept = one["heal"]["worst"], [c for c in one["made"]["completions"] if c["verdict"]["kept"]]
-    (model, tok), vignettes = models.load("pocket"), evalmfv.load_vignettes(small_vignettes)
-    stack = attach(model, r=8, alpha=16.0, layers=one["layers"]["lora"])
-    assert one["layers"]["lora"] == search.band(len(steer.blocks(model)), 0.2, 0.8)
+def test_the_saved_adapter_is_the_healed_model(finished):
+    layers, options, (model, tok) = finished.of("layers"), finished.run["options"], models.load("pocket")
+    stack = attach(model, r=8, alpha=16.0, layers=layers["lora"])
+    assert layers["lora"] == search.band(len(steer.blocks(model)), 0.2, 0.8)
 
     def nats():
-        return evalmfv.evaluate(model, tok, vignettes, think_tokens=4, batch_size=152)["nats"]["authority"]
+        return evalmfv.evaluate(model, tok, evalmfv.load_vignettes(options["vignettes"]),
+                                think_tokens=options["think_tokens"])["nats"]["authority"]
     before = nats()
     stack.load_tensors(read_tensors(finished.adapters()[0])[0])
     base, healed = (finished.rows(kind)[0]["nats"]["authority"] for kind in ("base", "healed"))
     assert (before, nats()) == pytest.approx((base, healed), abs=1e-5) and base != healed
-
-    def logp(c, vectors=None):
-        front = steer.encode(tok, [finished.run["items"]["train"][c["prompt"]]], [""])[0]
-        with torch.no_grad(), steered(model, vectors or {}, one["dose"]["coeff"]):
-            logits = model(torch.tensor([front + c["ids"]])).logits                                # [1, T, V]
-        return logits[0, len(front) - 1:-1].double().log_softmax(-1)                                # [n, V]
-
-    def kl(c, p):
-        with stack.gated(0, 0):
-            return (p.exp() * (p - logp(c))).sum(-1)                                                # [n]
-    by_hand = [kl(c, logp(c)) for c in kept]
-    i = max(range(len(kept)), key=lambda i: by_hand[i].square().mean())
-    assert worst["day"] == pytest.approx(by_hand[i].tolist(), rel=1e-2, abs=1e-5)
-    assert worst["prompt"] == kept[i]["prompt"] and "".join(worst["tokens"]) == tok.decode(kept[i]["ids"])
-    assert max(map(abs, worst["before"])) < 1e-6                # round 0: the base
-    layers = safetensors.torch.load_file(finished.path / "rounds" / "00" / "vectors.safetensors")
-    with stack.gated(0, 0):
-        night = kl(kept[i], logp(kept[i], {int(k.removeprefix("layer.")): v for k, v in layers.items()}))
-    assert worst["night"] == pytest.approx(night.tolist(), rel=1e-2, abs=1e-5)
-
-
-def test_a_run_records_what_its_readers_need(finished):
-    assert finished.run["status"] == "accepted" and finished.accepted == [0] and finished.notes == []
-    assert [row["kind"] for row in finished.rows()] == ["base", "prompted", "steered", "healed"]
-    one = {e["stage"]: e for e in finished.events}
-    assert set(one) == {"layers", "limits", "row", "vector", "dose", "made", "tau", "heal", "gate"}
-    assert len(finished.completions(0)) == 24
-    assert all({"ids", "text", "verdict"} <= set(e) for e in finished.completions(0))
-    assert all(c == pytest.approx(1, abs=1e-5) for c in one["vector"]["cosine"].values())
-    assert all(n > 0 for n in one["vector"]["norm"].values())
-    assert all(0 <= d["coherence"] <= 1 for row in finished.rows() for d in row["diary"])
-    folder = finished.path / "rounds" / "00"
-    assert float(read_tensors(folder / "vectors.safetensors")[1]["coeff"]) == 0.4
-    table = (finished.path.parent / "results.tsv").read_text().splitlines()
-    assert len(table) == 2 and len(table[0].split("\t")) == len(table[1].split("\t"))
-
-
-# ---- runs that end otherwise
-
-def test_a_persona_of_two_sentences_has_a_trait_without_labels_and_a_refused_round_is_undone(
-        small_vignettes, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "gate", lambda *_: ["text 0.1 under 0.9"])
-    personas = ["--pos", "You feel the pain of others and you refuse to cause it, even when ordered to.",
-                "--neg", "You honor those in charge and you do your duty, even when someone suffers."]
-    code, record = common.run_loop(tmp_path, small_vignettes, "--n-text", "24", *personas)
-    rows = {row["kind"]: row for row in record.rows()}
-    assert rows["base"]["trait"] == 0 == rows["base"]["share"] and rows["prompted"]["share"] == 1
-    assert rows["prompted"]["trait"] > 0 and rows["steered"]["shift"] is None
-    for each in rows.values():
-        moved = torch.tensor(each["ratios"]) - torch.tensor(rows["base"]["ratios"])
-        assert each["trait"] == each["moved"] == pytest.approx(moved.mean().item(), abs=1e-6)
-        assert each["share"] == pytest.approx(each["trait"] / rows["prompted"]["trait"], abs=1e-6)
-    gates = [e for e in record.events if e["stage"] == "gate"]
-    assert code == 3 and record.run["status"] == "no round accepted" and record.accepted == []
-    assert [gate["reasons"] for gate in gates] == [["text 0.1 under 0.9"]]
-    names = {p.name for p in (record.path / "rounds" / "00").iterdir()}
-    assert names == {"vectors.safetensors", "rejected.safetensors"}
-    assert "rolled back" in capsys.readouterr().out
-    assert "rolled back" in (record.path / "diary.md").read_text()
-
-
-def test_a_search_without_an_answer_tells_what_was_dropped(small_vignettes, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(search, "calibrate_limits", lambda *_: Limits(1e-6, 1.0))
-    monkeypatch.setattr(common, "TINY", [x for x in common.TINY if x not in ("--coeff", "0.4")])
-    code, record = common.run_loop(tmp_path, small_vignettes)
-    reason = record.of("gate")["reasons"][0]
-    assert code == 3 and "no dose survives" in reason and "--min-survive" in reason
-    assert "worst_window dropped" in reason
-    assert "no round was accepted" in capsys.readouterr().out

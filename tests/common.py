@@ -1,7 +1,9 @@
 """What tests of several rooms need: small models of many classes, and runs of seconds."""
+import dataclasses
 import json
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in (".", "pocket", "bench")]
+
+import heal                                             # noqa: E402
+import lora                                             # noqa: E402
+import steer                                            # noqa: E402
+from tools.size import spectral                         # noqa: E402
 
 torch.set_num_threads(1)                                # small models: a second thread costs more
 
@@ -97,7 +104,11 @@ def tiny_model(tok, seed=0, dtype=torch.float32, layers=4, d=32):
         vocab_size=len(tok), hidden_size=d, intermediate_size=2 * d, num_attention_heads=4,
         num_hidden_layers=layers, num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.3,
         pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
-    return transformers.LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+    model = transformers.LlamaForCausalLM(config).to(dtype)
+    if dtype == torch.float64:                          # transformers' own norm rounds to float32
+        for name in [name for name, _ in model.named_modules() if name.endswith("norm")]:
+            model.set_submodule(name, torch.nn.RMSNorm(d, eps=config.rms_norm_eps, dtype=dtype))
+    return model.eval().requires_grad_(False)
 
 
 def family_model(name, tok, **more):
@@ -131,15 +142,137 @@ def noise(stack, seed=0, size=0.3):
         p.data.copy_(size * torch.randn(p.shape, generator=rng))
 
 
+# ---- cases of the concept files ------------------------------------------------------------------------
+
+PROMPTS = ["Hi", "Who are you?", "Do you love humanity, and why?", "a", "Tell me more about the sea.",
+           "x y z"]
+VIGNETTES = ["You see a man kick a dog.", "You see a cook who lies about the bill again and again.",
+             "You see a boy push in.", "You see a clerk burn a flag at noon.",
+             "You see a guard read her letters.", "You see a nun eat mud."]
+
+
+def lora_case(dtype=torch.float32, rounds=0, size=0.3, **kw):
+    """A tiny model with a stack and `rounds` folded rounds of seeded noise."""
+    model = tiny_model(tiny_tokenizer(), dtype=dtype)
+    stack = lora.attach(model, **{"r": 4, "alpha": 8, "layers": [1, 2], **kw})
+    for rnd in range(rounds):
+        noise(stack, rnd, size)
+        stack.fold()
+    return model, stack
+
+
+def update_of(stack):
+    """W-shaped update of the current round, module by module, in float64."""
+    return {name: l.scale * l.B.detach().double() @ l.A.detach().double() for name, l in stack.layers.items()}
+
+
+def heal_case(dtype=torch.float32, history=0):
+    """A tiny model, a stack of `history` folded rounds, noise in the current round, six uneven samples."""
+    model, stack = lora_case(dtype, history, 0.1)
+    noise(stack, history, 0.1)
+    rng = torch.Generator().manual_seed(9)
+    samples = [heal.Sample(torch.randint(6, 262, (n_prompt + n,), generator=rng).tolist(), n_prompt, group)
+               for group, (n_prompt, n) in enumerate([(3, 5), (1, 1), (6, 9), (2, 12), (4, 3), (5, 7)])]
+    return model, stack, samples
+
+
+def base_of(stack):
+    return lambda: stack.gated(0, 0)
+
+
+def heal_run(model, stack, samples, tau=0.0, seed=0, rnd=0, held_out=False, **options):
+    """heal() without its warnings and, as a lone prompt is never held out, without validation."""
+    cfg = heal.HealConfig(**{"tau": tau, "lr": 1e-3, **options})
+    samples = samples if held_out else [s._replace(group=0) for s in samples]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return heal.heal(model, stack.parameters(), samples, base_of(stack), cfg, seed=seed, rnd=rnd,
+                         spectral=(lambda: spectral(stack)) if cfg.spectral else None)
+
+
+def step_numbers(record):
+    return torch.tensor([[s[key] for key in ("nll", "div", "gnorm")] for s in record["steps"]])
+
+
+def flat(tensors):
+    return torch.cat([x.detach().flatten() for x in tensors])
+
+
+def random_head(N=37, V=301, d=16, dtype=torch.float64, seed=0, shift=0.3):
+    """hidden, ref_hidden [N, d], weight [V, d], targets [N], bias [V]; logits of a few nats."""
+    rng = torch.Generator().manual_seed(seed)
+    h, dh, W = (torch.randn(n, d, generator=rng, dtype=torch.float64) for n in (N, N, V))
+    b, targets = torch.randn(V, generator=rng, dtype=torch.float64), torch.randint(V, (N,), generator=rng)
+    return h.to(dtype), (h + shift * dh).to(dtype), W.to(dtype), targets, b.to(dtype)
+
+
+def steer_pair(dtype=torch.float32):
+    tok = tiny_tokenizer()
+    return tiny_model(tok, dtype=dtype), tok
+
+
+def steer_vectors(model, layers=(1, 2), size=3.0):
+    rng = torch.Generator().manual_seed(7)
+    return {layer: size * torch.randn(model.config.hidden_size, generator=rng) for layer in layers}
+
+
+def ids_of(tok, user, system=""):
+    return tok(steer.render(tok, user, system), add_special_tokens=False)["input_ids"]
+
+
+def meter_case():
+    """A model, its answers and an empty one, and who asked."""
+    model, tok = steer_pair(torch.float64)
+    answers = steer.generate(model, tok, PROMPTS[:3], max_new_tokens=9, seed=3)
+    return model, tok, [*answers, dataclasses.replace(answers[0], ids=[])], [*PROMPTS[:3], "Hi"]
+
+
+def echo_of(tok, texts):
+    return {i for text in texts for words in (text, " " + text) for i in tok(words)["input_ids"]}
+
+
+def logp_behind(model, tok, c, user, system):
+    front = ids_of(tok, user, system)
+    return logits_of(model, torch.tensor([front + c.ids]))[0, len(front) - 1:-1].log_softmax(-1)    # [n, V]
+
+
+def mfv_rows(texts=VIGNETTES):
+    rng = torch.Generator().manual_seed(1)
+    labels = torch.rand(len(texts), 7, generator=rng, dtype=torch.float64)
+    return [{"text": t, "foundation": "care", "label": (x / x.sum()).tolist()} for t, x in zip(texts, labels)]
+
+
+def rig(model, tok, natural=41, closed=23, pad=11):
+    """After some tokens the model must write the prefill, </think> or a pad: by the last token only."""
+    table = torch.zeros(len(tok), len(tok), dtype=model.dtype)
+    spell, close = tok.convert_tokens_to_ids(PREFILL), tok.convert_tokens_to_ids("</think>")
+    for token in range(len(SPECIALS), 262):
+        for every, then in ((natural, spell[0]), (closed, close), (pad, tok.pad_token_id)):
+            if every and token % every == 3 % every:
+                table[token, then] = 200
+    for a, b in zip(spell, spell[1:]):
+        table[a, b] = 300
+
+    def hook(module, args, kwargs, out):
+        out.logits = out.logits + table[kwargs["input_ids"][:, -out.logits.shape[1]:]]
+        return out
+    model.register_forward_hook(hook, with_kwargs=True)
+    return model
+
+
 # ---- run folders ---------------------------------------------------------------------------------------
 
 # a run of one round and a few seconds, whose dose is not searched
-TINY = ("--rounds 1 --n-make 24 --n-text 8 --think-tokens 4 --epochs 1 --coeff 0.4 "
-        "--max-new-tokens 32").split()
+TINY = ("--rounds 1 --n-make 12 --n-text 8 --think-tokens 3 --epochs 1 --coeff 0.4 "
+        "--max-new-tokens 24").split()
 # less still, for runs that are cut off and continued; the learning rate makes both rounds pass
 SMALL = ("--rounds 2 --seed 2 --lr 0.01 --n-make 8 --n-text 4 --coeff 0.3 --steer-band 0.5 0.6 "
          "--max-new-tokens 16 --think-tokens 1 --epochs 2").split()
 TIMES = {"t", "started", "seconds", "resumed", "reason", "argv", "command", "out", "git"}    # may differ
+
+
+class PowerCut(BaseException):
+    """As a kill -9: nothing of the run is told about it."""
 
 
 def few_vignettes(folder: Path, every: int = 12) -> Path:
@@ -209,7 +342,6 @@ def make_run(path: Path, base, ranks=(4, 2, 8), *, refused=(), **options) -> Non
     """A run folder as loop.py leaves it, with a round of noise for each rank and made-up measurements.
 
     base: a folder, or "pocket". refused: rounds that the gate did not let through."""
-    import lora
     from tools import model as loading
     from tools.files import save_tensors
     from tools.record import FORMAT

@@ -1,5 +1,4 @@
 """Tests of tools/folder.py, screen.py and options.py: a run that survives, and says what was wrong."""
-import contextlib
 import dataclasses
 import json
 import os
@@ -9,19 +8,14 @@ import sys
 import time
 from typing import Literal
 
-import evalmfv
 import loop
 import pytest
 import torch
-from common import SMALL, differences, folder_of, small_data
-from tools import folder as files, inputs, options, ranks
+from common import PowerCut
+from tools import folder as files, options, ranks
 from tools.files import inert, read_tensors, save_tensors
 from tools.folder import Folder, read
 from tools.screen import Screen
-
-
-class PowerCut(BaseException):
-    """As a kill -9: nothing of the run is told about it."""
 
 
 AROUND = dict(versions=dict(torch="2"), machine={}, git="", code="c")
@@ -406,77 +400,3 @@ def test_options_are_read_shown_and_recorded(capsys):
             options.recorded({k: v for k, v in (args | bad).items() if v is not ...}, [Toy], "run")
     with pytest.raises(ValueError, match="not a value it can have"):
         options.tidy(dict(how="a\0"))
-
-
-# ---- whole runs ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def quick(tmp_path, monkeypatch):
-    """The options of a run of seconds."""
-    monkeypatch.setattr(inputs, "POCKET", inputs.POCKET)        # small_data sets it
-    return [*SMALL, "--vignettes", str(small_data(tmp_path)), "--rounds", "1", "--no-gate"]
-
-
-def test_a_run_cut_off_twice_ends_as_one_that_was_not_and_a_finished_goes_on(quick, tmp_path, monkeypatch):
-    assert loop.main([*quick, "--rounds", "2", "--out", str(tmp_path / "whole")]) == 0
-    whole, event = folder_of(tmp_path / "whole"), Folder.event
-    # after the base's row; within the healed row, its round folded and written; then the end, and further
-    for at, torn, more in ((("row", "base"), False, None), (("row", "healed"), True, []), (None, False, []),
-                           (None, False, ["--rounds", "2"])):
-        def dying(self, stage, rnd=None, **how):
-            is_last = (stage, how.get("kind")) == at
-            if is_last and torn:
-                with open(self.path / "events.jsonl", "a") as file:
-                    file.write('{"t": 1')
-                raise PowerCut
-            made = event(self, stage, rnd, **how)
-            if is_last:
-                raise PowerCut
-            return made
-        with monkeypatch.context() as patch, pytest.raises(PowerCut) if at else contextlib.nullcontext():
-            patch.setattr(Folder, "event", dying)
-            if at:
-                patch.setattr(Folder, "__exit__", lambda self, *error: self._leave())
-            argv = [*quick, "--out", str(tmp_path / "cut")] if more is None else [
-                "--resume", str(folder_of(tmp_path / "cut")), *more]
-            assert loop.main(argv) == 0
-    ended = folder_of(tmp_path / "cut")
-    assert differences(whole, ended) == []
-    record = read(ended)
-    assert len(record.run["resumed"]) == 3 and record.run["argv"][-2:] == ["--rounds", "2"]
-    assert record.accepted == [0, 1]                    # the second on a loaded adapter
-
-
-def test_a_gate_is_asked_again_with_new_options_and_the_run_goes_on_from_there(quick, tmp_path, capsys):
-    argv = [*quick, "--gate", "--coh-floor", "1", "--out", str(tmp_path), "--lr", "1e-9"]
-    assert loop.main(argv) == 3
-    path = folder_of(tmp_path)
-    assert (path / "rounds" / "00" / "rejected.safetensors").exists() and read(path).accepted == []
-    capsys.readouterr()
-    assert loop.main(["--resume", str(path), "--no-gate"]) == 0
-    record = read(path)
-    assert record.accepted == [0] and list(record.adapters()) == [0] and record.run["argv"][-1] == "--no-gate"
-    assert len(record.rows("healed")) == 1 and "decides otherwise" in capsys.readouterr().out
-
-
-def test_a_round_whose_numbers_break_is_rolled_back_with_its_cause(quick, tmp_path, monkeypatch, capsys):
-    argv = [*quick, "--rounds", "2", "--lr", "1", "--out", str(tmp_path)]
-    event, evaluate = Folder.event, evalmfv.evaluate
-
-    def broken(*args, **how):                           # as logits that are nan would have it
-        raise RuntimeError("3 of 6 frames have answers that are not finite")
-
-    def breaking(self, stage, rnd=None, **how):
-        if stage == "heal":
-            monkeypatch.setattr(evalmfv, "evaluate", broken)
-        elif stage == "gate":
-            monkeypatch.setattr(evalmfv, "evaluate", evaluate)
-        return event(self, stage, rnd, **how)
-    monkeypatch.setattr(Folder, "event", breaking)
-    assert loop.main(argv) == 3
-    record = read(folder_of(tmp_path))
-    assert all("not finite" in e["reasons"][0] or "finite loss" in e["reasons"][0] for e in record.events
-               if e["stage"] == "gate") and record.run["status"] == "no round accepted"
-    assert not list(record.path.rglob("adapter.safetensors"))
-    assert "no round was accepted" in capsys.readouterr().out

@@ -26,10 +26,6 @@ def test_free_text_falls_for_loops_and_for_noise_and_not_for_the_base():
     limit = torch.cat([x.unfold(0, 8, 1).mean(1) for x in nlls]).quantile(0.99).item()
     two = ids[0][:2]                                            # two tokens are a window of eight
     assert score((two, [4.3 * limit] * 2)) == 1 and score((two, [4.5 * limit] * 2)) == 0
-    with pytest.raises(ValueError, match="nlls"):
-        free_text([[1, 2]], [torch.zeros(3)], ids, nlls)
-    with pytest.raises(ValueError, match="base"):
-        free_text(ids, nlls, [[]], [[]])
 
 
 def test_a_share_is_0_for_the_base_1_for_the_prompt_and_its_error_is_that_of_a_bootstrap():
@@ -43,7 +39,3 @@ def test_a_share_is_0_for_the_base_1_for_the_prompt_and_its_error_is_that_of_a_b
     draws = torch.randint(120, (4000, 120), generator=rng)                      # [draws, n]
     shares = (now - base)[draws].mean(1) / (prompted - base)[draws].mean(1)
     assert se == pytest.approx(shares.std().item(), rel=0.1)
-    with pytest.raises(ValueError, match="no scale"):
-        persona_share(now, base, base + noise)
-    with pytest.raises(ValueError, match="same number"):
-        persona_share(now, base[1:], prompted)

@@ -1,5 +1,5 @@
-"""The concept files where it is hard: memory that runs out, templates of any shape, packed weights, several
-devices, and what is refused in a sentence before any work."""
+"""The concept files where it is hard: memory that runs out, numbers that break, heads, caches and templates
+of any shape, packed weights, several devices."""
 import dataclasses
 import inspect
 import math
@@ -7,25 +7,58 @@ import warnings
 
 import pytest
 import torch
-from common import (FOUNDATIONS, TEMPLATE, logits_of, noise, probe_tokenizer, some_ids, tiny_model,
-                    tiny_tokenizer)
-from test_all import (CPU_FULL, GPU_FULL, PROMPTS, VIGNETTES, base_of, full_memory, heal_case, heal_run,
-                      lora_case, mfv_rows, random_head, rig, steer_pair, steer_vectors, step_numbers)
+from common import (FOUNDATIONS, PROMPTS, TEMPLATE, VIGNETTES, base_of, family_model, flat, heal_case,
+                    heal_run, logits_of, lora_case, mfv_rows, noise, probe_tokenizer, random_head, rig,
+                    some_ids, steer_pair, steer_vectors, step_numbers, tiny_model, tiny_tokenizer)
+from test_all import compare, completion
 from tokenizers.processors import TemplateProcessing
 
 import evalmfv
-import loop
 import steer
-from heal import HealConfig, Sample, aggregate, divergences, heal, reverse_kl, token_losses
-from lora import LoraConfig, attach
-from steer import SteerConfig, fit_vectors, generate, render, steered, token_nll
+from heal import Passes, aggregate, naive_losses, token_losses
+from lora import attach
+from steer import fit_vectors, generate, readings, render, steered, token_nll
 from tools import search
 from tools.student import Student
 
-pytest_plugins = ["shared"]
-
 
 # ---- memory that runs out
+
+def full_memory(model, rows, error, columns=0):
+    """More than `rows` rows of `columns` columns or more raise `error`; the rows of every call are listed."""
+    seen = []
+
+    def guard(module, args, kwargs):
+        seen.append(len(kwargs["input_ids"]))
+        if seen[-1] > rows and kwargs["attention_mask"].shape[1] >= columns:
+            raise error
+    return model.register_forward_pre_hook(guard, with_kwargs=True), seen
+
+
+GPU_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+CPU_FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you "
+                        "tried to allocate 9 bytes.")
+
+
+def test_token_losses_never_hold_more_than_a_tile_of_the_logits():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                own = isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given
+                self.numel = max(self.numel, t.numel() if own else 0)
+            return out
+    h, h0, W, targets, _ = random_head(N=40, V=5000, d=16, dtype=torch.bfloat16)
+    given, x = {W.untyped_storage().data_ptr()}, h.requires_grad_()
+    with Largest() as seen:
+        nll, kl = token_losses(x, h0, W, targets, tile=100)
+        (nll.mean() + kl.mean()).backward()
+    assert seen.numel == 40 * 100, seen.numel                   # N * tile, of N * V = 200,000
+
 
 def test_out_of_memory_halves_the_pass_and_changes_no_number():
     results = []
@@ -52,8 +85,32 @@ def test_memory_that_runs_out_in_the_search_of_the_dose_is_no_refused_round(monk
             raise kind("too much")
         monkeypatch.setattr(search, "find_dose", fails)
         with pytest.raises(RuntimeError, match="too much") as raised:
-            student.dose(0, None, {}, min_survive=0.5)
+            student.dose(0, None, {}, 1.0, min_survive=0.5)
         assert raised.type is kind
+
+
+def test_generation_halves_its_batch_as_often_as_it_must_and_no_answer_changes():
+    model, tok = steer_pair(torch.float64)
+    model.generation_config.eos_token_id = list(range(6, 40))               # rows end at different steps
+    want = generate(model, tok, PROMPTS * 4, max_new_tokens=20, seed=5)
+    for rows, error in ((3, GPU_FULL), (1, CPU_FULL)):
+        hook, seen = full_memory(model, rows, error)
+        assert generate(model, tok, PROMPTS * 4, max_new_tokens=20, seed=5) == want
+        hook.remove()                                           # 24, 12, 6 (, 3, ...) and never again
+        assert seen[0] == 24 and rows in seen and sum(n > rows for n in seen) <= 5
+
+
+def test_token_nll_makes_logits_of_answers_only_and_no_more_than_its_budget():
+    model, tok = steer_pair()
+    answers, shapes = generate(model, tok, PROMPTS, max_new_tokens=15, top_k=0, top_p=1.0), []
+    model.lm_head.register_forward_hook(lambda head, args, out: shapes.append(tuple(out.shape)))
+    want = token_nll(model, answers)
+    n = max(len(c.ids) for c in answers) + 1                    # the answers and the column before them
+    assert shapes == [(6, 1, len(tok)), (6, n, len(tok))]       # the prompts, then what follows them
+    model.config.vocab_size = 2 ** 28 // n                      # as if a row were all of the budget
+    got = token_nll(model, answers)
+    assert {shape[0] for shape in shapes[2:]} == {1}
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(want, got))
 
 
 def test_rows_that_had_finished_when_memory_ran_out_are_not_decoded_again():
@@ -105,7 +162,141 @@ def test_scores_states_and_the_probe_survive_a_full_memory_with_the_same_numbers
         assert max(seen) > 2 and 1 <= seen[-1] <= 2 and max(seen2) > 2 and 1 <= seen2[-1] <= 2
 
 
-# ---- devices, packed weights, pads and caches
+# ---- numbers that are large, rough or none
+
+def test_token_losses_survive_large_logits_and_agree_on_which_bits_are_zero():
+    h, h0, W, targets, _ = random_head(dtype=torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = h.to(dtype).clone().requires_grad_()
+        nll, kl = token_losses(x, h.to(dtype), W.to(dtype), targets, tile=64)       # student = reference
+        assert kl.eq(0).all() and nll.dtype == torch.float32
+        (nll.sum() * 0 + aggregate(kl, "rmse")).backward()
+        assert x.grad.eq(0).all() and x.grad.dtype == dtype
+    x, x0, W = 60 * h.double(), 60 * h0.double(), W.double()    # logits of +-240
+    tiled, naive = token_losses(x, x0, W, targets, tile=64), naive_losses(x @ W.T, x0 @ W.T, targets)
+    assert naive[1].max() > 100 and all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(tiled, naive))
+
+
+@pytest.mark.parametrize("shift, better", [(0.012, 400), (0.06, 15)])        # mean KL about .003 and .07 nats
+def test_token_losses_in_bfloat16_are_nearer_the_truth_than_a_bfloat16_softmax(shift, better):
+    h, h0, W, targets, _ = random_head(N=64, V=4096, d=128, dtype=torch.bfloat16, shift=shift)
+    W = W / 4                                                   # logits of a few nats; exact
+    x = h.double().requires_grad_()
+    _, truth = naive_losses(x @ W.double().T, h0.double() @ W.double().T, targets)
+    aggregate(truth, "rmse").backward()
+    y = h.clone().requires_grad_()
+    _, kl = token_losses(y, h0, W, targets, tile=512)
+    aggregate(kl, "rmse").backward()
+    logp, logq = ((z @ W.T).log_softmax(-1) for z in (h, h0))   # what the peers do
+    peers = (logp.exp() * (logp - logq)).sum(-1)
+    error, theirs = ((k.double() - truth).abs().mean().item() for k in (kl, peers))
+    assert theirs / error >= better, (truth.mean().item(), theirs, error, theirs / error)
+    assert (y.grad.double() - x.grad).norm() <= 0.03 * x.grad.norm()
+
+
+def test_heal_skips_a_step_that_is_not_finite_and_gives_up_after_three_in_a_row():
+    for bad, n_bad in (({3}, 1), ({0, 1, 2}, 3), ({0, 2, 3}, 3)):
+        model, stack, samples = heal_case()
+        calls = []
+
+        def spoil(module, args, output):                        # one student forward of six rows per step
+            if stack.layers["model.layers.1.self_attn.q_proj"].current and len(output.last_hidden_state) == 6:
+                calls.append(0)
+                if len(calls) - 1 in bad:
+                    output.last_hidden_state = output.last_hidden_state * float("nan")
+        model.model.register_forward_hook(spoil)
+        if bad == {0, 1, 2}:
+            with pytest.raises(RuntimeError, match="3 steps in a row.*lower lr"):
+                heal_run(model, stack, samples, heal_batch=6, epochs=6)
+        else:
+            record = heal_run(model, stack, samples, heal_batch=6, epochs=6)
+            assert record["skipped"] == sorted(bad) and len(record["steps"]) == 6 - n_bad
+        assert all(p.isfinite().all() for p in stack.parameters())
+
+
+def test_readings_are_finite_for_huge_and_missing_nll_and_refuse_nan():
+    huge = readings(completion("a b c", range(3)), torch.full((3,), 2000.0))
+    empty = readings(completion("", []), torch.zeros(0))
+    assert all(math.isfinite(x) for r in (huge, empty) for x in r.values())
+    for nll in (torch.tensor([0.1, math.nan]), torch.zeros(3)):
+        with pytest.raises(RuntimeError, match="finite"):
+            readings(completion("a b", range(2)), nll)
+
+
+# ---- heads, devices, packed weights, pads and caches
+
+HEADED = {"soft-capped": "Gemma2ForCausalLM", "divided": "GraniteForCausalLM",
+          "multiplied": "CohereForCausalLM", "biased": "PhiForCausalLM"}
+
+
+@pytest.mark.parametrize("name", [*HEADED, "unknown", "edited", "hooked", "trained"])
+def test_any_head_is_read_as_the_model_does(name):
+    """Exact without logits where the config tells the head; from the model's own logits where it does not."""
+    model = family_model(HEADED.get(name, "GraniteForCausalLM"), tiny_tokenizer())
+    forward = model.forward
+
+    def other(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        if name == "unknown":
+            out.logits = out.logits.square()
+        else:
+            out.logits[..., [100, 200]] = -50.0             # past the one column that an idle head would make
+        return out
+    if name == "biased":
+        model.lm_head.bias.data.normal_()
+    elif name in ("unknown", "edited"):
+        model.forward = other
+    elif name == "hooked":
+        model.lm_head.register_forward_hook(lambda m, a, out: out + 1.0)
+    stack, samples, results = attach(model, r=4, alpha=8, layers=[1, 2]), heal_case()[2], []
+    model.lm_head.weight.requires_grad_(name == "trained")
+    noise(stack, 0, 0.1)
+    for fast in (True, False):
+        passes = Passes(model, samples, base_of(stack), fast=fast)
+        assert (passes.head is not None) == (fast and name in HEADED)
+        for _ in range(2):                                      # the second time the reference from memory
+            nlls, kls = passes.losses(list(range(6)))
+        loss = torch.cat(nlls).mean() + sum(aggregate(kl, "rmse") for kl in kls)
+        results.append((flat([*nlls, *kls]), flat(torch.autograd.grad(loss, stack.parameters()))))
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, atol=1e-4 * b.abs().max()), (a - b).abs().max()
+    logits = model(input_ids=torch.tensor([samples[0].ids])).logits[0, 2:-1]
+    exact = torch.nn.functional.cross_entropy(logits, torch.tensor(samples[0].answer), reduction="none")
+    assert torch.allclose(nlls[0], exact, atol=1e-3)
+
+
+def test_history_built_under_inference_mode_still_serves_training():
+    model, stack = lora_case(rounds=1)
+    with torch.inference_mode():
+        model(input_ids=some_ids())
+    model(input_ids=some_ids()).logits.sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in stack.parameters())
+
+
+@pytest.mark.parametrize("name", ["Qwen3_5ForConditionalGeneration", "Mamba2ForCausalLM"])
+def test_rows_that_end_early_leave_a_batch_of_linear_attention(name):
+    tok = probe_tokenizer()
+    model = family_model(name, tok)
+    model.generation_config.eos_token_id = list(range(6, 134))  # half of the bytes end an answer
+    for greedy in (False, True):
+        together = generate(model, tok, PROMPTS, max_new_tokens=8, greedy=greedy)
+        assert together[0].ids == generate(model, tok, PROMPTS[:1], max_new_tokens=8, greedy=greedy)[0].ids
+        assert len({len(c.ids) for c in together}) > 1
+    alone = [generate(model, tok, [p], max_new_tokens=8, greedy=True)[0].ids for p in PROMPTS]
+    assert [c.ids for c in together] == alone
+
+
+def test_the_probe_of_a_model_with_a_short_window_does_not_see_its_batch_size():
+    tok = probe_tokenizer()
+    model = rig(family_model("MistralForCausalLM", tok).double(), tok, natural=61, closed=0, pad=9)
+    one, *others = [evalmfv.evaluate(model, tok, mfv_rows(VIGNETTES[:4]), think_tokens=18, batch_size=b)
+                    for b in (1, 5, 8)]
+    assert len(set(sum(one["case"], []))) > 1                   # some rows leave the batch early
+    for out in others:
+        assert out["case"] == one["case"] and (out["score"] - one["score"]).abs().max() < 1e-10
+        assert out["profile"] == pytest.approx(one["profile"], abs=1e-10)
+        assert out["prefill_nll"] == pytest.approx(one["prefill_nll"], abs=1e-10)
+
 
 def test_adapters_and_vectors_live_where_their_layer_lives():
     model, tok = steer_pair()
@@ -207,7 +398,63 @@ def test_the_cache_goes_in_by_the_word_that_forward_has_and_an_empty_one_is_name
             call(broken)
 
 
-# ---- templates
+# ---- templates and tokenizers
+
+def test_answers_end_at_any_end_token_and_at_what_the_template_writes_after_them():
+    model, tok = steer_pair()
+    model.generation_config.eos_token_id = [40, 41]
+    answers = generate(model, tok, PROMPTS * 8, max_new_tokens=60, top_k=0, top_p=1.0)
+    ends = {40, 41, tok.eos_token_id}
+    assert any(c.ids[-1] in (40, 41) for c in answers)
+    for c in answers:
+        assert not ends & set(c.ids[:-1]) and c.finished == (c.ids[-1] in ends)
+        assert c.finished or len(c.ids) == 60
+    end, user = tok.convert_tokens_to_ids(["<|end|>", "<|user|>"])
+    model.generation_config.eos_token_id = tok.bos_token_id     # neither names the token that ends a turn
+    tok.eos_token = "<|bos|>"
+    hook = model.lm_head.register_forward_hook(
+        lambda m, args, out: out.index_fill(-1, torch.tensor([end]), 99.0))
+    said = generate(model, tok, ["Hi"], max_new_tokens=5)
+    hook.remove()
+    assert [(c.ids, c.finished, c.text) for c in said] == [([end], True, "")]
+    between = TEMPLATE.replace("not (loop.last and continue_final_message)", "not loop.last")
+    for template, found in (
+            (TEMPLATE, {end}), (between, {end}),                # the second closes a turn when the next opens
+            (TEMPLATE.replace("<|end|>", "\n\n"), {user}),      # the next turn's tag
+            ("{% for m in messages %}\n\n### {{ m['role'] }}: {{ m['content'] }}{% endfor %}", set()),
+            (TEMPLATE.replace("m in messages", "m in messages if m['role'] == 'user'"), set())):
+        tok.chat_template = template
+        assert set(steer.end_ids(model, tok)) == {tok.bos_token_id} | found
+
+
+def test_the_interruption_follows_the_chat_template():
+    tok = probe_tokenizer()
+    tok.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    assert evalmfv.interruption(tok) == ("</think><|im_end|>\n<|im_start|>system\nBe kind.<|im_end|>\n"
+                                         "<|im_start|>user\nJust answer<|im_end|>\n<|im_start|>assistant\n")
+    tok.chat_template = "{% for m in messages if m['role'] == 'user' %}[{{ m['content'] }}]{% endfor %}"
+    with pytest.raises(ValueError, match="template"):
+        evalmfv.interruption(tok)
+
+
+def test_as_original_doubles_the_bos_and_does_not_see_pads_inside_the_text():
+    tok = probe_tokenizer()
+    bos = ("<|bos|>", tok.bos_token_id)
+    tok.backend_tokenizer.post_processor = TemplateProcessing(single="<|bos|> $A", special_tokens=[bos])
+    model, rows = tiny_model(tok, seed=2, dtype=torch.float64), mfv_rows(VIGNETTES[:3])
+    rig(model, tok, natural=0, closed=0, pad=3)
+    text = evalmfv.render(tok, evalmfv.question(rows[0]["text"], FOUNDATIONS))
+    assert tok(text)["input_ids"].count(tok.bos_token_id) == 2
+    ours, theirs = (evalmfv.evaluate(model, tok, rows, think_tokens=6, as_original=x) for x in (False, True))
+    compare(ours, model, tok, rows, 6)
+    compare(theirs, model, tok, rows, 6, by_token=True, front=[tok.bos_token_id])
+    assert (ours["score"] - theirs["score"]).abs().max() > 1e-3
+    tok.pad_token = None                                        # the eos pads then, which ends the turns too
+    compare(evalmfv.evaluate(model, tok, rows, think_tokens=6), model, tok, rows, 6)
+
 
 PARTS = TEMPLATE.replace("{{ m['content'] }}", "{% for part in m['content'] %}{% if part.type == 'text' %}"
                          "{{ part.text }}{% endif %}{% endfor %}")
@@ -275,157 +522,3 @@ def test_words_that_do_not_reach_the_prompt_or_are_no_text_are_refused_in_a_sent
         tok.chat_template = template
         with pytest.raises(ValueError, match=why):
             steer.encode(tok, ["a"], [""])
-
-
-# ---- what is refused
-
-def test_heal_refuses_bad_options_and_arguments_before_any_forward():
-    for bad in (dict(reg="wd"), dict(kl_agg="median"), dict(lam=-1.0), dict(tau=math.inf), dict(lr=0.0),
-                dict(epochs=0), dict(pass_tokens=0), dict(heal_batch=0), dict(lam_round_pow=math.nan),
-                dict(spectral=math.nan), dict(weight_decay=-1)):
-        with pytest.raises(ValueError, match=f"{next(iter(bad))}="):
-            HealConfig(**bad)
-    model, stack, samples = heal_case()
-    params, base, cfg = stack.parameters(), base_of(stack), HealConfig(lr=1e-3, tau=1.0)
-    others, (h, h0, W, targets, _) = [s._replace(ids=s.ids[:-1] + [9]) for s in samples], random_head()
-    model.forward = None                                        # a forward would be a TypeError
-    for bad, message in (
-            (lambda: heal(model, params, [], base, cfg), "no samples"),
-            (lambda: heal(model, params, [Sample([1, 2], 2, 0)], base, cfg), "sample 0: n_prompt=2 of 2"),
-            (lambda: heal(model, params, [Sample([1, 2], 0, 0)], base, cfg), "sample 0: n_prompt=0"),
-            (lambda: heal(model, [], samples, base, cfg), "params: got 0"),
-            (lambda: heal(model, [params[0].bfloat16()], samples, base, cfg), "bfloat16"),
-            (lambda: heal(model, params, samples, base, HealConfig(lr=1e-3)), "cfg.tau=None.*calibrate"),
-            (lambda: heal(model, params, samples, base, HealConfig(tau=1.0)), "cfg.lr=None.*calibrate"),
-            (lambda: heal(model, params, samples, base, HealConfig(lr=1e-3, tau=1, spectral=0.1)),
-             "needs spectral="),
-            (lambda: divergences(model, samples, base, reg="wd"), "reg='wd'"),
-            (lambda: divergences(model, samples, base, ref_samples=others), "same completions"),
-            (lambda: aggregate(torch.ones(3), "median"), "how='median': expected mean, rmse, p95, max"),
-            (lambda: aggregate(torch.ones(0), "rmse"), "one sample"),
-            (lambda: aggregate(torch.ones(2, 3), "rmse"), "one sample"),            # would pool two samples
-            (lambda: reverse_kl(h, h0[:1]), "one shape"),
-            (lambda: token_losses(h, h0[:3], W, targets), r"\[3, 16\]"),
-            (lambda: token_losses(h, h0, W.T, targets), r"not \[N, d\]"),
-            (lambda: token_losses(h, h0, W.clone().requires_grad_(), targets), "head requires a gradient"),
-            (lambda: token_losses(h, h0, W, targets, reg="wd"), "reg='wd'")):
-        with pytest.raises(ValueError, match=message):
-            bad()
-
-
-def test_lora_names_bad_arguments_and_refuses_bad_states():
-    shapeless = torch.nn.Linear(2, 2)
-    shapeless.get_decoder = lambda: shapeless
-    for bad, message in ((lambda: lora_case(layers=[4]), r"layers=\[4\].* has 4, counted from 0"),
-                         (lambda: lora_case(layers=[]), "layers="),
-                         (lambda: lora_case(r=0), "r=0"),
-                         (lambda: lora_case(rounds=2)[1].gates([1.0]), "one for each of 2"),
-                         (lambda: lora_case()[1].gates(current=float("nan")), "finite"),
-                         (lambda: lora_case(rounds=1)[1].tensors([1]), "1 folded"),
-                         (lambda: attach(shapeless, r=1, alpha=1, layers=[0]), "Linear has 0"),
-                         (lambda: LoraConfig(alpha=-1.0), "alpha"),
-                         (lambda: LoraConfig(lora_band=(0.8, 0.2)), "lora_band"),
-                         (lambda: LoraConfig(lora_band=(0.8, math.nan)), "lora_band")):
-        with pytest.raises(ValueError, match=message):
-            bad()
-    _, stack = lora_case()
-    with pytest.raises(ValueError, match="0 folded"):
-        stack.tensors()
-    with stack.gated(1, 0), pytest.raises(RuntimeError, match="current gate 0"):
-        stack.fold()
-    assert stack.n_rounds == 0
-
-
-def test_loading_into_the_wrong_model_names_the_modules_and_loads_nothing():
-    tensors = lora_case(rounds=1)[1].tensors()
-    model, fewer = lora_case(layers=[1])
-    with pytest.raises(ValueError, match=r"14 are of modules that are not adapted.*model\.layers\.2\."):
-        fewer.load_tensors(tensors)
-    with pytest.raises(ValueError, match=r"14 tensors of the 21 adapted modules .*model\.layers\.0\."):
-        lora_case(layers=[0, 1, 2])[1].load_tensors(tensors)
-    wide = attach(tiny_model(tiny_tokenizer(), d=64), r=4, alpha=8, layers=[1, 2])
-    with pytest.raises(ValueError, match=r"q_proj has A \[4, 32\] and B \[32, 4\], here .* A \[r, 64\]"):
-        wide.load_tensors(tensors)
-    good, key = lora_case()[1], "model.layers.1.self_attn.q_proj.0.A"
-    later = {k.replace(".0.", ".1."): t for k, t in tensors.items()}
-    for bad, message in (({}, "28 tensors"), ({"x": torch.ones(1)}, "'x'"), (later, "28 tensors"),
-                         (tensors | {key: tensors[key] / 0}, "all finite"),
-                         (tensors | {key: torch.ones(3)}, "has A")):
-        with pytest.raises(ValueError, match=message):
-            good.load_tensors(bad)                                          # all or none
-    assert good.n_rounds == 0 and fewer.n_rounds == 0
-    noise(good, 0)
-    with pytest.raises(RuntimeError, match="drop"):
-        good.load_tensors(tensors)
-
-
-def test_generate_and_its_options_refuse_what_cannot_be_meant():
-    model, tok = steer_pair()
-    vectors = steer_vectors(model)
-    for kw in (dict(vectors=vectors), dict(coeffs=[1.0]), dict(vectors=vectors, coeffs=[1.0, 2.0])):
-        with pytest.raises(ValueError, match="one coeff per prompt"):
-            generate(model, tok, ["Hi"], **kw)
-    with pytest.raises(ValueError, match="greedy=True"):
-        generate(model, tok, ["Hi"], temperature=0.0)
-    for bad in (dict(coeff=-1.0), dict(coeff=math.nan), dict(min_survive=0.0), dict(top_p=0.0),
-                dict(steer_band=(0.2, 1.5)), dict(temperature=0.0)):
-        with pytest.raises(ValueError, match=next(iter(bad))):
-            SteerConfig(**bad)
-    with pytest.raises(ValueError, match="expected two depths"):
-        SteerConfig(steer_band=(0.6, 0.2))
-    assert SteerConfig(steer_band=(0.2, 0.8)).coeff is None
-
-
-def test_the_probe_refuses_what_it_cannot_read():
-    tok = probe_tokenizer()
-    model = tiny_model(tok)
-    with pytest.raises(ValueError, match="think_tokens=0"):
-        evalmfv.evaluate(model, tok, mfv_rows(), think_tokens=0)
-    with pytest.raises(RuntimeError, match="eval()"):
-        evalmfv.evaluate(tiny_model(tok).train(), tok, mfv_rows())
-    with pytest.raises(ValueError, match="collide"):            # s-anctity, s-ocial
-        evalmfv.evaluate(model, tiny_tokenizer(FOUNDATIONS[:4]), mfv_rows())
-    with pytest.raises(ValueError, match="merges"):
-        evalmfv.answer_ids(tiny_tokenizer(['"care']))
-    closed = rig(tiny_model(tok), tok, natural=0, closed=1, pad=0)
-    with pytest.raises(RuntimeError, match="raise think_tokens"):
-        evalmfv.evaluate(closed, tok, mfv_rows(), think_tokens=8)
-    model.lm_head.weight[20] = math.nan
-    with pytest.raises(RuntimeError, match="not finite"):
-        evalmfv.evaluate(model, tok, mfv_rows(), think_tokens=2)
-
-
-def refused(argv, capsys):
-    """What a command that is refused says; 2 is its exit code."""
-    try:
-        code = loop.main(argv)
-    except SystemExit as stop:
-        code = stop.code
-    err = capsys.readouterr().err
-    assert code == 2 and "Traceback" not in err
-    return err
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--rounds", "0"], "rounds"), (["--prompts", "nowhere.txt"], "nowhere.txt"),
-    (["--kl-agg", "x"], "kl-agg"), (["--pos", "You are kind."], "--neg"),
-    (["--persona", "pirate"], "authority, love"), (["--coh-floor", "nan"], "coh_floor"),
-    (["--kl_agg", "mean"], "kl_agg"), (["--model", ""], "--model is empty"),
-    (["--vignettes", "nowhere.jsonl"], "nowhere.jsonl"), (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
-    (["--lam", "-1"], "lam"), (["--r", "0"], "r=0"), (["--steer-band", "0.9", "0.1"], "0.9"),
-    (["--reg", "nll", "--tau", "1"], "without a barrier"), (["--tau-scale", "nan"], "tau_scale=nan"),
-    (["--tau", "1", "--tau-scale", "2"], "leave one out"), (["--pos", "a", "--neg", "a"], "the same"),
-    (["--r", "999"], "more than the model's width 192"), (["--max-new-tokens", "2000"], "the model's 1024"),
-    (["--think-tokens", "2000"], "the model's 1024"), (["--out", __file__], "a file, not a folder"),
-    (["--resume", "x"], "not a run")])
-def test_options_that_cannot_be_meant_are_refused_before_any_work(argv, message, tmp_path, capsys):
-    assert message in refused(["--out", str(tmp_path), *argv], capsys) and not list(tmp_path.iterdir())
-
-
-def test_a_run_goes_on_with_its_own_options_only(finished, capsys):
-    path = str(finished.path)
-    err = refused(["--resume", path, "--kl-agg", "mean", "--seed", "3", "--n-make", "24"], capsys)
-    assert "configuration: seed is 0 there and 3 here, kl_agg is 'rmse' there and 'mean' here; leave" in err
-    assert "only grow" in refused(["--resume", path, "--patience", "1"], capsys)
-    cfg, scfg, *_ = loop.parse(["--resume", path, "--rounds", "9", "--gate", "--coh-floor", "0.9"])
-    assert (cfg.rounds, cfg.gate, cfg.coh_floor, scfg.n_make) == (9, True, 0.9, 24)

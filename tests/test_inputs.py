@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+import evalmfv
 from tools import inputs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,6 +108,32 @@ def test_a_persona_file_that_cannot_be_used_is_named(content, message, tmp_path)
 def test_a_persona_that_is_not_there_or_is_none_is_refused(how, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         inputs.load(**how)
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"foundation": "care"}', "line 2: text is None"), ('{"text": "", "foundation": "care"}',
+                                                          "line 2: text is ''"), ("{", "line 2"),
+    ("[" * 9999, "line 2"),
+    ('{"text": "a", "foundation": ["care"]}', "line 2: foundation"),
+    ('{"text": "a", "foundation": "carer"}', "line 2: foundation 'carer'"), ("[1]", "line 2: "),
+    ('{"text": "a", "foundation": "care", "label": {"care": -1, "fairness": 1, "loyalty": 1, "authority": 1, '
+     '"sanctity": 1, "liberty": 1, "social": 1}}', "finite and not negative"),
+    ('{"text": "a", "foundation": "care", "label": {"care": 1}}', "line 2: label lacks")])
+def test_a_vignette_that_cannot_be_used_is_named_with_its_line(line, message, tmp_path):
+    (tmp_path / "v.jsonl").write_text(f'{{"text": "a\u2028b", "foundation": "care"}}\n{line}\n',
+                                      encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        evalmfv.load_vignettes(tmp_path / "v.jsonl")
+
+
+def test_the_originals_file_has_its_known_human_profile():
+    path = Path("/work/shared/data/tinymfv_classic_other_violate.jsonl")
+    if not path.exists():
+        pytest.skip("the original's vignettes are not here (they are not ours to carry)")
+    labels = torch.tensor([row["label"] for row in evalmfv.load_vignettes(path)], dtype=torch.float64)
+    known = torch.tensor([.198269, .135466, .109296, .122941, .122239, .118568, .193221], dtype=torch.float64)
+    assert len(labels) == 132 and (labels.mean(0) - known).abs().max() < 1e-6
+    assert -(labels * labels.clamp(1e-12).log()).sum(1).mean().item() == pytest.approx(0.75623, abs=1e-5)
 
 
 @pytest.mark.parametrize("name, content, message", [

@@ -1,4 +1,5 @@
 """Tests of pocket/: the embedded model's world, its data and its checkpoint."""
+import dataclasses
 import json
 import random
 import sys
@@ -10,7 +11,9 @@ from safetensors import safe_open
 
 import evalmfv
 import steer
+from steer import Completion, generate, judge, readings, token_nll
 from tools import model as models
+from tools.search import calibrate_limits
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -88,3 +91,53 @@ def test_the_pocket_checkpoint_is_an_ordinary_small_chat_model():
     assert text == "<|bos|><|system|>You are a machine.<|end|><|user|>Hello!<|end|><|assistant|>"
     assert tok("any text: äöü 漢字 🙂", add_special_tokens=False)["input_ids"]
     assert tok.unk_token is None
+
+
+# ---- its answers, under the filter and the meter
+
+@pytest.fixture(scope="module")
+def answers():
+    """The embedded model, its answers to 24 prompts, bare and behind either persona, and its limits."""
+    model, tok = steer.load("pocket")
+    data = ROOT / "pocket" / "data"
+    persona = json.loads((data / "personas.json").read_text())["authority"]
+    users = json.loads((data / "prompts.json").read_text())["authority"]["train"][:24]
+    said = {name: generate(model, tok, users, system=system, max_new_tokens=32, seed=1)
+            for name, system in (("base", ""), ("pos", persona["pos"][0]), ("neg", persona["neg"][0]))}
+
+    def nlls(completions):                                      # behind the users' prompts, in their order
+        fronts = [steer.encode(tok, users, [system] * len(users)) for system in ("", persona["pos"][0])]
+        return steer.mixture_nll(*(token_nll(model, [dataclasses.replace(c, prompt_ids=front[c.prompt])
+                                                     for c in completions]) for front in fronts))
+    own = said["base"] + said["pos"]
+    limits = calibrate_limits([readings(c, nll) for c, nll in zip(own, nlls(own))])
+    return model, tok, persona, users, said, nlls, limits
+
+
+def test_its_limits_pass_its_answers_and_drop_salad_loops_and_foreign_words(answers):
+    _, tok, _, _, said, nlls, limits = answers
+
+    def kept(texts):
+        read = [Completion(i, [], tok(text, add_special_tokens=False)["input_ids"], 0.0, True, text)
+                for i, text in enumerate(texts)]
+        return sum(v.kept for v in judge(read, nlls(read), limits)) / len(read)
+    rng, texts = random.Random(0), [c.text for c in said["base"]]
+    words = [text.split() for text in texts]
+    assert kept(texts) >= 0.9
+    assert kept([" ".join(rng.sample(w, len(w))) for w in words]) <= 0.1
+    assert kept([" ".join(w[:3] * 12) for w in words]) <= 0.1
+    assert kept(["Der Hund frisst heute quer über die Straße."] * 4) == 0
+
+
+def test_the_meter_follows_the_stance_of_the_world_and_pays_nothing_for_recitation(answers):
+    model, tok, persona, users, said, _, _ = answers
+
+    def ratios(answers):
+        return evalmfv.persona_ratio(model, tok, answers, users, persona["pos"], persona["neg"])
+    read = {name: ratios(answers) for name, answers in said.items()}
+    assert read["neg"].mean() < read["base"].mean() < read["pos"].mean(), read
+    lean = torch.tensor([world.lean(c.text, "z") for c in said["pos"] + said["neg"]], dtype=torch.float64)
+    assert abs(torch.corrcoef(torch.stack([torch.cat([read["pos"], read["neg"]]), lean]))[0, 1]) > 0.3
+    texts = [tok(persona["pos"][i % 3], add_special_tokens=False)["input_ids"] for i in range(len(users))]
+    recited = [Completion(i, [], ids, 0.0, True, "") for i, ids in enumerate(texts)]
+    assert ratios(recited).mean() <= read["pos"].mean()

@@ -30,7 +30,7 @@ def steps(across) -> tuple[list, list, dict]:
     """Two steps of heal in float64: the gradient of each, the adapter after them, the record."""
     model, grads = tiny_model(tiny_tokenizer(), dtype=torch.float64), []
     for name, norm in [(name, m) for name, m in model.named_modules() if name.endswith("norm")]:
-        exact = torch.nn.RMSNorm(len(norm.weight), eps=norm.variance_epsilon, dtype=torch.float64)
+        exact = torch.nn.RMSNorm(len(norm.weight), eps=model.config.rms_norm_eps, dtype=torch.float64)
         model.set_submodule(name, exact.requires_grad_(False))  # transformers' own rounds to float32
     stack, rng = lora.attach(model, r=4, alpha=8, layers=[1, 2]), torch.Generator().manual_seed(0)
     for p in stack.parameters():

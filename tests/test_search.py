@@ -1,8 +1,11 @@
-"""Tests of tools/search.py on surfaces of effect and survival that are known."""
+"""Tests of tools/search.py on surfaces of effect and survival that are known, and of tools/foresee.py."""
+import dataclasses
 import math
 
 import pytest
-
+from common import echo_of, logp_behind, meter_case, steer_vectors
+from steer import steered
+from tools.foresee import foresee
 from tools.search import band, bands_of, find_band, find_dose
 
 
@@ -80,3 +83,24 @@ def test_candidate_bands_are_side_by_side_within_the_model():
         found = bands_of(n)
         flat = [i for each in found for i in each]
         assert flat == list(range(flat[0], flat[-1] + 1)) and flat[-1] < n
+
+
+def test_foresee_equals_a_loop_over_the_vocabulary_at_one_position():
+    model, tok, answers, users = meter_case()
+    pos, neg, vectors = ["kind", "warm"], ["xyz"], steer_vectors(model)
+    c, echo = dataclasses.replace(answers[0], ids=answers[0].ids[:1]), echo_of(tok, [*pos, *neg])
+    got = foresee(model, tok, [c], users[:1], pos, neg, vectors, [([1], 0.5)])
+
+    def row(system=""):
+        return logp_behind(model, tok, c, users[0], system)[0].tolist()
+    base, sides = row(), [[row(text) for text in side] for side in (pos, neg)]
+    with steered(model, {1: vectors[1]}, 0.5):
+        steered_row = row()
+    for (effect, nll), now in zip(got, (base, row(pos[0]), steered_row), strict=True):
+        want_effect = want_nll = 0.0
+        for i in range(len(tok)):
+            plus, minus = (sum(math.log(math.exp(z[i]) + 1 / len(tok)) for z in side) / len(side)
+                           for side in sides)
+            want_effect += math.exp(now[i]) * (plus - minus) * (i not in echo)
+            want_nll -= math.exp(now[i]) * base[i]
+        assert (effect, nll) == pytest.approx((want_effect, want_nll), abs=1e-4)

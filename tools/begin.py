@@ -16,7 +16,7 @@ from tools.folder import Folder
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("loop", "steer", "lora", "heal", "evalmfv", "tools/student", "tools/model", "tools/inputs",
-        "tools/template", "tools/search", "tools/foresee", "tools/freetext")    # what a number of a run comes through
+        "tools/template", "tools/search", "tools/foresee", "tools/freetext")   # what its numbers come through
 
 
 def facts_of(model, tok, given: dict, date: str) -> dict:

@@ -47,7 +47,7 @@ def start() -> None:
                          "or CUDA_VISIBLE_DEVICES= for the CPU")
     if n_gpus:
         torch.cuda.set_device(local)                    # from here on "cuda" is this one
-    from torch.distributed import nn                    # noqa: F401 keeps the group that is there when AdamW
+    from torch.distributed import nn                    # noqa: F401   keeps the group it finds when AdamW
     # imports it: were it ours, gloo's threads would outlive destroy_process_group, and can abort at the exit
     dist.init_process_group("cpu:gloo,cuda:nccl" if n_gpus else "gloo", timeout=timedelta(seconds=WAIT))
     steer.across = spread

@@ -154,8 +154,9 @@ class Student:
         return dict(steer=chosen, limit=limit,
                     trials=[dict(band=band, ratio=effect, coeff=dose) for band, effect, dose in ranked])
 
-    def dose(self, rnd: int, limits: steer.Limits, vectors: dict, first: float, *, min_survive: float, system="") -> dict:
-        """The dose with the most trait of which enough answers pass the filter, near `first`: {coeff, trials}.
+    def dose(self, rnd: int, limits: steer.Limits, vectors: dict, first: float, *, min_survive: float,
+             system: str = "") -> dict:
+        """The dose near `first` with the most trait of which enough answers pass the filter: {coeff, trials}.
 
         trials: {coeff, ratio, survive} of each dose tried, the mean trait of the answers that pass and their
         share. All doses of a step are one batch with the same draws. RuntimeError if none survives.
