@@ -6,6 +6,7 @@ them that survives the filter. There is no ceiling at 1.0: a vector may be a hun
 added to. Pure functions: the caller tries.
 """
 import math
+from itertools import pairwise
 from typing import Callable
 
 import torch
@@ -40,25 +41,34 @@ def find_band(try_cells: Callable[[list], list], bands: list[list[int]], limit: 
     """The band that buys the most effect at a damage of at most `limit`, whatever dose that takes.
 
     try_cells([(band, dose), ...]) -> one (effect, damage) per cell. Each band starts at dose 1; where that is
-    within the limit the dose doubles until it no longer is, else it halves until it is. Returns (band,
-    [(band, effect, dose), ...]): the most that each band buys, and at which dose. RuntimeError if no cell
-    stays within the limit.
+    within the limit the dose doubles until it no longer is, else it halves until it is; between the last two
+    the effect at the limit is interpolated, so that no band wins by where its doses happened to lie. Returns
+    (band, [(band, effect, dose), ...]): the most that each band buys, and at which dose. RuntimeError if no
+    cell stays within the limit.
     """
-    best, cells = [[] for _ in bands], [(i, 1.0) for i in range(len(bands))]
+    tried, cells = [[] for _ in bands], [(i, 1.0) for i in range(len(bands))]
     while cells:
         found, after = try_cells([(bands[i], dose) for i, dose in cells]), []
         for (i, dose), (effect, damage) in zip(cells, found, strict=True):
-            if damage <= limit:
-                best[i].append((effect, dose))
+            tried[i].append((dose, effect, damage))
             then = dose * 2 if damage <= limit else dose / 2
             if lowest <= then <= highest and (dose == 1 or (then > dose) == (dose > 1)):    # never back
                 after.append((i, then))
         cells = after
-    within = [(band, *max(tried)) for band, tried in zip(bands, best) if tried]
-    if not within:
+
+    best = []
+    for band, doses in zip(bands, map(sorted, tried)):
+        bought = [(effect, dose) for dose, effect, damage in doses if damage <= limit]
+        for (low, effect, damage), (high, more, most) in pairwise(doses):
+            if damage <= limit < most:
+                t = (limit - damage) / (most - damage)
+                bought.append((effect + t * (more - effect), low + t * (high - low)))
+        if bought:
+            best.append((band, *max(bought)))
+    if not best:
         raise RuntimeError(f"every band does more damage than {limit:.3g} at every dose from {lowest}: "
                            "give --steer-band and a small --coeff, or personas closer to each other")
-    return max(within, key=lambda cell: cell[1])[0], within
+    return max(best, key=lambda cell: cell[1])[0], best
 
 
 def find_dose(try_doses: Callable[[list[float]], list], first: float = 1.0, *, min_survive: float = 0.5,
