@@ -146,8 +146,8 @@ def plan(given: dict, *, model: str, revision: str, dtype: str, device: str, qua
          heal_batch: int, pass_tokens: int) -> list[str]:
     """Lines to print. given: what `inputs.load` gave; the others are the run's options. ValueError if it
     cannot be."""
-    place, number = models.placed(device, dtype)
     _, config, kind = models.config_of(model, revision)
+    place, number = models.placed(device, dtype, config.dtype)
     with named_errors(model, "its config.json"), torch.device("meta"):
         made = getattr(kind, "from_config", kind)(config)       # the Auto class, or the model's own
         made.tie_weights()                                      # transformers 5.0 leaves that to loading
