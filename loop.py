@@ -65,7 +65,7 @@ class LoopConfig:
         "auto", "of the base; auto = bfloat16 where the hardware has it (on a CPU: if stored so), or float32")
     device: str = opt("auto", "cpu, cuda:1, mps, ...; auto = cuda if there is one; balanced = over all GPUs")
     quantize: Literal["", "4bit"] = opt("", "load the base in 4 bits (needs bitsandbytes and accelerate)")
-    persona: str = opt("authority", "authority, love, terse, honest (embedded: the first two), or a FILE.json")
+    persona: str = opt("authority", "authority, love, terse, honest (pocket has two), or a FILE.json")
     pos: str = opt("", "system prompt of the wanted persona (needs --neg); its trait is label-free")
     neg: str = opt("", "system prompt of its opposite")
     prompts: str = opt("", "text file, a prompt a line, every fourth held out; empty = the persona's")
