@@ -98,6 +98,8 @@ def config_of(name: str, revision: str = ""):
         if not Path(where).is_dir():                        # the commit stands in the path of the cached file
             file = transformers.utils.cached_file(where, "config.json", revision=same["revision"])
             config._commit_hash = transformers.utils.hub.extract_commit_hash(file, None)
+    if name == "pocket" and config.dtype == torch.bfloat16:
+        config.dtype = torch.float32                        # on any CPU: the docs' numbers are of float32
     if config.is_encoder_decoder:
         raise refusal(name, f"{config.model_type} is an encoder and a decoder, and the blocks that are "
                       "steered and adapted here are those of a decoder alone")

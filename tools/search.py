@@ -75,10 +75,12 @@ def find_dose(try_doses: Callable[[list[float]], list], first: float = 1.0, *, m
               coeff_min: float = 0.25, coeff_max: float = 64.0) -> tuple[float, list, str]:
     """The dose with the most effect among those that survive: a climb on a ladder of factor sqrt(2).
 
-    try_doses(doses) -> one (effect, share that survives) per dose: one batch. Tries `first` and two rungs to
-    either side, then two more beyond the end that is best, or down while nothing survives. A dose is held
-    against others by the mean effect of itself and its neighbours that survive: on few answers they differ
-    by noise. Returns (dose, [(dose, effect, share), ...], the bound it is: "coeff_min", "coeff_max" or "").
+    try_doses(doses) -> one (effect, its standard error, share that survives) per dose: one batch. Tries
+    `first` and two rungs to either side; two more above while the best is one of the two highest and that
+    survives, or below while the best is the lowest or none survives. A dose is held against others by the
+    mean effect of itself and its neighbours that survive, and of those within a standard error of the best
+    the highest is taken: few answers differ by noise, and what the filter lets through rises with the dose.
+    Returns (dose, [(dose, effect, error, share), ...], the bound it is: "coeff_min", "coeff_max" or "").
     RuntimeError if none survives.
     """
     def effect(rung):
@@ -86,16 +88,18 @@ def find_dose(try_doses: Callable[[list[float]], list], first: float = 1.0, *, m
         return sum(near) / len(near)
 
     n_rungs, start = (round(2 * math.log2(dose / coeff_min)) for dose in (coeff_max, first))
-    start = min(max(start, 0), n_rungs)
-    trials, rungs = {}, range(start - 2, start + 3)
+    low = min(max(start - 2, 0), n_rungs - 4)
+    trials, rungs = {}, range(low, low + 5)
     while rungs := [rung for rung in rungs if 0 <= rung <= n_rungs]:
         doses = [coeff_min * 2 ** (rung / 2) for rung in rungs]
         trials |= zip(rungs, try_doses(doses), strict=True)
-        alive = [rung for rung, (_, survive) in trials.items() if survive >= min_survive]
+        alive = [rung for rung, (_, _, survive) in trials.items() if survive >= min_survive]
         low, top, best = min(trials), max(trials), max(alive, key=effect, default=min(trials))
-        rungs = (low - 2, low - 1) if best == low else (top + 1, top + 2) if best == top else ()
+        best = max((rung for rung in alive if effect(rung) >= effect(best) - trials[best][1]), default=best)
+        is_rising = top in alive and best > top - 2
+        rungs = (top + 1, top + 2) if is_rising else (low - 2, low - 1) if best == low else ()
     if not alive:
-        raise RuntimeError(f"no dose survives: at {coeff_min:g}, {trials[0][1]:.0%} of answers "
+        raise RuntimeError(f"no dose survives: at {coeff_min:g}, {trials[0][2]:.0%} of answers "
                            f"pass the filter, need {min_survive:.0%}; lower --min-survive, give --coeff")
     dose_of = {rung: coeff_min * 2 ** (rung / 2) for rung in sorted(trials)}
     bound = {0: "coeff_min", n_rungs: "coeff_max"}.get(best, "")
