@@ -96,7 +96,7 @@ class LoopConfig:
                 raise ValueError(f"--{name} is empty: leave it out for the default")
 
 
-GROUPS = (LoopConfig, steer.SteerConfig, lora.LoraConfig, heal.HealConfig)
+GROUPS = (LoopConfig, search.SteerConfig, lora.LoraConfig, heal.HealConfig)
 FIRST = ("model", "persona", "rounds", "seed", "kl_agg", "coeff", "gate", "batch_size", "out", "resume")
 FREE = ("rounds", "patience", "gate", "coh_floor")      # what a run that continues may have anew
 
