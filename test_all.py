@@ -1148,7 +1148,8 @@ def test_gates_that_are_asked_again_stand_until_the_first_that_turns():
     events += [dict(t=0, stage="gate", round=4, accepted=False)]       # broke before its day: no option helps
 
     def n(**options):
-        return loop.n_standing(files.Record(Path("."), {}, events, []), loop.LoopConfig(**options))
+        cfg = loop.LoopConfig(**options)
+        return files.Record(Path("."), {}, events, []).n_standing(lambda *rows: loop.gate(*rows, cfg))
     assert (n(), n(coh_floor=0.97), n(gate=False), n(coh_floor=1.0)) == (11, 9, 5, 9)
 
 
