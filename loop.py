@@ -46,7 +46,7 @@ from tools import inputs, model as models, options, ranks, search, size, table, 
 from tools.begin import begin, facts_of, surroundings
 from tools.files import one_line
 from tools.folder import Folder, check_out
-from tools.record import Record, read
+from tools.record import read
 from tools.rounds import Rounds
 from tools.screen import Screen, ended
 from tools.student import Student, stage_seed, why_dropped
@@ -96,7 +96,7 @@ class LoopConfig:
                 raise ValueError(f"--{name} is empty: leave it out for the default")
 
 
-GROUPS = (LoopConfig, steer.SteerConfig, lora.LoraConfig, heal.HealConfig)
+GROUPS = (LoopConfig, search.SteerConfig, lora.LoraConfig, heal.HealConfig)
 FIRST = ("model", "persona", "rounds", "seed", "kl_agg", "coeff", "gate", "batch_size", "out", "resume")
 FREE = ("rounds", "patience", "gate", "coh_floor")      # what a run that continues may have anew
 
@@ -148,19 +148,6 @@ def gate(now: dict, last: dict, base: dict, prompted: dict, cfg: LoopConfig) -> 
     return reasons if cfg.gate else []
 
 
-def n_standing(record: Record, cfg: LoopConfig) -> int:
-    """How many events stand if the gates are asked again with these options: all before the first to turn."""
-    base, prompted = (next(iter(record.rows(kind)), None) for kind in ("base", "prompted"))
-    last = base
-    for n, e in enumerate(record.events):
-        days = [row for row in record.rows("healed") if row["round"] == e["round"]]
-        if e["stage"] == "gate" and days:               # a round that broke before its day stays refused
-            if bool(gate(days[0], last, base, prompted, cfg)) == e["accepted"]:
-                return n
-            last = days[0] if e["accepted"] else last
-    return len(record.events)
-
-
 # ---- the run -------------------------------------------------------------------------------------------
 
 
@@ -199,9 +186,7 @@ class Run:
         self.base = self.row("base", None, "base")
         self.prompted = self.row("prompted", None, "prompted", system=student.persona["pos"][0])
         if not is_readable(self.base, self.prompted, self.cfg):
-            self.screen.say("probe", None, f"warning: this model does not answer the probe (coherence "
-                            f"{self.base['coherence']:.3f}): its profile means little, and it has no say in "
-                            "the gate; the trait is persona_ratio", "yellow")
+            self.screen.say("probe", None, table.of_silence(self.base), "yellow")
         event = self.folder.once("layers", None, lambda: dict(student.band(self.bands, self.origin),
                                                               lora=self.adapted))
         self.steered_at = event["steer"]
@@ -291,9 +276,7 @@ class Run:
         steering = self.rounds.steering(rnd)
         row = self.row("steered", rnd, f"{what}, night {rnd}", system=self.system, **steering)
         if not table.has_moved(row):
-            self.screen.say("steered", rnd, f"warning: this moves the trait by {row['moved']:+.3f} nats per "
-                            f"token (se {row['moved_se']:.3f}), which may be nothing; try clearer persona "
-                            "texts", "yellow")
+            self.screen.say("steered", rnd, table.of_stillness(row), "yellow")
 
     def tau(self, rnd: int, kept: list[steer.Completion]) -> float:
         """The barrier's set point in nats, calibrated in the first round that gets here."""
@@ -357,7 +340,7 @@ def loop(cfg: LoopConfig, scfg, lcfg, hcfg, argv: list[str]) -> int:
         run = Run(cfg, scfg, lcfg, hcfg, model, tok, folder, given)
         begin(folder, facts_of(model, tok, given, date), surroundings(model), argv,
               values | options.values([run.hcfg]), defaults=options.values(GROUPS), free=FREE,
-              standing=lambda record: n_standing(record, cfg))
+              standing=lambda record: record.n_standing(lambda *rows: gate(*rows, cfg)))
         screen.say("model", None, table.of_model(cfg.model, model, run.stack, run.adapted))
         notes += [*template.template_notes(tok), models.left_out(model, run.adapted)]
         for note in filter(None, notes):

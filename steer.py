@@ -15,7 +15,7 @@ import json
 import math
 import re
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Callable
@@ -27,40 +27,6 @@ from torch import Tensor, nn
 WINDOW = 8                  # tokens of the running window over nll: a clause
 across = lambda work, rows: work(rows)                  # who does the rows of a pass: see tools/ranks.py
 SENTINEL = "ZZuniq_Sentinel_ZZ"                     # shows where a template puts the words it is given
-
-
-# same in heal.py and lora.py
-def opt(default, help, low=None, high=None):
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
-
-
-def check_ranges(cfg) -> None:
-    """ValueError for the first number of a config that is outside the range which its option names."""
-    for f in fields(cfg):
-        value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
-        values = value if isinstance(value, tuple) else (value,)
-        if low is not None and not all(x is None or low <= x <= high for x in values):    # false for nan too
-            raise ValueError(f"{f.name}={value}: expected a number from {low:g} to {high:g}")
-
-
-@dataclass(frozen=True)
-class SteerConfig:
-    """steer: the vector, the dose, the sampler and the coherence filter"""
-    steer_band: tuple[float, float] | None = opt(
-        None, "first and last depth steered (shares of the number of blocks); default: by effect", 0, 1)
-    coeff: float | None = opt(
-        None, "dose (multiples of v); default: the most effect that survives the filter", 1e-6, 1e6)
-    min_survive: float = opt(0.5, "share of a dose's answers that must pass the filter", 1e-6, 1)
-    n_make: int = opt(192, "completions sampled per round", 1, 1e6)
-    max_new_tokens: int = opt(64, "longest completion (tokens)", 1, 1e6)
-    temperature: float | None = opt(
-        None, "sampling temperature; default: the highest that the model can bear", 1e-6, 1e6)
-    top_p: float = opt(0.95, "sample from the smallest set of tokens with this total probability", 1e-6, 1)
-
-    def __post_init__(self):
-        check_ranges(self)
-        if self.steer_band and self.steer_band[0] >= self.steer_band[1]:
-            raise ValueError(f"steer_band={self.steer_band}: expected two depths, the first below the second")
 
 
 @dataclass(frozen=True)
@@ -76,7 +42,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest reading that passes, one per rule."""
+    """The largest reading that passes, one per rule; tools/search.py reads them off the base itself."""
     worst_window: float          # nats per token
     loop: float                  # share
 
@@ -339,23 +305,22 @@ def hooked(model, hooks: dict[int, Callable]):
             handle.remove()
 
 
-def steered(model, vectors: dict[int, Tensor], coeff: float | Tensor | dict):
+def steered(model, vectors: dict[int, Tensor], coeff: float | Tensor):
     """A context manager: add coeff * v to the output of each block in `vectors`, inside the `with` only.
 
-    coeff: multiples of v; a float, a Tensor [B] with one dose per row, or a dict with one of these for each
-    layer to steer. The float 0 adds no hook.
+    coeff: multiples of v; a float, or a Tensor [B] with one dose per row. The float 0 adds no hook.
     """
-    def adder(v, dose):
-        shift = (dose[:, None, None].to(v) if isinstance(dose, Tensor) else dose) * v      # [B, 1, d] or [d]
+    is_per_row = isinstance(coeff, Tensor)
+
+    def adder(v):
+        shift = (coeff[:, None, None].to(v) if is_per_row else coeff) * v                   # [B, 1, d] or [d]
 
         def add(h):
-            if shift.dim() == 3 and len(shift) != len(h):
+            if is_per_row and len(shift) != len(h):
                 raise ValueError(f"{len(shift)} doses for a batch of {len(h)} rows: expected one per row")
             return h + shift.to(h.device, h.dtype)
         return add
-    doses = coeff if isinstance(coeff, dict) else dict.fromkeys(vectors, coeff)
-    return hooked(model, {layer: adder(vectors[layer], dose) for layer, dose in doses.items()
-                          if isinstance(dose, Tensor) or dose})
+    return hooked(model, {layer: adder(v) for layer, v in vectors.items() if is_per_row or coeff})
 
 
 # ---- the three passes over the model ----------------------------------------------------------------------

@@ -650,22 +650,22 @@ def test_many_prompts_at_many_doses_are_one_at_a_time_exactly_though_rows_end_ea
 
 # ---- the hook
 
-def test_coeff_zero_is_the_base_bit_for_bit_and_rows_and_layers_have_their_own_dose():
+def test_coeff_zero_is_the_base_bit_for_bit_and_rows_have_their_own_dose():
     model, tok = steer_pair()
     ids, vectors = torch.tensor([ids_of(tok, "Do you love me?")] * 3), steer_vectors(model)
     base = model(ids).logits
     with steered(model, vectors, 0.0):
         assert torch.equal(model(ids).logits, base)
         assert not any(block._forward_hooks for block in steer.blocks(model))
-    doses = {1: [0.0, 0.5, 1.0], 2: [0.0, 0.0, 0.5]}
-    with steered(model, vectors, {layer: torch.tensor(c) for layer, c in doses.items()}):
+    doses = [0.0, 0.5, 1.0]
+    with steered(model, vectors, torch.tensor(doses)):
         mixed = model(ids).logits
     assert torch.equal(mixed[0], base[0])
     for row in (1, 2):
-        with steered(model, vectors, {layer: c[row] for layer, c in doses.items()}):
+        with steered(model, vectors, doses[row]):
             assert torch.equal(mixed[row], model(ids).logits[row])
             n_hooks = sum(len(block._forward_hooks) for block in steer.blocks(model))
-            assert n_hooks == sum(c[row] != 0 for c in doses.values())
+            assert n_hooks == len(vectors)
 
 
 @pytest.mark.parametrize("dtype, is_tuple, atol", [(torch.float64, False, 1e-6), (torch.bfloat16, True, 0.3)])
@@ -1148,7 +1148,8 @@ def test_gates_that_are_asked_again_stand_until_the_first_that_turns():
     events += [dict(t=0, stage="gate", round=4, accepted=False)]       # broke before its day: no option helps
 
     def n(**options):
-        return loop.n_standing(files.Record(Path("."), {}, events, []), loop.LoopConfig(**options))
+        cfg = loop.LoopConfig(**options)
+        return files.Record(Path("."), {}, events, []).n_standing(lambda *rows: loop.gate(*rows, cfg))
     assert (n(), n(coh_floor=0.97), n(gate=False), n(coh_floor=1.0)) == (11, 9, 5, 9)
 
 

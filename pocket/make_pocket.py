@@ -26,7 +26,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llam
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import world  # noqa: E402  (a script's own folder and the rooms beside it)
-from tools.search import N_PROBE, band, calibrate_limits, find_dose  # noqa: E402
+from tools.search import N_PROBE, SteerConfig, band, calibrate_limits, find_dose  # noqa: E402
 
 SPECIALS = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<think>", "</think>"]
 # one split per word, number, run of punctuation, line break with its indent, and "# comment": the probe's
@@ -255,7 +255,7 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
     def probe(**how):
         return evalmfv.evaluate(model, tok, vignettes, think_tokens=think_tokens, batch_size=152, **how)
 
-    cfg = steer.SteerConfig()
+    cfg = SteerConfig()
 
     def answers(asked, n=n_text, **how):
         made = steer.generate(

@@ -11,8 +11,9 @@ import evalmfv
 import loop
 from heal import HealConfig, Sample, aggregate, divergences, heal, reverse_kl, token_losses
 from lora import LoraConfig, attach
-from steer import SteerConfig, generate, steered
+from steer import generate, steered
 from tools.freetext import free_text, persona_share
+from tools.search import SteerConfig
 
 pytest_plugins = ["shared"]
 

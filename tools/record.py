@@ -2,6 +2,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 FORMAT = 2                                              # of the journal: another one cannot be read
 
@@ -31,6 +32,20 @@ class Record:
         """The row of the last accepted day; before there is one, the base's; before that, None."""
         days = [row for row in self.rows("healed") if row["round"] in self.accepted]
         return next(iter(days[-1:] or self.rows("base")), None)
+
+    def n_standing(self, reasons_of: Callable) -> int:
+        """How many events stand if the gates are asked again: all before the first that decides otherwise.
+
+        reasons_of(day, last accepted day, base, prompted) -> why this day is not accepted; none if it is."""
+        base, prompted = (next(iter(self.rows(kind)), None) for kind in ("base", "prompted"))
+        last = base
+        for n, e in enumerate(self.events):
+            days = [row for row in self.rows("healed") if row["round"] == e["round"]]
+            if e["stage"] == "gate" and days:           # a round that broke before its day stays refused
+                if bool(reasons_of(days[0], last, base, prompted)) == e["accepted"]:
+                    return n
+                last = days[0] if e["accepted"] else last
+        return len(self.events)
 
     def completions(self, rnd: int) -> list[dict]:
         return (self.of("made", rnd) or {}).get("completions", [])

@@ -6,11 +6,13 @@ them that survives the filter. There is no ceiling at 1.0: a vector may be a hun
 added to. Pure functions: the caller tries.
 """
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Callable
 
 import torch
 
+from heal import check_ranges, opt
 from steer import Limits
 
 N_PROBE = 24                # answers per dose of the search: enough to tell .8 from .95 survival
@@ -20,6 +22,26 @@ MAX_NLL = 1.5                       # most so many nats per token; SmolLM2-135M 
 KEEP = 0.95                 # share of the base's own answers that is within the limits, all rules together
 SLACK = 0.2                 # room above that, for prompts and draws not seen: of the nats, or of the way to 1
 MOST_LOOP = 0.5             # highest limit on loops: a base that loops by itself is no yardstick for them
+
+
+@dataclass(frozen=True)
+class SteerConfig:
+    """steer: the vector, the dose, the sampler and the coherence filter"""
+    steer_band: tuple[float, float] | None = opt(
+        None, "first and last depth steered (shares of the number of blocks); default: by effect", 0, 1)
+    coeff: float | None = opt(
+        None, "dose (multiples of v); default: the most effect that survives the filter", 1e-6, 1e6)
+    min_survive: float = opt(0.5, "share of a dose's answers that must pass the filter", 1e-6, 1)
+    n_make: int = opt(192, "completions sampled per round", 1, 1e6)
+    max_new_tokens: int = opt(64, "longest completion (tokens)", 1, 1e6)
+    temperature: float | None = opt(
+        None, "sampling temperature; default: the highest that the model can bear", 1e-6, 1e6)
+    top_p: float = opt(0.95, "sample from the smallest set of tokens with this total probability", 1e-6, 1)
+
+    def __post_init__(self):
+        check_ranges(self)
+        if self.steer_band and self.steer_band[0] >= self.steer_band[1]:
+            raise ValueError(f"steer_band={self.steer_band}: expected two depths, the first below the second")
 
 
 def band(n_layers: int, lo: float, hi: float) -> list[int]:

@@ -42,6 +42,16 @@ def of_row(row: dict) -> str:
             f"text {row['text']:.3f}")
 
 
+def of_silence(row: dict) -> str:
+    return (f"warning: this model does not answer the probe (coherence {row['coherence']:.3f}): its profile "
+            "means little, and it has no say in the gate; the trait is persona_ratio")
+
+
+def of_stillness(row: dict) -> str:
+    return (f"warning: this moves the trait by {row['moved']:+.3f} nats per token (se "
+            f"{row['moved_se']:.3f}), which may be nothing; try clearer persona texts")
+
+
 def of_made(judged: list[dict], coeff: float) -> str:
     dropped = Counter(e["verdict"]["rule"] for e in judged if not e["verdict"]["kept"])
     rules = "  ".join(f"{rule} {n}" for rule, n in sorted(dropped.items()))
