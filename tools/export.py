@@ -111,9 +111,8 @@ def refuse_existing(out: Path) -> None:
 def whole_folder(out):
     """A folder under a temporary name beside `out`, renamed at the end of the `with`; gone if that raises.
 
-    Raises ValueError if `out` is there and not empty."""
+    OSError if `out` is there by then and not an empty folder: nothing is overwritten."""
     out = Path(out)
-    refuse_existing(out)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
@@ -122,7 +121,7 @@ def whole_folder(out):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         if out.exists():
-            out.rmdir()                                         # empty, see above
+            out.rmdir()                                         # which takes an empty one only
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)            # still there only if something went wrong
@@ -137,10 +136,8 @@ def concatenated(stack: lora.Stack) -> Pairs:
     """The folded rounds as one pair per Linear, float32 on the CPU; scales and gates are in B.
 
     R is the same for every Linear, with zero rows where the rounds of one have a lower rank, because vLLM and
-    llama.cpp read no rank pattern. Raises RuntimeError if no folded round has an open gate.
+    llama.cpp read no rank pattern.
     """
-    if not any(next(iter(stack.layers.values())).history):
-        raise RuntimeError("no folded round with an open gate: nothing to export")
     pairs = {name: layer.frozen(torch.float32) for name, layer in stack.layers.items()}
     R = max(len(A) for A, _ in pairs.values())
     return {name: (F.pad(A, (0, 0, 0, R - len(A))).cpu(),                   # [R, d_in]
@@ -150,12 +147,9 @@ def concatenated(stack: lora.Stack) -> Pairs:
 def compress(pairs: Pairs, rank: int) -> tuple[Pairs, dict[int, float]]:
     """The nearest pairs of this rank, float32, and the relative Frobenius error at it and at other ranks.
 
-    The error is that of all Linears together. By QR and an SVD of R x R, never of d_out x d_in.
-    ValueError for a rank that is not from 1 to R.
+    The error is that of all Linears together. By QR and an SVD of R x R, never of d_out x d_in. rank: 1 to R.
     """
     R = len(next(iter(pairs.values()))[0])
-    if not 1 <= rank <= R:
-        raise ValueError(f"rank {rank}: the rounds have rank {R} in all, so expected 1 to {R}")
     small, squares = {}, torch.zeros(R, dtype=torch.float64)                # [R]  by place in order of size
     for name, (A, B) in pairs.items():
         Qb, Rb = torch.linalg.qr(B.double())                                # [d_out, k], [k, R]  k <= R
@@ -188,7 +182,7 @@ def write_peft(out, pairs: Pairs, proof: Witness, model, *, base: str, revision:
     the class that the base's config names: what matches no name is ignored by peft and vLLM without a word.
     model: that base, no gate open. base, revision: what peft and llama.cpp will load. exact: the pairs are
     the run's own, not of a lower rank. card: the measured numbers -> README.md.
-    Raises ValueError if `out` is not free, RuntimeError as `prove`: then nothing is left.
+    Raises OSError if `out` is not free, RuntimeError as `prove`: then nothing is left.
     """
     R, target = len(next(iter(pairs.values()))[0]), None
     if not exact:
@@ -217,16 +211,12 @@ def write_peft(out, pairs: Pairs, proof: Witness, model, *, base: str, revision:
 
 
 def read_peft(path) -> Pairs:
-    """A peft LoRA folder as {module: (A [R, d_in], alpha / R * B [d_out, R])}, float32; pure torch, no peft.
-
-    ValueError if a key is no LoRA weight, or of no target module: peft would ignore it without a word."""
+    """The adapter that `write_peft` wrote, as {module: (A [R, d_in], alpha / R * B [d_out, R])}, float32."""
     config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in read_tensors(Path(path) / "adapter_model.safetensors")[0].items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        if not match or match[1] not in config["target_modules"]:
-            raise ValueError(f"{path}: {key} is not a LoRA weight of a target module")
-        found.setdefault(match[1], {})[match[2]] = tensor.float()
+        name, which = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key).groups()
+        found.setdefault(name, {})[which] = tensor.float()
     return {name: (pair["A"], config["lora_alpha"] / config["r"] * pair["B"]) for name, pair in found.items()}
 
 
