@@ -453,8 +453,9 @@ def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], referenc
             skipped.append(step)
             n_bad = min(3, len(plan))
             if skipped[-n_bad:] == list(range(step + 1 - n_bad, step + 1)):
-                raise RuntimeError(f"step {step}: {n_bad} steps in a row with no finite gradient (gnorm "
-                                   f"{gnorm:.3g}, nll {nll.mean():.3g}, D {div.max():.3g}); lower lr {cfg.lr}")
+                numbers = f"nll {nll.mean():.3g}, D {div.max():.3g}, gnorm {gnorm:.3g}"
+                raise RuntimeError(f"step {step}: {n_bad} steps in a row with no finite gradient ({numbers})"
+                                   f"; lower lr {cfg.lr}")
             continue                                        # nothing but the record below is left out
         values = [(share * nll).sum(), (share * div).sum(), div.max(), (div > tau).float().mean(), gnorm]
         row = dict(zip(("nll", "div", "div_max", "fired", "gnorm"), torch.stack(values).tolist()))
