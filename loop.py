@@ -62,10 +62,10 @@ class LoopConfig:
     model: str = opt("pocket", "hub id, folder or .gguf file of a chat model; pocket = the embedded one")
     revision: str = opt("", "hub revision (branch, tag or commit); empty = the default branch")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt(
-        "auto", "weights of the base; auto = bfloat16 on a GPU that has it, else float32")
+        "auto", "of the base; auto = bfloat16 where the hardware has it (on a CPU: if stored so), or float32")
     device: str = opt("auto", "cpu, cuda:1, mps, ...; auto = cuda if there is one; balanced = over all GPUs")
     quantize: Literal["", "4bit"] = opt("", "load the base in 4 bits (needs bitsandbytes and accelerate)")
-    persona: str = opt("authority", "name in data/personas.json (authority, love), or a FILE.json")
+    persona: str = opt("authority", "authority, love, terse, honest (pocket has two), or a FILE.json")
     pos: str = opt("", "system prompt of the wanted persona (needs --neg); its trait is label-free")
     neg: str = opt("", "system prompt of its opposite")
     prompts: str = opt("", "text file, a prompt a line, every fourth held out; empty = the persona's")

@@ -207,7 +207,7 @@ def dose_search(model, tok, n_probe: int, n_new: int, repeats: int) -> dict:
                 made = steer.generate(model, tok, prompts * len(some), vectors=vectors, n_draws=n_probe,
                                       coeffs=[c for c in some for _ in prompts], max_new_tokens=n_new)
                 steer.token_nll(model, made, pad_id=tok.pad_token_id)
-            return [(c, float(c < 1.2)) for c in coeffs]
+            return [(c, 0.0, float(c < 1.2)) for c in coeffs]
         found[name] = find_dose(try_doses)
     fns = {"one dose at a time": lambda: search("one dose at a time", False),
            "the doses of a step in one batch": lambda: search("the doses of a step in one batch", True)}

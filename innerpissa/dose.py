@@ -76,7 +76,7 @@ def log_odds(model, tok, prompts: list[str], dialed: Callable, doses, *, systems
         ids, attn, position_ids = steer.left_pad([rows[i] for i in some], pad_id, device)       # [B, T] each
         with dialed(each[some].to(ids.device)):
             logits = model(input_ids=ids, attention_mask=attn, position_ids=position_ids, use_cache=False,
-                           logits_to_keep=1).logits[:, -1]                      # [B, V]
+                           logits_to_keep=steer.last(1, model)).logits[:, -1]                 # [B, V]
         logp = logits.float().log_softmax(-1)
         for row, i in zip(logp, some):
             yield i, torch.stack([row[list(side)].logsumexp(0) for side in sides[i // k]]).cpu()        # [2]

@@ -80,7 +80,7 @@ def look(model, rows: list[list[int]], n: list[int], block: int, n_read: int, pa
     line = torch.arange(len(rows), device=ids.device)[:, None]                                  # [B, 1]
     with steer.hooked(model, {block: lambda h: kept.update(h=h[line, columns].float())}):
         logits = model(input_ids=ids, attention_mask=attn, position_ids=position_ids, use_cache=False,
-                       logits_to_keep=K + 1).logits[:, -K - 1:-1]               # [B, K, V]
+                       logits_to_keep=steer.last(K + 1, model)).logits[:, -K - 1:-1]               # [B, K, V]
     mask = torch.arange(K, 0, -1, device=ids.device) <= torch.tensor(n, device=ids.device)[:, None]  # [B, K]
     nll = F.cross_entropy(logits.float().flatten(0, 1), ids[:, -K:].flatten(), reduction="none")
     return Seen(kept["h"], logits, -nll.view_as(mask) * mask, mask)

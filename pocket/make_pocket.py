@@ -378,7 +378,9 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
                 alive = survivors(coeff, N_PROBE, 5)
                 users = [asked["train"][c.prompt % len(asked["train"])] for c in alive]
                 ratio = evalmfv.persona_ratio(model, tok, alive, users, persona["pos"], persona["neg"])
-                found.append((ratio.mean().item() if alive else -math.inf, len(alive) / N_PROBE))
+                effect = ratio.mean().item() if alive else -math.inf
+                se = ratio.std().item() / len(alive) ** 0.5 if len(alive) > 1 else 0.0
+                found.append((effect, se, len(alive) / N_PROBE))
             return found
 
         coeff, _, _ = find_dose(try_doses, min_survive=cfg.min_survive)

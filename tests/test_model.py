@@ -182,6 +182,10 @@ def test_dtype_and_revision_reach_the_checkpoint(copy):
             patch.setattr(torch, "empty", lambda *a, **k: None)
             assert models.placed("auto", "auto") == models.placed("balanced",
                                                                   "auto") == (torch.device("cuda"), dtype)
+            patch.setattr(torch.cpu, "get_capabilities", lambda: dict(avx512_bf16=has_bf16), raising=False)
+            for stored in (torch.float32, torch.bfloat16, None):                # a CPU keeps float32 as it is
+                number = dtype if stored == torch.bfloat16 else torch.float32
+                assert models.placed("cpu", "auto", stored) == (torch.device("cpu"), number)
 
 
 def test_a_branch_of_the_hub_is_resolved_to_its_commit_for_every_file(plain, tmp_path, monkeypatch):

@@ -53,6 +53,13 @@ def test_a_plan_reads_a_configuration_and_nothing_else(tmp_path):
     assert f"{48 + 8 + 128 + 48 + 8 * (120 + 64) + 18 * 54:,} answers" in out["work"]
 
 
+def test_a_small_model_that_lies_here_is_tried():
+    out = planned("pocket", rounds=1, epochs=1, n_make=16, n_text=8, think_tokens=2, max_new_tokens=6)
+    assert "by a trial" in out["time"] and "each 6 tokens long" in out["assumed"]
+    parts = [int(x) for x in re.findall(r"(\d+)%", out["time"])]
+    assert len(parts) == 4 and min(parts) > 0 and 98 <= sum(parts) <= 102
+
+
 def test_a_rank_that_is_too_large_is_refused(tmp_path):
     tiny_model(tiny_tokenizer()).config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="--r 99: more than the model's width 32"):

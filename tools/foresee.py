@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from evalmfv import echoes
-from steer import Completion, device_of, encode, left_pad, pad_of, steered
+from steer import Completion, device_of, encode, last, left_pad, pad_of, steered
 
 
 @torch.no_grad()
@@ -16,12 +16,14 @@ def foresee(model, tok, answers: list[Completion], users: list[str], pos: list[s
     the base's own nll: exact means, so a few short answers tell bands apart that as many samples could not.
     The first two entries are the base itself and the persona's prompt, pos[0]. For `search.find_band`.
     """
+    n = max(len(c.ids) for c in answers)
+
     def logp(system=""):                                    # -> [N, V] float32: N tokens of all answers
         fronts = encode(tok, users, [system] * len(users))
         rows = [front + c.ids for front, c in zip(fronts, answers, strict=True)]
         ids, attn, position_ids = left_pad(rows, pad_of(tok, model), device_of(model))              # [B, T]
         logits = model(input_ids=ids, attention_mask=attn, position_ids=position_ids, use_cache=False,
-                       logits_to_keep=max(len(c.ids) for c in answers) + 1).logits[:, :-1]         # [B, n, V]
+                       logits_to_keep=last(n + 1, model)).logits[:, :-1]                           # [B, n, V]
         return torch.cat([z[-len(c.ids):].float().log_softmax(-1) for z, c in zip(logits, answers)])
 
     base = logp()                                                                                   # [N, V]

@@ -1,13 +1,17 @@
-"""Plan: what a run would adapt, keep in memory, write and compute, from a configuration and no weights.
+"""Plan: what a run would adapt, keep in memory, write and compute, before it does.
 
     python loop.py plan [MODEL] [--option value ...]        or a RUN folder, with its options
 
-Estimates, made to tell a run that fits from one that does not and an hour from a week: operations and bytes,
-held against the rates of a large matrix product and of a copy, measured here in two seconds.
+Counts come from the configuration alone. Their seconds: of a model whose weights lie here and are small, by a
+trial of it (some answers, their reading, a heal step); of any other a floor that tells an hour from a week,
+operations and bytes held against the rates of a large matrix product and of a copy, measured here.
 """
+import dataclasses
 import inspect
 import math
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,9 +25,12 @@ from tools.record import read
 from tools.refusals import named_errors
 from tools.student import N_DIARY, N_FORESEE, N_TOKENS, N_TRIAL
 
-N_WORST = 6                 # passes over each kept answer around healing: persona distance, worst of the kept
+N_WORST = 2                 # passes over each kept answer after healing, to find the worst: day and reference
+KEPT = 0.7                  # share of a round's answers that the filter keeps, in the runs of docs/RESULTS.md
 LINK = 50e9                 # bytes/s between devices: one 400 Gb/s port each; NVLink has nine times that
 DEVICES = 1, 2, 4, 8, 16, 32, 64
+SMALL = 2e9                 # bytes of weights up to which a model is tried: SmolLM2-135M takes half a minute
+FEW, MANY, N_PROBED = 8, 32, 16     # answers of a trial, drawn out to other batches by a line; vignettes
 
 
 # ---- the cost model: weights, keys and operations, from shapes ---------------------------------------------
@@ -101,13 +108,55 @@ def rates(device: torch.device, dtype: torch.dtype) -> dict:
     return dict(flops=2 * n * d ** 3 / best(product), bytes=2 * 4 * x.numel() / best(x.clone))
 
 
-def paces(n: dict, machine: dict, length: int, width: float) -> tuple:
-    """Seconds to read a token, to decode one for each row of a batch (a function), to train on one."""
+@dataclasses.dataclass(frozen=True)
+class Paces:
+    """Seconds: of a token that is read, or trained on; of a probe's frame; of a step of so many rows."""
+    read: float
+    train: float
+    frame: float
+    step: Callable
+    answer: float               # tokens of an answer: all that are allowed, or as many as in the trial
+    source: str
+
+
+def foreseen(n: dict, machine: dict, width: float, *, length: int, answer: int, asked: float, think: int,
+             probe_rows: int) -> Paces:
+    """By the rates of the machine, what cannot be undercut. asked, think: tokens of a probe's frame."""
     def step(batch):
         work = decode_step(n, length, batch, width)
         return floor(work["ops"], work["bytes"], machine)
     read = forward_ops(n, length) / length / machine["flops"]
-    return read, step, 3 * (read + 2 * n["V"] * n["d"] / machine["flops"])
+    return Paces(read, 3 * (read + 2 * n["V"] * n["d"] / machine["flops"]),
+                 asked * read + think * step(probe_rows) / probe_rows, step, answer,
+                 f"by the {machine['flops'] / 1e9:,.0f} GFLOP/s of a product and the "
+                 f"{machine['bytes'] / 1e9:,.1f} GB/s of a copy here")
+
+
+def tried(name: str, prompts: list[str], vignettes: list[dict], layers: list[int], *, r: int, alpha: float,
+          answer: int, think: int, pass_tokens: int, heal_batch: int, **how) -> Paces:
+    """By a trial of the model itself. how: keywords of `models.load`."""
+    def timed(run, *args, **kw):
+        start = time.perf_counter()
+        return run(*args, **kw), time.perf_counter() - start
+    model, tok = models.load(name, **how)
+    prompts = [prompts[i % len(prompts)] for i in range(MANY)]
+    steer.generate(model, tok, prompts[:FEW], max_new_tokens=2)                 # what is slow only once
+    _, few = timed(steer.generate, model, tok, prompts[:FEW], max_new_tokens=answer)
+    made, many = timed(steer.generate, model, tok, prompts, max_new_tokens=answer)
+    _, reading = timed(steer.token_nll, model, made)
+    _, probing = timed(evalmfv.evaluate, model, tok, vignettes[:N_PROBED], think_tokens=think)
+    stack = lora.attach(model, r=r, alpha=alpha, layers=layers)
+    samples = [heal.Sample(c.prompt_ids + c.ids, len(c.prompt_ids), i) for i, c in enumerate(made[:FEW])]
+    cfg = heal.HealConfig(lr=1e-6, tau=1.0, epochs=2, pass_tokens=pass_tokens, heal_batch=heal_batch)
+    with warnings.catch_warnings(action="ignore"):                              # of a barrier without work
+        _, healing = timed(heal.heal, model, stack.parameters(), samples, lambda: stack.gated(0, 0), cfg)
+    n_steps, n_tokens = max(len(c.ids) for c in made), [len(c.prompt_ids + c.ids) for c in made]
+
+    def step(batch):
+        return max(few + (many - few) * (batch - FEW) / (MANY - FEW), few / FEW) / n_steps
+    return Paces(reading / sum(n_tokens), healing / (cfg.epochs * sum(n_tokens[:FEW])),
+                 probing / (2 * len(vignettes[:N_PROBED])), step, sum(len(c.ids) for c in made) / MANY,
+                 f"by a trial of {FEW + MANY} answers, their reading, the probe and healing")
 
 
 def peaks_of(n: dict, n_trained: int, n_backward: int, *, width: int, quantized: bool, answer: int,
@@ -146,8 +195,8 @@ def plan(given: dict, *, model: str, revision: str, dtype: str, device: str, qua
          heal_batch: int, pass_tokens: int) -> list[str]:
     """Lines to print. given: what `inputs.load` gave; the others are the run's options. ValueError if it
     cannot be."""
-    place, number = models.placed(device, dtype)
-    _, config, kind = models.config_of(model, revision)
+    where, config, kind = models.config_of(model, revision)
+    place, number = models.placed(device, dtype, config.dtype)
     with named_errors(model, "its config.json"), torch.device("meta"):
         made = getattr(kind, "from_config", kind)(config)       # the Auto class, or the model's own
         made.tie_weights()                                      # transformers 5.0 leaves that to loading
@@ -157,22 +206,36 @@ def plan(given: dict, *, model: str, revision: str, dtype: str, device: str, qua
     stack = lora.attach(made, r=r, alpha=alpha, layers=layers)
     n_trained = sum(p.numel() for p in stack.parameters())
 
-    # ---- lengths, in tokens
-    persona, prompts, answer = given["persona"], given["train"] + given["held_out"], max_new_tokens
+    # ---- how much there is to do: every round accepted, of the searches what they usually take
+    persona, prompts = given["persona"], given["train"] + given["held_out"]
     voices = persona["pos"] + persona["neg"]
     system, prompt = (sum(map(tokens_of, texts)) // len(texts) for texts in (voices, prompts))
-    longest = max(map(tokens_of, voices)) + max(map(tokens_of, prompts)) + answer
+    longest = max(map(tokens_of, voices)) + max(map(tokens_of, prompts)) + max_new_tokens
     asked = [tokens_of(evalmfv.question(v["text"], evalmfv.FOUNDATIONS)) for v in given["vignettes"]]
-    short, frame = prompt + answer, max(asked) + think_tokens + 32
-
-    # ---- counts: every round accepted, no answer ended early; of the searches what they usually take
     n_rows, n_meter = 2 + 2 * rounds, len(persona["meter_pos"] + persona["meter_neg"])
-    n_asked, n_held_out = len(given["train"]), len(given["held_out"])
     searched = [] if coeff else [7 * search.N_PROBE] + [5 * search.N_PROBE] * (rounds - 1)      # answers
     batches = [min(n_make, N_TRIAL)] * len(search.TEMPERATURES) + [n_make] * 2 + [N_FORESEE]    # asked for
     batches += searched + rounds * [n_make] + n_rows * [n_text, N_DIARY]                        # at once
-    n_answers, n_frames, n_steps = sum(batches), 2 * len(asked) * n_rows, math.ceil(n_make / heal_batch)
-    decoded = n_answers * answer + n_frames * think_tokens
+    n_answers, n_frames, n_kept = sum(batches), 2 * len(asked) * n_rows, KEPT * n_make
+    all_steps = rounds * epochs * math.ceil(n_kept / heal_batch)
+
+    rows, probe_rows = min(batch_size, max(batches)), min(batch_size, 2 * len(asked))
+    peaks = peaks_of(n, n_trained, n_blocks - layers[0], width=number.itemsize, quantized=bool(quantize),
+                     answer=max_new_tokens, longest=longest, frame=max(asked) + think_tokens + 32, rows=rows,
+                     probe_rows=probe_rows, n_samples=n_make,
+                     heal_rows=max(1, min(heal_batch, pass_tokens // longest)))
+
+    # ---- how fast that goes here, and how long an answer is
+    if any(Path(where).glob("*.safetensors")) and peaks["weights"] <= SMALL:
+        pace = tried(model, given["train"], given["vignettes"], layers, r=r, alpha=alpha,
+                     answer=max_new_tokens, think=think_tokens, pass_tokens=pass_tokens,
+                     heal_batch=heal_batch, revision=revision, dtype=dtype, device=device, quantize=quantize)
+    else:
+        pace = foreseen(n, rates(place, number), peaks["weights"] / n["parameters"], answer=max_new_tokens,
+                        length=prompt + max_new_tokens, asked=sum(asked) / len(asked), think=think_tokens,
+                        probe_rows=probe_rows)
+    answer, short = pace.answer, prompt + pace.answer
+    decoded, trained = n_answers * answer + n_frames * think_tokens, rounds * epochs * n_kept * short
 
     def scored(n, n_fronts, n_texts):
         """Tokens of n answers, read bare and behind n_texts system prompts; a front once in a batch of 32."""
@@ -180,30 +243,19 @@ def plan(given: dict, *, model: str, revision: str, dtype: str, device: str, qua
         return (1 + n_texts) * n * answer + n_fronts * (prompt + n_texts * (system + prompt))
     n_foreseen = N_FORESEE * (2 + n_meter + 3 * len(search.bands_of(n_blocks)))     # three doses of each band
     read = (n_answers * prompt + sum(scored(n, search.N_PROBE, 1 + n_meter) for n in searched)
-            + (rounds + 2) * scored(n_make, n_asked, 1)
-            + n_rows * scored(n_text + N_DIARY, n_held_out, 1 + n_meter)
-            + rounds * N_WORST * n_make * short + n_foreseen * (prompt + N_TOKENS) + 2 * n_rows * sum(asked)
+            + (rounds + 2) * scored(n_make, len(given["train"]), 1)
+            + n_rows * scored(n_text + N_DIARY, len(given["held_out"]), 1 + n_meter)
+            + (rounds + 1) * N_WORST * n_kept * short + n_foreseen * (prompt + N_TOKENS)   # 1: for tau
             + rounds * 2 * len(given["contexts"]) * (system + prompt))
-    trained = rounds * epochs * n_make * short
-
-    width, rows, probe_rows = number.itemsize, min(batch_size, max(batches)), min(batch_size, 2 * len(asked))
-    peaks = peaks_of(n, n_trained, n_blocks - layers[0], width=width, quantized=bool(quantize), answer=answer,
-                     longest=longest, frame=frame, rows=rows, probe_rows=probe_rows, n_samples=n_make,
-                     heal_rows=max(1, min(heal_batch, pass_tokens // longest)))
-
-    # ---- seconds
-    machine = rates(place, number)
-    read_one, step, train_one = paces(n, machine, short, peaks["weights"] / n["parameters"])
-    all_steps, heal_seconds = rounds * epochs * n_steps, trained * train_one
 
     def parts_on(n_devices):
         """Seconds of each part on so many devices, each with a whole replica and its share of the rows."""
-        mine, probed = (math.ceil(x / n_devices) for x in (heal_batch, 2 * len(asked)))
-        shares, n_thought = [math.ceil(size / n_devices) for size in batches], think_tokens * n_rows
+        mine, shares = math.ceil(heal_batch / n_devices), [math.ceil(size / n_devices) for size in batches]
         sums = all_steps * reduce_seconds(4 * n_trained, n_devices)
-        return {"answers": answer * sum(math.ceil(size / rows) * step(min(size, rows)) for size in shares),
-                "probe": n_thought * math.ceil(probed / probe_rows) * step(min(probed, probe_rows)),
-                "reading": read / n_devices * read_one, "healing": heal_seconds * mine / heal_batch + sums}
+        steps = sum(math.ceil(size / rows) * pace.step(min(size, rows)) for size in shares)
+        return {"answers": answer * steps, "probe": n_frames / n_devices * pace.frame,
+                "reading": read / n_devices * pace.read,
+                "healing": trained * pace.train * mine / heal_batch + sums}
     parts = parts_on(1)
     seconds, name = sum(parts.values()), str(number).removeprefix("torch.")
     on_all = {k: sum(parts_on(k).values()) for k in DEVICES}
@@ -222,15 +274,15 @@ def plan(given: dict, *, model: str, revision: str, dtype: str, device: str, qua
         "work": f"{n_answers:,} answers, {n_frames:,} probe frames, {all_steps:,} training "
                 f"steps; thousands of tokens: decoded {decoded / 1e3:,.0f}  read {read / 1e3:,.0f}  trained "
                 f"{trained / 1e3:,.0f}",
-        "time": f"about {duration} on this {place.type}, by the {machine['flops'] / 1e9:,.0f} GFLOP/s of a "
-                f"product and the {machine['bytes'] / 1e9:,.1f} GB/s of a copy here: "
+        "time": f"about {duration} on this {place.type}, {pace.source}: "
                 + "  ".join(f"{part} {x / seconds:.0%}" for part, x in parts.items()),
         "devices": "under torchrun each holds a whole replica, the memory above; hours (and efficiency): "
                    + "  ".join(f"{k}: {x / 3600:.2g} ({seconds / k / x:.0%})" for k, x in on_all.items()),
         "link": f"an all-reduce a step of {4 * n_trained / 1e6:.3g} MB at {LINK / 1e9:g} GB/s, "
                 f"{1e3 * reduce_seconds(4 * n_trained, 64):.2g} ms at 64; a step shards over its "
                 f"--heal-batch {heal_batch} answers; loading, AdamW and the report do not",
-        "assumed": f"every round accepted, every answer {answer} tokens long, four characters to a token"}
+        "assumed": f"every round accepted, {KEPT:.0%} of the answers kept, each {answer:.0f} tokens long, "
+                   "four characters to a token"}
     return [f"{word:9s} {line}" for word, line in lines.items() if line]
 
 

@@ -6,6 +6,7 @@ them that survives the filter. There is no ceiling at 1.0: a vector may be a hun
 added to. Pure functions: the caller tries.
 """
 import math
+from itertools import pairwise
 from typing import Callable
 
 import torch
@@ -40,35 +41,46 @@ def find_band(try_cells: Callable[[list], list], bands: list[list[int]], limit: 
     """The band that buys the most effect at a damage of at most `limit`, whatever dose that takes.
 
     try_cells([(band, dose), ...]) -> one (effect, damage) per cell. Each band starts at dose 1; where that is
-    within the limit the dose doubles until it no longer is, else it halves until it is. Returns (band,
-    [(band, effect, dose), ...]): the most that each band buys, and at which dose. RuntimeError if no cell
-    stays within the limit.
+    within the limit the dose doubles until it no longer is, else it halves until it is; between the last two
+    the effect at the limit is interpolated, so that no band wins by where its doses happened to lie. Returns
+    (band, [(band, effect, dose), ...]): the most that each band buys, and at which dose. RuntimeError if no
+    cell stays within the limit.
     """
-    best, cells = [[] for _ in bands], [(i, 1.0) for i in range(len(bands))]
+    tried, cells = [[] for _ in bands], [(i, 1.0) for i in range(len(bands))]
     while cells:
         found, after = try_cells([(bands[i], dose) for i, dose in cells]), []
         for (i, dose), (effect, damage) in zip(cells, found, strict=True):
-            if damage <= limit:
-                best[i].append((effect, dose))
+            tried[i].append((dose, effect, damage))
             then = dose * 2 if damage <= limit else dose / 2
             if lowest <= then <= highest and (dose == 1 or (then > dose) == (dose > 1)):    # never back
                 after.append((i, then))
         cells = after
-    within = [(band, *max(tried)) for band, tried in zip(bands, best) if tried]
-    if not within:
+
+    best = []
+    for band, doses in zip(bands, map(sorted, tried)):
+        bought = [(effect, dose) for dose, effect, damage in doses if damage <= limit]
+        for (low, effect, damage), (high, more, most) in pairwise(doses):
+            if damage <= limit < most:
+                t = (limit - damage) / (most - damage)
+                bought.append((effect + t * (more - effect), low + t * (high - low)))
+        if bought:
+            best.append((band, *max(bought)))
+    if not best:
         raise RuntimeError(f"every band does more damage than {limit:.3g} at every dose from {lowest}: "
                            "give --steer-band and a small --coeff, or personas closer to each other")
-    return max(within, key=lambda cell: cell[1])[0], within
+    return max(best, key=lambda cell: cell[1])[0], best
 
 
 def find_dose(try_doses: Callable[[list[float]], list], first: float = 1.0, *, min_survive: float = 0.5,
               coeff_min: float = 0.25, coeff_max: float = 64.0) -> tuple[float, list, str]:
     """The dose with the most effect among those that survive: a climb on a ladder of factor sqrt(2).
 
-    try_doses(doses) -> one (effect, share that survives) per dose: one batch. Tries `first` and two rungs to
-    either side, then two more beyond the end that is best, or down while nothing survives. A dose is held
-    against others by the mean effect of itself and its neighbours that survive: on few answers they differ
-    by noise. Returns (dose, [(dose, effect, share), ...], the bound it is: "coeff_min", "coeff_max" or "").
+    try_doses(doses) -> one (effect, its standard error, share that survives) per dose: one batch. Tries
+    `first` and two rungs to either side; two more above while the best is one of the two highest and that
+    survives, or below while the best is the lowest or none survives. A dose is held against others by the
+    mean effect of itself and its neighbours that survive, and of those within a standard error of the best
+    the highest is taken: few answers differ by noise, and what the filter lets through rises with the dose.
+    Returns (dose, [(dose, effect, error, share), ...], the bound it is: "coeff_min", "coeff_max" or "").
     RuntimeError if none survives.
     """
     def effect(rung):
@@ -76,16 +88,18 @@ def find_dose(try_doses: Callable[[list[float]], list], first: float = 1.0, *, m
         return sum(near) / len(near)
 
     n_rungs, start = (round(2 * math.log2(dose / coeff_min)) for dose in (coeff_max, first))
-    start = min(max(start, 0), n_rungs)
-    trials, rungs = {}, range(start - 2, start + 3)
+    low = min(max(start - 2, 0), n_rungs - 4)
+    trials, rungs = {}, range(low, low + 5)
     while rungs := [rung for rung in rungs if 0 <= rung <= n_rungs]:
         doses = [coeff_min * 2 ** (rung / 2) for rung in rungs]
         trials |= zip(rungs, try_doses(doses), strict=True)
-        alive = [rung for rung, (_, survive) in trials.items() if survive >= min_survive]
+        alive = [rung for rung, (_, _, survive) in trials.items() if survive >= min_survive]
         low, top, best = min(trials), max(trials), max(alive, key=effect, default=min(trials))
-        rungs = (low - 2, low - 1) if best == low else (top + 1, top + 2) if best == top else ()
+        best = max((rung for rung in alive if effect(rung) >= effect(best) - trials[best][1]), default=best)
+        is_rising = top in alive and best > top - 2
+        rungs = (top + 1, top + 2) if is_rising else (low - 2, low - 1) if best == low else ()
     if not alive:
-        raise RuntimeError(f"no dose survives: at {coeff_min:g}, {trials[0][1]:.0%} of answers "
+        raise RuntimeError(f"no dose survives: at {coeff_min:g}, {trials[0][2]:.0%} of answers "
                            f"pass the filter, need {min_survive:.0%}; lower --min-survive, give --coeff")
     dose_of = {rung: coeff_min * 2 ** (rung / 2) for rung in sorted(trials)}
     bound = {0: "coeff_min", n_rungs: "coeff_max"}.get(best, "")

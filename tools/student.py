@@ -158,8 +158,9 @@ class Student:
              system: str = "") -> dict:
         """The dose near `first` with the most trait of which enough answers pass the filter: {coeff, trials}.
 
-        trials: {coeff, ratio, survive} of each dose tried, the mean trait of the answers that pass and their
-        share. All doses of a step are one batch with the same draws. RuntimeError if none survives.
+        trials: {coeff, ratio, se, survive} of each dose tried, the mean trait of the answers that pass, its
+        standard error and their share. All doses of a step are one batch with the same draws. RuntimeError if
+        none survives.
         """
         rng = torch.Generator().manual_seed(stage_seed(self.seed, rnd, "probed prompts"))
         order = torch.randperm(len(self.train), generator=rng).tolist()
@@ -176,9 +177,11 @@ class Student:
             for i, coeff in enumerate(coeffs):
                 last[:] = found[i * n:(i + 1) * n]
                 passed = torch.tensor([e["verdict"]["kept"] for e in last])                         # [n] bool
-                ratio = ratios[i * n:(i + 1) * n][passed].mean().item() if passed.any() else -math.inf
-                trials.append(dict(coeff=coeff, ratio=ratio, survive=passed.double().mean().item()))
-            return ranks.lead(lambda: [(x["ratio"], x["survive"]) for x in trials[-len(coeffs):]])
+                read = ratios[i * n:(i + 1) * n][passed]
+                ratio = read.mean().item() if len(read) else -math.inf
+                se = evalmfv.standard_error(read).nan_to_num().item() if len(read) else 0.0
+                trials.append(dict(coeff=coeff, ratio=ratio, se=se, survive=passed.double().mean().item()))
+            return ranks.lead(lambda: [(x["ratio"], x["se"], x["survive"]) for x in trials[-len(coeffs):]])
         try:
             coeff, _, bound = search.find_dose(try_doses, first, min_survive=min_survive)
         except RuntimeError as error:
