@@ -26,6 +26,7 @@ References
 """
 import math
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Callable, Literal, NamedTuple
 
@@ -238,25 +239,27 @@ class TokenLosses(torch.autograd.Function):
 
 # ---- from samples to losses ----------------------------------------------------------------------
 
-def find_head(model) -> tuple[nn.Linear, float, dict] | None:
-    """(linear, scale, {bias, cap}) of a transformers model whose frozen head and config make its logits
-    cap * tanh((W (scale * h) + bias) / cap), cap 0 = not capped; None if there is more to it."""
+def find_head(model) -> tuple[nn.Module, float, dict] | None:
+    """(decoder, scale, {weight, bias, cap}) of a transformers model whose frozen head and config make its
+    logits cap * tanh((W (scale * h) + bias) / cap) of the decoder's h; None if there is more to it."""
     linear = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if type(linear) is not nn.Linear or linear.weight.requires_grad or "forward" in vars(linear) \
-            or linear._forward_hooks or linear._forward_pre_hooks:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if type(linear) is not nn.Linear or linear.weight.requires_grad or linear in decoder.modules() \
+            or "forward" in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks:
         return None
     config = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     bias = linear.bias if linear.bias is None or scale == 1 else scale * linear.bias        # [V]
-    return linear, scale, dict(bias=bias, cap=getattr(config, "final_logit_softcapping", None) or 0.0)
+    cap = getattr(config, "final_logit_softcapping", None) or 0.0
+    return decoder, scale, dict(weight=linear.weight, bias=bias, cap=cap)
 
 
 class Passes:
     """The forward passes of one round, over samples that are known by their index.
 
-    Where the model's head can be read (`head` is not None) it does not run: its input goes to token_losses,
-    and the reference's is kept. ref_samples: what the reference reads, the same completions, other prompts.
+    Where the model's head can be read (`head` is not None) only its decoder runs: token_losses gets what that
+    gives, and the reference's is kept. ref_samples: what the reference reads, the same completions.
     """
 
     def __init__(self, model: nn.Module, samples: list[Sample], reference: Callable, *, reg: str = "kl_rev",
@@ -266,8 +269,6 @@ class Passes:
         for i, s in enumerate(samples):
             if not 1 <= s.n_prompt < len(s.ids):
                 raise ValueError(f"sample {i}: n_prompt={s.n_prompt} of {len(s.ids)}: need prompt and answer")
-        if reg not in DIVERGENCES:
-            raise ValueError(f"reg={reg!r}: expected {', '.join(DIVERGENCES)}")
         if ref_samples and [s.answer for s in samples] != [s.answer for s in ref_samples]:
             raise ValueError("samples and ref_samples: expected the same completions in the same order")
         self.model, self.samples, self.ref_samples = model, samples, ref_samples or samples
@@ -281,30 +282,30 @@ class Passes:
 
     @torch.no_grad()
     def proven(self, head: tuple, probe: list[Sample]) -> tuple | None:
-        """The head if it makes the model's logits, but for the order of sums: the config may not tell all."""
-        (logits,), self.head, weight = self.rows(probe), head, head[0].weight       # [n, V]
-        try:
-            h, = self.rows(probe)                                           # [n, d]
-        except IndexError:                                  # the model edits single logits; there is but one
-            return None
-        _, z, _, _ = next(tiles(h, h, weight, **head[2], tile=len(weight)))     # [n, V]
-        tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(logits.dtype, 2e-2)
-        return head if (z - logits).abs().max() <= tolerance * logits.abs().max() else None
+        """The head if it makes the logits of student and reference, but for the order of sums: config, hooks
+        and what the model does around its decoder may not tell all."""
+        for context in (nullcontext, self.reference):
+            with context():
+                (logits,), self.head = self.rows(probe), head               # [n, V]
+                (h,), self.head = self.rows(probe), None                    # [n, d]
+            _, z, _, _ = next(tiles(h, h, **head[2], tile=logits.shape[1]))     # [n, V]
+            tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(logits.dtype, 2e-2)
+            if not (z - logits).abs().max() <= tolerance * logits.abs().max():
+                return None
+        return head
 
     def rows(self, batch: list[Sample]) -> list[Tensor]:
         """What predicts each sample's completion: the head's scaled input [n_i, d], or logits [n_i, V]."""
-        T, caught, (linear, scale, _) = max(len(s.ids) for s in batch), [], self.head or (None, 1.0, {})
+        T = max(len(s.ids) for s in batch)
         ids = [s.ids + [self.pad_id] * (T - len(s.ids)) for s in batch]     # right padded
         attn = [[1] * len(s.ids) + [0] * (T - len(s.ids)) for s in batch]
         ids, attn = torch.tensor([ids, attn], device=self.device)           # [B, T] each
-        try:
-            if linear:                                      # [B, T, 1] goes on, and nobody reads it
-                linear.forward = lambda h: caught.append(scale * h) or h[..., :1]
+        if self.head:
+            decoder, scale, _ = self.head
+            x = scale * decoder(input_ids=ids, attention_mask=attn, **self.extra)[0]        # [B, T, d]
+        else:
             x = self.model(input_ids=ids, attention_mask=attn, **self.extra).logits         # [B, T, V]
-        finally:
-            if linear:
-                del linear.forward                          # the class's own again
-        return [x[s.n_prompt - 1:len(s.ids) - 1] for x, s in zip(caught[0] if linear else x, batch)]
+        return [x[i, s.n_prompt - 1:len(s.ids) - 1] for i, s in enumerate(batch)]
 
     def reference_rows(self, batch: list[int]) -> list[Tensor]:
         """The same of the reference, without a gradient."""
@@ -324,7 +325,7 @@ class Passes:
         rows = torch.cat(self.rows([self.samples[i] for i in batch]))       # [N, d] or [N, V]
         targets = torch.tensor(sum(answers, []), device=rows.device)        # [N]
         if self.head:
-            nll, kl = token_losses(rows, ref, self.head[0].weight, targets, reg=self.reg, **self.head[2])
+            nll, kl = token_losses(rows, ref, targets=targets, reg=self.reg, **self.head[2])
         else:
             nll, kl = naive_losses(rows, ref, targets, self.reg)            # [N] each
         return nll.split(list(map(len, answers))), kl.split(list(map(len, answers)))    # [n_i] each
@@ -338,23 +339,10 @@ class Passes:
         return out
 
     @torch.no_grad()
-    def mean_nll(self, batch: list[int], pass_tokens: int, across: Callable = alone, params=()):
-        """Nats per completion token over all of the batch; None if it is empty."""
-        nll = across(lambda rows: {i: x for piece in self.pieces(rows, pass_tokens)
-                                   for i, x in zip(piece, self.losses(piece)[0])}, batch, params)   # [n_i]
-        return torch.cat([nll[i] for i in batch]).mean().item() if batch else None
-
-
-@torch.no_grad()
-def divergences(model, samples: list[Sample], reference: Callable, *, ref_samples: list[Sample] | None = None,
-                reg: str = "kl_rev", pass_tokens: int = 2048, pad_id: int = 0) -> list[Tensor]:
-    """KL at each completion position of the model as it is now, one [n_i] per sample, nats, on the CPU.
-
-    ref_samples: as in Passes. Raises ValueError for an unknown reg or completions that are missing or differ.
-    """
-    passes = Passes(model, samples, reference, reg=reg, ref_samples=ref_samples, pad_id=pad_id)
-    batches = passes.pieces(list(range(len(samples))), pass_tokens)
-    return [kl.cpu() for batch in batches for kl in passes.losses(batch)[1]]
+    def measured(self, batch: list[int], pass_tokens: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """{index: (nll, KL) at every completion position, [n_i] nats each} of the model as it is now."""
+        return {i: (nll, kl) for piece in self.pieces(batch, pass_tokens)
+                for i, nll, kl in zip(piece, *self.losses(piece))}
 
 
 def split(samples: list[Sample], share: float, rng: torch.Generator) -> tuple[list[int], list[int]]:
@@ -389,10 +377,10 @@ def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], referenc
     and sums the gradients. `model` is put in eval mode: no dropout parts student and reference.
 
     Returns {steps, skipped, nll_first, nll_last, val_nll_before, val_nll_after, fired_share, lam_eff, tau,
-    n_train, n_val, n_tokens, warning, shortcuts}. `steps` are dicts {step, epoch, tokens, lr, nll, div,
+    n_train, n_val, warning, shortcuts}. `steps` are dicts {step, epoch, tokens, lr, nll, div,
     div_max, fired, gnorm}: nll, div are means over the step's tokens, fired is the share of samples over tau.
     nll_first, nll_last: over the tokens of the first and last epoch. fired_share: steps in which any fired.
-    n_tokens: trained on in an epoch. warning (also issued): None, or the barrier never or always fired.
+    warning (also issued): None, or the barrier never or always fired.
     shortcuts: whether those of cfg.fast were taken. Out of memory halves pass_tokens and repeats the step.
     Raises ValueError for bad arguments, RuntimeError after three steps in a row without finite numbers.
     """
@@ -410,33 +398,36 @@ def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], referenc
     passes = Passes(model, samples, reference, reg=cfg.reg, pad_id=pad_id, fast=cfg.fast)
     rng, pass_tokens = torch.Generator().manual_seed(seed), cfg.pass_tokens
     train, val = split(samples, VAL_SHARE, rng)
-    before = passes.mean_nll(val, cfg.pass_tokens, across, params)
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     optimizer.zero_grad()
 
+    def val_nll():                                          # nats per token
+        found = across(lambda rows: passes.measured(rows, cfg.pass_tokens), val, params)
+        return torch.cat([found[i][0] for i in val]).mean().item() if val else None
+
     def accumulate(rows):                                   # to .grad; {row: ([nll, D, share], reference)}
         nonlocal pass_tokens
-        while True:
-            parts, pieces = {}, passes.pieces(rows, pass_tokens)
-            try:
-                for piece in pieces:
-                    nlls, kls = passes.losses(piece)
-                    nll = torch.stack([x.mean() for x in nlls])             # [b of this piece]
-                    div = torch.stack([aggregate(x, cfg.kl_agg) for x in kls])      # [b of this piece]
-                    share = torch.tensor([len(x) / tokens for x in nlls]).to(nll)        # [b of this piece]
-                    loss = (share * nll).sum() + lam * (share * torch.relu(div - tau)).sum()
-                    loss.backward()                         # pieces add up to the token mean over the step
-                    parts |= zip(piece, torch.stack([nll, div, share], 1).detach())         # [3] each
-                return {i: (x, None if epoch else passes.ref_rows.get(i)) for i, x in parts.items()}
-            except RuntimeError as error:                   # the CPU has no class for it
-                is_full = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-                if not is_full or len(pieces) == len(rows):
-                    raise                                   # one sample at a time is too much
-            nlls = kls = nll = div = loss = None            # the graph is what fills the memory
-            pass_tokens //= 2
-            optimizer.zero_grad()
+        parts, pieces = {}, passes.pieces(rows, pass_tokens)
+        try:
+            for piece in pieces:
+                nlls, kls = passes.losses(piece)
+                nll = torch.stack([x.mean() for x in nlls])                 # [b of this piece]
+                div = torch.stack([aggregate(x, cfg.kl_agg) for x in kls])  # [b of this piece]
+                share = torch.tensor([len(x) / tokens for x in nlls]).to(nll)            # [b of this piece]
+                loss = (share * nll).sum() + lam * (share * torch.relu(div - tau)).sum()
+                loss.backward()                             # pieces add up to the token mean over the step
+                parts |= zip(piece, torch.stack([nll, div, share], 1).detach())             # [3] each
+            return {i: (x, None if epoch else passes.ref_rows.get(i)) for i, x in parts.items()}
+        except RuntimeError as error:                       # the CPU has no class for it
+            is_full = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+            if not is_full or len(pieces) == len(rows):
+                raise                                       # one sample at a time is too much
+        nlls = kls = nll = div = loss = None                # the graph is what fills the memory
+        pass_tokens //= 2
+        optimizer.zero_grad()
+        return accumulate(rows)
 
-    steps, skipped, bad_in_a_row = [], [], 0
+    before, steps, skipped = val_nll(), [], []
     orders = [torch.randperm(len(train), generator=rng).tolist() for _ in range(cfg.epochs)]
     plan = [(epoch, [train[j] for j in order[at:at + cfg.heal_batch]])
             for epoch, order in enumerate(orders) for at in range(0, len(train), cfg.heal_batch)]
@@ -458,12 +449,13 @@ def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], referenc
         optimizer.zero_grad()
         # ----------------------------------------------------------------------------------------------------
 
-        bad_in_a_row = 0 if is_finite else bad_in_a_row + 1
-        if bad_in_a_row == 3 or (not is_finite and not steps and step == len(plan) - 1):
-            raise RuntimeError(f"step {step}: {bad_in_a_row} steps in a row with no finite gradient (nll "
-                               f"{nll.mean():.3g}, D {div.max():.3g}, gnorm {gnorm:.3g}); lower lr {cfg.lr}")
         if not is_finite:
             skipped.append(step)
+            n_bad = min(3, len(plan))
+            if skipped[-n_bad:] == list(range(step + 1 - n_bad, step + 1)):
+                numbers = f"nll {nll.mean():.3g}, D {div.max():.3g}, gnorm {gnorm:.3g}"
+                raise RuntimeError(f"step {step}: {n_bad} steps in a row with no finite gradient ({numbers})"
+                                   f"; lower lr {cfg.lr}")
             continue                                        # nothing but the record below is left out
         values = [(share * nll).sum(), (share * div).sum(), div.max(), (div > tau).float().mean(), gnorm]
         row = dict(zip(("nll", "div", "div_max", "fired", "gnorm"), torch.stack(values).tolist()))
@@ -481,9 +473,8 @@ def heal(model: nn.Module, params: list[Tensor], samples: list[Sample], referenc
     if warning:
         warnings.warn(warning, stacklevel=2)
     return {"steps": steps, "skipped": skipped, "nll_first": nll[0], "nll_last": nll[1],
-            "val_nll_before": before, "val_nll_after": passes.mean_nll(val, cfg.pass_tokens, across, params),
+            "val_nll_before": before, "val_nll_after": val_nll(), "n_train": len(train), "n_val": len(val),
             "fired_share": sum(s["fired"] > 0 for s in steps) / len(steps), "lam_eff": lam, "tau": tau,
-            "n_train": len(train), "n_val": len(val), "n_tokens": sum(len(samples[i].answer) for i in train),
             "warning": warning, "shortcuts": passes.head is not None}
 
 

@@ -163,7 +163,7 @@ def climb(run, model, params, samples, reference, cfg, *, rnd, log, pad_id, seed
     """heal.heal's loss, optimiser and record, with samples of the moment."""
     params, student, rng = list(params), run.student, torch.Generator().manual_seed(seed)
     lam = 0.0 if cfg.reg == "nll" else cfg.lam * (1 + rnd) ** cfg.lam_round_pow
-    n_steps, steps, n_tokens = cfg.epochs * math.ceil(len(samples) / cfg.heal_batch), [], 0
+    n_steps, steps = cfg.epochs * math.ceil(len(samples) / cfg.heal_batch), []
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     model.eval()
     for step in range(n_steps):
@@ -187,7 +187,6 @@ def climb(run, model, params, samples, reference, cfg, *, rnd, log, pad_id, seed
         values = [(share * nll).sum(), (share * div).sum(), div.max(), (div > cfg.tau).float().mean(), gnorm]
         row = dict(zip(("nll", "div", "div_max", "fired", "gnorm"), torch.stack(values).tolist()))
         steps.append(dict(step=step, epoch=step * cfg.epochs // n_steps, tokens=tokens, lr=lr, **row))
-        n_tokens += tokens
         log(steps[-1])
     if not steps:
         raise RuntimeError(f"none of {n_steps} batches of answers passed the filter: take a lower --coeff")
@@ -195,7 +194,7 @@ def climb(run, model, params, samples, reference, cfg, *, rnd, log, pad_id, seed
     first, last = (sum(s["tokens"] * s["nll"] for s in x) / sum(s["tokens"] for s in x) for x in ends)
     return dict(steps=steps, skipped=[], nll_first=first, nll_last=last, val_nll_before=None,
                 val_nll_after=None, fired_share=sum(s["fired"] > 0 for s in steps) / len(steps), lam_eff=lam,
-                tau=cfg.tau, n_train=2 * cfg.heal_batch * n_steps, n_val=0, n_tokens=n_tokens, warning=None,
+                tau=cfg.tau, n_train=2 * cfg.heal_batch * n_steps, n_val=0, warning=None,
                 shortcuts=passes.head is not None)
 
 

@@ -1,9 +1,11 @@
 """The concept files where it is hard: memory that runs out, numbers that break, heads, caches and templates
 of any shape, packed weights, several devices."""
+import contextlib
 import dataclasses
 import inspect
 import math
 import warnings
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -229,7 +231,7 @@ HEADED = {"soft-capped": "Gemma2ForCausalLM", "divided": "GraniteForCausalLM",
           "multiplied": "CohereForCausalLM", "biased": "PhiForCausalLM"}
 
 
-@pytest.mark.parametrize("name", [*HEADED, "unknown", "edited", "hooked", "trained"])
+@pytest.mark.parametrize("name", [*HEADED, "unknown", "edited", "hooked", "trained", "reread", "swapped"])
 def test_any_head_is_read_as_the_model_does(name):
     """Exact without logits where the config tells the head; from the model's own logits where it does not."""
     model = family_model(HEADED.get(name, "GraniteForCausalLM"), tiny_tokenizer())
@@ -240,7 +242,7 @@ def test_any_head_is_read_as_the_model_does(name):
         if name == "unknown":
             out.logits = out.logits.square()
         else:
-            out.logits[..., [100, 200]] = -50.0             # past the one column that an idle head would make
+            out.logits[..., [100, 200]] = -50.0
         return out
     if name == "biased":
         model.lm_head.bias.data.normal_()
@@ -248,11 +250,20 @@ def test_any_head_is_read_as_the_model_does(name):
         model.forward = other
     elif name == "hooked":
         model.lm_head.register_forward_hook(lambda m, a, out: out + 1.0)
+    elif name == "reread":                                      # before the decoder, not behind it
+        model.register_forward_pre_hook(
+            lambda m, a, given: (a, given | dict(input_ids=given["input_ids"] + 1)), with_kwargs=True)
     stack, samples, results = attach(model, r=4, alpha=8, layers=[1, 2]), heal_case()[2], []
     model.lm_head.weight.requires_grad_(name == "trained")
     noise(stack, 0, 0.1)
+    base = base_of(stack)
+
+    @contextlib.contextmanager
+    def swapped():                                              # only the reference's forward is another one
+        with base(), patch.object(model, "forward", other):
+            yield
     for fast in (True, False):
-        passes = Passes(model, samples, base_of(stack), fast=fast)
+        passes = Passes(model, samples, swapped if name == "swapped" else base, fast=fast)
         assert (passes.head is not None) == (fast and name in HEADED)
         for _ in range(2):                                      # the second time the reference from memory
             nlls, kls = passes.losses(list(range(6)))

@@ -9,7 +9,7 @@ from test_all import reading
 
 import evalmfv
 import loop
-from heal import HealConfig, Sample, aggregate, divergences, heal, reverse_kl, token_losses
+from heal import HealConfig, Sample, Passes, aggregate, heal, reverse_kl, token_losses
 from lora import LoraConfig, attach
 from steer import generate, steered
 from tools.freetext import free_text, persona_share
@@ -38,8 +38,7 @@ def test_heal_refuses_bad_options_and_arguments_before_any_forward():
             (lambda: heal(model, params, samples, base, HealConfig(tau=1.0)), "cfg.lr=None.*calibrate"),
             (lambda: heal(model, params, samples, base, HealConfig(lr=1e-3, tau=1, spectral=0.1)),
              "needs spectral="),
-            (lambda: divergences(model, samples, base, reg="wd"), "reg='wd'"),
-            (lambda: divergences(model, samples, base, ref_samples=others), "same completions"),
+            (lambda: Passes(model, samples, base, ref_samples=others), "same completions"),
             (lambda: aggregate(torch.ones(3), "median"), "how='median': expected mean, rmse, p95, max"),
             (lambda: aggregate(torch.ones(0), "rmse"), "one sample"),
             (lambda: aggregate(torch.ones(2, 3), "rmse"), "one sample"),            # would pool two samples

@@ -141,7 +141,7 @@ def test_a_finished_run_shows_every_part_and_the_first_plot_comes_before_the_ans
     assert check_page(text).seen >= {("td", "data-who"), ("details", "")}
     assert re.findall(r'<section id="(\w+)"', text) == SECTIONS and 'class="missing"' not in text
     n_figures = text.count('role="img"')
-    assert n_figures == text.count("<svg viewBox") - text.count('aria-hidden="true"') == 3
+    assert n_figures == text.count("<svg viewBox") - text.count('aria-hidden="true"') == 2
     assert "+0.500 ± 0.050" in text and "0.960 ± 0.010" in text                    # day 1's trait and text
     assert '<th scope="col">care, nats</th>' in text and "<td>+0.10</td>" in text   # every foundation's move
     assert "<code>--n-make</code>" in text and "<code>--seed</code>" not in text    # differs, does not differ
@@ -186,7 +186,9 @@ def test_a_probe_that_cannot_read_the_model_is_said_and_claims_no_trait(tmp_path
     def share(e):
         return low(e) | dict(share=0.3 if e["round"] is not None else float(e.get("kind") == "prompted"))
     mood, head, lines = headline(a_run(tmp_path, change=low))
-    assert (mood, head) == ("bad", "The probe cannot read this model") and "Off target" not in lines
+    assert (mood, head) == ("bad", "The probe cannot read this model")
+    assert "<dt>off-target</dt>" not in page_of(tmp_path)
+    assert "<dt>off-target</dt>" in page_of(a_run(tmp_path))
     mood, head, lines = headline(a_run(tmp_path, change=share))
     assert mood == "good" and "the share does not need the probe" in lines
 
@@ -200,8 +202,10 @@ def test_the_trait_is_the_share_if_every_row_has_it_and_the_verdict_names_both(t
     run = report.Run(a_run(tmp_path, change=metered))
     assert run.meter == "share" and run.trait_of(run.final) == (0.6, 0.05)
     mood, head, lines = headline(tmp_path)
-    assert "75% of the steering’s trait" in head and "+0.60 ± 0.05" in lines and "+0.50 ± 0.05" in lines
-    assert "wanted down" in lines and "persona prompt 1" in page_of(tmp_path)
+    text = page_of(tmp_path)
+    assert "75% of the steering’s trait" in head and "<b>+0.60</b> <span>± 0.05 of what" in text
+    assert "<b>+0.50</b> <span>± 0.05 nats of the probe’s authority, wanted down" in text
+    assert "persona prompt 1" in text
     partly = a_run(tmp_path, change=lambda e: metered(e) if e.get("kind") != "prompted" else e)
     assert report.Run(partly).meter == "nats"
     nothing = dict(name="mine", target=None, direction=None, pos=["a"], neg=["b"])
@@ -324,7 +328,7 @@ def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path):
         check_page(text)
         assert "not finished" in text, n
         shown.append(text.count('role="img"'))
-    assert shown == sorted(shown) and shown[0] == 0 and shown[-1] == 3
+    assert shown == sorted(shown) and shown[0] == 0 and shown[-1] == 2
     (tmp_path / "events.jsonl").unlink()
     assert "no events yet" in page_of(tmp_path) and "It ended with" not in text
     assert "not measured anything" in (tmp_path / "diary.md").read_text()

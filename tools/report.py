@@ -169,10 +169,9 @@ def has_moved(value: float | None, error: float | None) -> bool:
 # ---- pieces of the page ------------------------------------------------------------------------------------
 
 
-def figure(panels, caption: str, kind: str = "") -> str:
-    """Panels side by side where there is room, each in a box that scrolls by itself, above what they say."""
-    boxes = "".join(f'<div class="panel">{p}</div>' for p in panels)
-    return (f'<figure class="{kind}"><div class="panels">{boxes}</div>'
+def figure(panel: str, caption: str, kind: str = "") -> str:
+    """A panel in a box that scrolls by itself, above what it says."""
+    return (f'<figure class="{kind}"><div class="panel">{panel}</div>'
             f"<figcaption>{caption}</figcaption></figure>")
 
 
@@ -220,43 +219,12 @@ def progress(run: Run) -> list[str]:
     return lines
 
 
-def compared(run: Run, row: dict) -> list[str]:
-    """Trait, coherence, what else moved and what the barrier did on the way to a row, as HTML sentences."""
-    lines, names = [], {"share": "label-free, as a share of the persona prompt’s",
-                        "nats": f"nats of the probe’s {run.target}{run.wanted}"}
-    for meter in METERS:
-        value, error = trait_of(row, meter)
-        if value is not None and (meter == "share" or run.target):
-            beside = "".join(f", {r['name']} {fmt(trait_of(r, meter)[0], '+.2f')}"
-                             for r in (run.night, run.prompted) if r)
-            lines.append(f"Trait ({names[meter]}): {row['name']} {fmt(value, '+.2f', error)}{beside}.")
-    beside = "".join(f", {r['name']} {fmt(r['text'], '.3f')}" for r in (run.night, run.base) if r)
-    probe = [fmt(r["coherence"], ".4f") for r in (row, run.base)]
-    text = fmt(row["text"], ".3f", row["text_se"])
-    lines.append(f"Text coherence: {row['name']} {text}{beside}. On the probe: {probe[0]}, base {probe[1]}.")
-    moves = {f: x for f, x in row["shift"]["moved"].items() if f in FOUNDATIONS and f != run.target}
-    if moves and run.target and not run.unread:
-        most = max(moves, key=lambda f: abs(moves[f]))
-        wide = row["trait"] is not None and abs(moves[most]) >= abs(row["trait"])
-        lines.append(f"Off target: {most} moved most, by {fmt(moves[most], '+.2f')} nats"
-                     + (", as far as the trait or further: not surgical." if wide else "."))
-    heal = run.heals.get(row["round"])
-    if heal and heal["lam_eff"]:
-        how = said(run.options.get("kl_agg", "?"), 20)
-        lines.append(f"The barrier ({how} of KL against a tau of {fmt(heal['tau'], '.3f')} nats) pushed in "
-                     f"{percent(heal['fired_share'])} of the round’s steps.")
-    elif heal:
-        lines.append("No barrier was used (nll).")
-    if heal and heal["warning"]:
-        lines.append(f"Warning: {said(heal['warning'])}.")
-    return lines
-
-
 def verdict(run: Run) -> tuple[str, str, list[str]]:
     """(good, bad or open; the headline; sentences as HTML) in plain words, from the numbers alone."""
     lines, day, base = progress(run), run.final, run.base
-    if base and run.shown:
-        lines += compared(run, run.shown)
+    heal = run.heals.get(run.shown["round"]) if run.shown else None
+    if heal and heal["warning"]:
+        lines.append(f"Warning: {said(heal['warning'])}.")
     if run.unread:
         rest = "; the share does not need the probe." if run.meter == "share" else "."
         lines.append("The probe cannot read this model: its allowed answers have "
@@ -293,19 +261,26 @@ def verdict(run: Run) -> tuple[str, str, list[str]]:
 
 
 def tiles(run: Run, row: dict) -> str:
-    """The four numbers of a row, each beside those of base and first night."""
+    """The numbers of a row, each beside those of base, persona prompt and first night."""
     def beside(of, spec):
-        return ", ".join(f"{r['name']} {fmt(of(r), spec)}" for r in (run.base, run.night) if r)
-    value, error = run.trait_of(row)
-    made = [("trait", fmt(value, "+.2f"), f"± {fmt(error)} {METERS[run.meter][1]}; "
-             + beside(lambda r: run.trait_of(r)[0], "+.2f")),
-            ("text coherence", fmt(row["text"], ".3f"), "share of coherent windows; "
-             + beside(lambda r: r["text"], ".3f")),
-            ("probe coherence", fmt(row["coherence"], ".4f"), "probability of allowed answers; "
-             + beside(lambda r: r["coherence"], ".4f"))]
-    if run.target:
-        off = fmt(row["shift"]["off_target"])
-        made.append(("off-target", off, "nats, the largest move of another foundation"))
+        others = filter(None, (run.base, run.prompted, run.night))
+        return ", ".join(f"{r['name']} {fmt(of(r), spec)}" for r in others)
+    made, unit = [], dict(share=METERS["share"][1], nats=f"nats of the probe’s {run.target}" + run.wanted)
+    for meter in METERS:
+        value, error = trait_of(row, meter)
+        if value is not None and (meter == "share" or run.target):
+            made.append(("trait", fmt(value, "+.2f"), f"± {fmt(error)} {unit[meter]}; "
+                         + beside(lambda r: trait_of(r, meter)[0], "+.2f")))
+    made += [("text coherence", fmt(row["text"], ".3f"), f"± {fmt(row['text_se'], '.3f')} share of coherent "
+              "windows; " + beside(lambda r: r["text"], ".3f")),
+             ("probe coherence", fmt(row["coherence"], ".4f"), "probability of allowed answers; "
+              + beside(lambda r: r["coherence"], ".4f"))]
+    moves = {f: x for f, x in row["shift"]["moved"].items() if f in FOUNDATIONS and f != run.target}
+    if moves and run.target and not run.unread:
+        most = max(moves, key=lambda f: abs(moves[f]))
+        wide = row["trait"] is not None and abs(moves[most]) >= abs(row["trait"])
+        made.append(("off-target", fmt(moves[most], "+.2f"), f"nats: {most} moved most"
+                     + ", as far as the trait or further: not surgical" * wide))
     state = "refused: the model is the base" if row["undone"] else "not judged yet"
     state = "accepted" if run.final else state
     boxes = "".join(f"<div><dt>{title}</dt><dd><b>{number}</b> <span>{note}</span></dd></div>"
@@ -350,29 +325,13 @@ def trajectory(run: Run) -> str:
         text = fmt(r["text"], ".3f", r["text_se"])
         plot.mark(r["kind"], value, r["text"], f"{r['name']}: trait {fmt(value, '+.3f', error)}, text {text}",
                   label, ex=error, ey=r["text_se"], more="undone" * r["undone"])
-    panels = [plot.svg()]
-
-    if rounds := [r for r in rows if r["round"] is not None]:
-        plot = Plot("Trait by round", [r["round"] for r in rounds], spread(traits.values()), "round", unit,
-                    whole_x=True, h=360)
-        for r in rows:
-            if r["round"] is None:
-                plot.level(traits[r["name"]][0], r["name"])
-        for kind in ("steered", "healed"):
-            some = [r for r in rounds if r["kind"] == kind]
-            plot.line([(r["round"], traits[r["name"]][0]) for r in some], kind)
-            for r in some:
-                value, error = traits[r["name"]]
-                says = f"{r['name']}: trait {fmt(value, '+.3f', error)}"
-                plot.mark(kind, r["round"], value, says, ey=error, more="undone" * r["undone"])
-        panels.append(plot.svg())
     names = dict(base="base", prompted="persona prompt", steered="night: steered", healed="day: healed")
     keys = " ".join(f'<span class="key">{swatch(kind)}{name}</span>' for kind, name in names.items()
                     if any(r["kind"] == kind for r in rows))
     undone = ", hollow is rolled back" * any(r["undone"] for r in rows)
     caption = (f"{keys} Up and to the right is better. Each mark is a row of the table below, a number is "
                f"its round{undone}; whiskers are one standard error.")
-    return figure(panels, caption) + folded("Every row in numbers", numbers(run))
+    return figure(plot.svg(), caption) + folded("Every row in numbers", numbers(run))
 
 
 def numbers(run: Run) -> str:
@@ -538,7 +497,7 @@ def healing(run: Run) -> str:
     barrier = "shaded where the barrier fired, an answer being over tau" if taus else "no barrier was used"
     caption = (f"D: the mean over a step’s answers (line) and the largest (thin); {barrier}."
                + f" A selection: {len(every)} of {len(steps)} steps." * (len(every) < len(steps)))
-    return figure([plot.svg()], caption, "wide") + "".join(f'<p class="note">{note}</p>' for note in notes)
+    return figure(plot.svg(), caption, "wide") + "".join(f'<p class="note">{note}</p>' for note in notes)
 
 
 def setting(run: Run) -> str:

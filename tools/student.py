@@ -252,17 +252,14 @@ class Student:
             return [heal.Sample(c.prompt_ids + c.ids, len(c.prompt_ids), c.prompt) for c in read]
         with self.stack.gated(0, 0):
             prompted = behind(self.persona["pos"][0])
-            kls = self.divergences(prompted, contextlib.nullcontext, behind(""), reg=reg)
+            kls = self.divergences(prompted, contextlib.nullcontext, ref_samples=behind(""), reg=reg)
         return sum(heal.aggregate(kl, how).item() for kl in kls) / len(kls)
 
-    def divergences(self, samples, reference, ref_samples=None, **how) -> list[torch.Tensor]:
-        """`heal.divergences` of this model, over all ranks."""
-        def read(rows):
-            mine, refs = ([x[i] for i in rows] for x in (samples, ref_samples or samples))
-            return dict(zip(rows, heal.divergences(self.model, mine, reference, ref_samples=refs,
-                                                   pad_id=self.pad_id, **how)))
-        found = ranks.spread(read, list(range(len(samples))))
-        return [found[i] for i in range(len(samples))]
+    def divergences(self, samples, reference, *, pass_tokens: int = 2048, **how) -> list[torch.Tensor]:
+        """KL at every completion position of the model as it is now: nats, one [n_i] per sample."""
+        passes = heal.Passes(self.model, samples, reference, pad_id=self.pad_id, **how)
+        found = ranks.spread(lambda rows: passes.measured(rows, pass_tokens), list(range(len(samples))))
+        return [found[i][1].cpu() for i in range(len(samples))]
 
     def worst_kept(self, samples, reference, vectors: dict, coeff: float, *, reg: str, **how) -> dict:
         """The kept completion that the student leaves furthest from the reference (rmse), token by token.

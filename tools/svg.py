@@ -54,7 +54,7 @@ class Plot:
         self.left, self.right, self.top, self.bottom = 62, w - right, top, h - 46
         self.x = Scale(xs, self.left, self.right, room)
         self.y = Scale(ys, self.bottom, self.top)
-        self.back, self.front, self.labels, self.levels, self.taken, self.whiskers = ([] for _ in range(6))
+        self.back, self.front, self.labels, self.taken, self.whiskers = ([] for _ in range(5))
         for t in sorted({round(t) for t in self.x.ticks()}) if whole_x else self.x.ticks():
             if self.left <= self.x(t) <= self.right:
                 self.back.append(f'<path class="grid" d="M{self.x(t)},{self.top}V{self.bottom}"/>')
@@ -98,10 +98,12 @@ class Plot:
             self.labels.append((*at[-1], label, kind))
 
     def level(self, y, label: str, kind: str = "rule") -> None:
-        """A horizontal line, its name at its right end if there is a margin, else under its left end."""
+        """A horizontal line, its name under its left end."""
         if y is not None:
+            x, below = self.left + 4, self.y(y) + 14
             self.back.append(f'<path class="level {kind}" d="M{self.left},{self.y(y)}H{self.right}"/>')
-            self.levels.append((self.y(y), label, kind))
+            self.front.append(f'<text class="name {kind}" x="{x}" y="{below:.1f}">{esc(label)}</text>')
+            self.taken.append((x, below - 10, x + 7.8 * len(label), below + 2))
 
     def place(self, px: float, py: float, label: str, kind: str) -> None:
         """A label at the nearest free place around its mark; one that stands far off is led to it by a line.
@@ -126,13 +128,6 @@ class Plot:
                 return
 
     def svg(self) -> str:
-        """The panel. Names of levels that lie close are pushed apart."""
-        beside, floor = self.w - self.right > 40, math.inf
-        for at, label, kind in sorted(self.levels, reverse=True):                # from the lowest up
-            floor = min(at + 4 if beside else at + 14, floor - 13)
-            x = self.right + 6 if beside else self.left + 4
-            self.front.append(f'<text class="name {kind}" x="{x}" y="{floor:.1f}">{esc(label)}</text>')
-            self.taken.append((x, floor - 10, x + 7.8 * len(label), floor + 2))
         for label in self.labels:
             self.place(*label)
         alt = esc(self.alt, 2000)
