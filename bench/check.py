@@ -115,6 +115,8 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     rows = []
     for path in args.runs:
+        read(path).adapters()                           # ValueError for a run without a day, before any work
+    for path in args.runs:
         bench = Bench(path, args.n)
         bench.measure_run()
         rows += bench.rows

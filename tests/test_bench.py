@@ -142,6 +142,13 @@ def test_the_generation_benchmark_runs_tiny_with_rows_as_hf_and_the_roofline_rea
                        str(tmp_path / "g.json")])
 
 
+def test_the_bench_of_the_head_times_both_ways_in_both_dtypes(bench, capsys):
+    bench("head").main(["pocket", "--answers", "2", "--new-tokens", "3", "--repeats", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and sum("MiB" in line for line in lines) == 4
+    assert sum("a number" in line for line in lines) == 4
+
+
 @pytest.mark.parametrize("name", ["losses", "round"])
 def test_a_benchmark_runs_and_writes_every_number(name, tmp_path, capsys, bench, monkeypatch):
     monkeypatch.setattr(heal, "VAL_SHARE", heal.VAL_SHARE)      # the round's benchmark trains on every sample

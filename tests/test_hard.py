@@ -106,7 +106,10 @@ def test_token_nll_makes_logits_of_answers_only_and_no_more_than_its_budget():
     model, tok = steer_pair()
     answers, shapes = generate(model, tok, PROMPTS, max_new_tokens=15, top_k=0, top_p=1.0), []
     model.lm_head.register_forward_hook(lambda head, args, out: shapes.append(tuple(out.shape)))
+    whole = []                                                  # else torch copies a frozen head once per row
+    model.lm_head.register_forward_pre_hook(lambda head, args: whole.append(args[0].is_contiguous()))
     want = token_nll(model, answers)
+    assert all(whole)
     n = max(len(c.ids) for c in answers) + 1                    # the answers and the column before them
     assert shapes == [(6, 1, len(tok)), (6, n, len(tok))]       # the prompts, then what follows them
     model.config.vocab_size = 2 ** 28 // n                      # as if a row were all of the budget
