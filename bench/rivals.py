@@ -108,7 +108,7 @@ def mean_state(bench, made: list[steer.Completion], layer: int) -> Tensor:
                                                  steer.device_of(bench.model))
         with steer.hooked(bench.model, {layer: caught.append}):
             bench.model(input_ids=ids, attention_mask=attn, position_ids=position_ids, use_cache=False,
-                        logits_to_keep=1)
+                        logits_to_keep=steer.last(1, bench.model))
         for i, h in zip(batch, caught[0]):
             yield i, h[-len(made[i].ids):].float().sum(0).cpu()                         # [d]
     sums = torch.stack(steer.in_batches(read, list(map(len, rows)), batch_size=32))     # [n, d]

@@ -104,7 +104,7 @@ def search(w):
             ratios = evalmfv.persona_ratio(w.model, w.tok, made, w.users(made), w.persona["meter_pos"],
                                            w.persona["meter_neg"])
         ratios, kept = (x.view(-1, w.n_probe) for x in (ratios, kept))                      # [doses, n_probe]
-        read = ratios.mean(1), ratios.std(1) / w.n_probe ** 0.5, kept.mean(1)               # [doses] each
+        read = ratios.mean(1), evalmfv.standard_error(ratios.T), kept.mean(1)               # [doses] each
         return list(zip(*(x.tolist() for x in read)))
     try:
         find_dose(try_doses, min_survive=0.5)

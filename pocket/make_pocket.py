@@ -379,7 +379,7 @@ def gates(folder: Path, think_tokens: int = 64, n_text: int = 48) -> bool:
                 users = [asked["train"][c.prompt % len(asked["train"])] for c in alive]
                 ratio = evalmfv.persona_ratio(model, tok, alive, users, persona["pos"], persona["neg"])
                 effect = ratio.mean().item() if alive else -math.inf
-                se = ratio.std().item() / len(alive) ** 0.5 if len(alive) > 1 else 0.0
+                se = evalmfv.standard_error(ratio).item() if len(alive) > 1 else 0.0
                 found.append((effect, se, len(alive) / N_PROBE))
             return found
 
